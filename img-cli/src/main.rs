@@ -1,0 +1,2 @@
+//! `img`: make, inspect, convert and check disk images.
+fn main() {}

@@ -1,0 +1,266 @@
+//! What every format provides: [`Driver`] makes and opens, [`Layer`] answers.
+
+use std::{fmt, ops::Range, path::Path, sync::Arc};
+
+use serde_json::Value;
+
+use super::{Extent, HostFile, LayerWriter, OptionDescription, OptionSet};
+use crate::{Error, Result, storage::Storage};
+
+/// A format: how its images are recognised, made and opened. One static value each, listed in the
+/// [`registry`](super::registry).
+pub trait Driver: Send + Sync + fmt::Debug {
+    /// The name users give to `-f`.
+    fn name(&self) -> &'static str;
+
+    /// How sure the driver is that a file which starts with `head` (up to 2048 bytes) and is called
+    /// `name` is its own: 0 for no, 100 for a magic number. The highest score wins.
+    fn probe(&self, head: &[u8], name: &Path) -> u8;
+
+    /// The options of [`Self::create`], sorted by name.
+    fn create_options(&self) -> &'static [OptionDescription];
+
+    /// Makes a new image on `storage`, which is empty and writable.
+    fn create(&self, storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()>;
+
+    /// Opens the image on `storage`.
+    fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>>;
+
+    /// Whether images can name a backing file.
+    fn has_backing(&self) -> bool;
+
+    /// Whether compressed clusters can be written.
+    fn can_compress(&self) -> bool;
+
+    /// Whether images can be checked at all.
+    fn can_check(&self) -> bool;
+}
+
+/// Opens another host file that an image names (external data file, extent), under the policy of the
+/// caller. The name is as it stands in the image.
+pub type OpenFile<'a> = dyn Fn(&str, OpenMode) -> Result<Arc<dyn Storage>> + 'a;
+
+/// What an image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpenMode {
+    /// Metadata only: no guest data is read, no other file is opened. Works on images that this build
+    /// could not read (encrypted ones, say).
+    Inspect,
+    /// Reading.
+    Read,
+    /// Reading and writing; a dirty image is repaired first.
+    Write,
+    /// Auditing: a dirty or corrupt image is opened as it is, without repair at open.
+    Check {
+        /// Whether the audit may change the image.
+        repair: bool,
+    },
+}
+
+impl OpenMode {
+    /// Whether the file is opened for writing.
+    #[must_use]
+    pub fn writes(self) -> bool {
+        matches!(self, Self::Write | Self::Check { repair: true })
+    }
+}
+
+/// What a driver needs to open an image.
+pub struct OpenContext<'a> {
+    /// What for.
+    pub mode: OpenMode,
+    /// Runtime options by QEMU's names (`l2-cache-size`, `lazy-refcounts`, ...), already split; a driver
+    /// refuses those it does not know.
+    pub options: &'a OptionSet,
+    /// Opens files the image names.
+    pub open_file: &'a OpenFile<'a>,
+}
+
+/// What a driver needs to make an image.
+pub struct CreateRequest<'a> {
+    /// Guest bytes; already rounded up to a multiple of 512.
+    pub virtual_size_bytes: u64,
+    /// The backing file to record, if any.
+    pub backing: Option<Backing>,
+    /// The format's own options, checked against [`Driver::create_options`], defaults not filled in.
+    /// `size`, `backing_file` and `backing_fmt` are taken out.
+    pub options: &'a OptionSet,
+    /// Makes (`OpenMode::Write`: an empty or existing file is opened for writing) files the image will name.
+    pub open_file: &'a OpenFile<'a>,
+}
+
+/// The backing file as an image records it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// The name, uninterpreted.
+    pub name: String,
+    /// The recorded format, if any.
+    pub format: Option<String>,
+}
+
+/// A proof that map answers taken after it are still true: while it lives, no cluster that was mapped is
+/// given out again. Dropping it ends the claim.
+#[must_use = "map answers are only valid while the lease lives"]
+pub struct Lease<'a>(#[expect(dead_code, reason = "held for its Drop")] Option<Box<dyn LeaseGuard + 'a>>);
+
+/// What a [`Lease`] holds.
+pub trait LeaseGuard: Send {}
+
+impl<'a> Lease<'a> {
+    /// A lease on a layer whose map never gives a place to someone else.
+    pub const fn unneeded() -> Self {
+        Self(None)
+    }
+
+    /// A lease that ends when `guard` is dropped.
+    pub fn new(guard: impl LeaseGuard + 'a) -> Self {
+        Self(Some(Box::new(guard)))
+    }
+}
+
+/// One opened image file. All methods may do blocking I/O on tables unless they say otherwise; none moves
+/// guest data. Shared by many threads.
+pub trait Layer: Send + Sync + fmt::Debug {
+    /// The format.
+    fn driver(&self) -> &'static dyn Driver;
+
+    /// Guest-visible size. No I/O.
+    fn virtual_size_bytes(&self) -> u64;
+
+    /// The unit of allocation in guest bytes, where the format has one. No I/O.
+    fn cluster_size_bytes(&self) -> Option<u32>;
+
+    /// A host file of this layer. No I/O. [`HostFile::IMAGE`] always exists.
+    fn file(&self, file: HostFile) -> Option<&Arc<dyn Storage>>;
+
+    /// The backing file it names. No I/O.
+    fn backing(&self) -> Option<&Backing>;
+
+    /// Whether host holes under [`Data`](super::Place::Data) are worth asking the storage about (raw,
+    /// preallocated images).
+    fn has_sparse_data(&self) -> bool;
+
+    /// The `format-specific` object of `info`: QEMU's `type` and `data`, or `None`.
+    fn details(&self) -> Result<Option<Value>>;
+
+    /// Facts of `info` beside the details.
+    fn is_dirty(&self) -> bool {
+        false
+    }
+
+    /// Whether guest data is encrypted.
+    fn is_encrypted(&self) -> bool {
+        false
+    }
+
+    /// Pins the map; see [`Lease`]. No I/O, never blocks for long.
+    fn pin(&self) -> Lease<'_> {
+        Lease::unneeded()
+    }
+
+    /// Appends extents that together cover `guest_bytes` exactly, in order, merged where they continue
+    /// each other. The range lies inside the disk. Takes only shared locks where tables are cached.
+    fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()>;
+
+    /// The side that changes the map; `None` when opened without write access.
+    fn writer(&self) -> Option<&dyn LayerWriter>;
+
+    /// Internal snapshots, where the format has them.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
+    }
+
+    /// Audits the image and repairs what `repair` allows, telling each finding as it is met. One pass: the
+    /// caller checks again to see what repair left. Exclusive: no other call runs meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the format has no audit.
+    fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
+        let (_, _) = (repair, findings);
+        Err(Error::unsupported(
+            self.file(HostFile::IMAGE).map_or(Path::new(""), |file| file.path()),
+            format_args!("checking {} images", self.driver().name()),
+        ))
+    }
+}
+
+/// What an audit may change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repair {
+    /// Nothing.
+    Nothing,
+    /// Give leaked space back.
+    Leaks,
+    /// Leaks, and everything that is wrong.
+    All,
+}
+
+/// One line of an audit, in the reference's words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// The line, without a newline.
+    pub text: String,
+}
+
+/// The counts of an audit, as `check --output=json` names them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Errors that kept the audit from finishing.
+    pub check_errors: u64,
+    /// Found and still there.
+    pub corruptions: u64,
+    /// Clusters with a reference count too high.
+    pub leaks: u64,
+    /// Repaired.
+    pub corruptions_fixed: u64,
+    /// Repaired.
+    pub leaks_fixed: u64,
+    /// Host offset behind the last cluster in use.
+    pub image_end_offset: u64,
+    /// Clusters of the virtual disk.
+    pub total_clusters: u64,
+    /// Of them, allocated.
+    pub allocated_clusters: u64,
+    /// Of them, not following their predecessor in the file.
+    pub fragmented_clusters: u64,
+    /// Of them, compressed.
+    pub compressed_clusters: u64,
+}
+
+/// What is known of an internal snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Unique id, a decimal number in practice.
+    pub id: String,
+    /// The user's name for it.
+    pub name: String,
+    /// Size of the saved machine state.
+    pub vm_state_bytes: u64,
+    /// When it was taken: seconds and nanoseconds since 1970.
+    pub date: (u32, u32),
+    /// Guest clock, in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Guest instruction count, where recorded.
+    pub icount: Option<u64>,
+    /// Guest-visible size at that time.
+    pub virtual_size_bytes: u64,
+}
+
+/// Internal snapshots. Those that change the image need a layer opened for writing and no request in
+/// flight (the [`image`](crate::image) sees to that), and are durable when they return.
+pub trait Snapshots {
+    /// All of them, in the order of the table.
+    fn list(&self) -> Result<Vec<SnapshotInfo>>;
+
+    /// Takes one. `date` as in [`SnapshotInfo::date`].
+    fn create(&self, name: &str, date: (u32, u32)) -> Result<()>;
+
+    /// Makes the disk as it was, its size included.
+    fn apply(&self, id_or_name: &str) -> Result<()>;
+
+    /// Forgets one and gives its space back.
+    fn delete(&self, id_or_name: &str) -> Result<()>;
+
+    /// A read-only view of the disk as it was.
+    fn view(&self, id_or_name: &str) -> Result<Arc<dyn Layer>>;
+}

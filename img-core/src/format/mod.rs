@@ -1,0 +1,23 @@
+//! Formats: what a layer is, whatever its file looks like.
+//!
+//! A [`Layer`] is one opened image file. It answers questions about the map from guest bytes to host
+//! bytes ([`Layer::map_range`]) and changes that map ([`LayerWriter`]). It does not move guest data: the
+//! [`image`](crate::image) above it does. Each format is a folder here with a [`Driver`], and
+//! [`registry`] is the only place that knows their names.
+
+mod extent;
+mod layer;
+mod options;
+pub mod registry;
+mod write;
+
+pub mod qcow2;
+pub mod raw;
+
+pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
+pub use layer::{
+    Backing, CheckReport, CreateRequest, Driver, Finding, Layer, Lease, OpenContext, OpenFile, OpenMode,
+    Repair, SnapshotInfo, Snapshots,
+};
+pub use options::{OptionDescription, OptionKind, OptionSet};
+pub use write::{LayerWriter, PreparedWrite, WritePlan, WriteToken};

@@ -1,0 +1,46 @@
+//! qcow2 (QEMU docs/interop/qcow2.rst).
+
+use std::{path::Path, sync::Arc};
+
+use super::{CreateRequest, Driver, Layer, OpenContext, OptionDescription};
+use crate::{Result, storage::Storage};
+
+/// The qcow2 format.
+#[derive(Debug)]
+pub struct Qcow2;
+
+impl Driver for Qcow2 {
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn probe(&self, head: &[u8], _name: &Path) -> u8 {
+        if head.starts_with(b"QFI\xfb") { 100 } else { 0 }
+    }
+
+    fn create_options(&self) -> &'static [OptionDescription] {
+        &[]
+    }
+
+    fn create(&self, storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()> {
+        let _ = (storage, request);
+        todo!()
+    }
+
+    fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>> {
+        let _ = (storage, context);
+        todo!()
+    }
+
+    fn has_backing(&self) -> bool {
+        true
+    }
+
+    fn can_compress(&self) -> bool {
+        true
+    }
+
+    fn can_check(&self) -> bool {
+        true
+    }
+}

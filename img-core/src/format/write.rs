@@ -1,0 +1,119 @@
+//! Changing a map in two steps: prepare, move bytes, commit.
+
+use std::{fmt, ops::Range};
+
+use super::{HostFile, HostOffset};
+use crate::{Result, storage::Preallocation};
+
+/// Where prepared guest bytes will live, and what must be written there before the commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WritePlan {
+    /// The part of the request that this plan covers: a non-empty prefix.
+    pub guest_bytes: Range<u64>,
+    /// The file of the layer.
+    pub file: HostFile,
+    /// Where `guest_bytes.start` will stand.
+    pub at: HostOffset,
+    /// This many bytes before `at` must be filled with what the guest reads there now.
+    pub fill_before_bytes: u64,
+    /// This many bytes behind the written ones must be filled likewise.
+    pub fill_after_bytes: u64,
+    /// The bytes to fill read as zeroes on the host already: a fill with zeroes may be left out.
+    pub fill_is_zeroed: bool,
+}
+
+/// Names a prepared write inside its layer. Made and understood by the layer only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WriteToken(pub u64);
+
+/// A write whose place is reserved and whose bytes may be moved. [`commit`](Self::commit) makes the map
+/// point there; dropping it undoes the reservation. While it lives, other writes to the same clusters wait
+/// and the place is not given to anyone else. A thread that holds one must not prepare another write to
+/// the same clusters.
+#[must_use = "a prepared write that is dropped is undone"]
+pub struct PreparedWrite<'a> {
+    layer: &'a dyn LayerWriter,
+    token: Option<WriteToken>,
+    plan: WritePlan,
+}
+
+impl<'a> PreparedWrite<'a> {
+    /// For layers.
+    pub fn new(layer: &'a dyn LayerWriter, token: WriteToken, plan: WritePlan) -> Self {
+        Self { layer, token: Some(token), plan }
+    }
+
+    /// What to write where.
+    #[must_use]
+    pub fn plan(&self) -> &WritePlan {
+        &self.plan
+    }
+
+    /// Makes the map point at the written bytes.
+    ///
+    /// # Errors
+    /// When tables cannot be read or a rule of the format is broken; the map is then unchanged.
+    pub fn commit(mut self) -> Result<()> {
+        let token = self.token.take().expect("taken only here and in drop");
+        self.layer.commit_write(token)
+    }
+}
+
+impl Drop for PreparedWrite<'_> {
+    fn drop(&mut self) {
+        if let Some(token) = self.token.take() {
+            self.layer.abort_write(token);
+        }
+    }
+}
+
+impl fmt::Debug for PreparedWrite<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PreparedWrite").field("token", &self.token).field("plan", &self.plan).finish()
+    }
+}
+
+/// The changing side of a layer. Changes are visible to [`map_range`](super::Layer::map_range) at once and
+/// durable after [`flush`](Self::flush).
+pub trait LayerWriter: Send + Sync {
+    /// Reserves where a prefix of `guest_bytes` (not empty, inside the disk) will live. Waits while another
+    /// write to one of its clusters is between prepare and commit.
+    fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>>;
+
+    /// Reserves `stored_bytes` for the compressed form of the whole cluster that starts at `guest_offset`.
+    /// The plan's `guest_bytes` is that cluster; exactly `stored_bytes` are to be written at `at`, no fill.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) when the image cannot hold compressed clusters.
+    fn prepare_compressed(&self, guest_offset: u64, stored_bytes: u32) -> Result<PreparedWrite<'_>>;
+
+    /// Ends a prepared write; called by [`PreparedWrite::commit`].
+    fn commit_write(&self, token: WriteToken) -> Result<()>;
+
+    /// Undoes a prepared write; called when a [`PreparedWrite`] is dropped.
+    fn abort_write(&self, token: WriteToken);
+
+    /// Ranges given to [`write_zeroes`](Self::write_zeroes) and [`discard`](Self::discard) start and end on
+    /// multiples of this, or at the end of the disk. No I/O.
+    fn zero_granularity_bytes(&self) -> u64;
+
+    /// Makes an aligned range read as zeroes without moving data. With `may_unmap` its space is given back.
+    /// Returns false, having changed nothing, where the image has no way to say so (a version 2 qcow2 over
+    /// a backing file): the caller then writes zeroes.
+    fn write_zeroes(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<bool>;
+
+    /// Gives the space of an aligned range back. What it reads as afterwards is the format's choice (zeroes
+    /// here), never old data of someone else.
+    fn discard(&self, guest_bytes: Range<u64>) -> Result<()>;
+
+    /// Writes all changed metadata in its safe order and makes data and metadata durable.
+    fn flush(&self) -> Result<()>;
+
+    /// Changes the virtual size. No request is in flight. New guest bytes are unallocated, or set aside as
+    /// asked. Metadata preallocation maps them as well.
+    fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()>;
+
+    /// Last flush before the layer is dropped; afterwards the image is marked clean. No request is in
+    /// flight, and none follows.
+    fn close(&self) -> Result<()>;
+}

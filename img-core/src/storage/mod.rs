@@ -1,0 +1,144 @@
+//! Bytes of one host object.
+//!
+//! A [`Storage`] is a flat run of bytes that can be read, written, resized and flushed by position,
+//! from many threads at once. It knows nothing of disk image formats. The implementations are a
+//! regular file or block device, memory, and the crash recorder of the tests.
+
+use std::{
+    fmt,
+    io::{IoSlice, IoSliceMut},
+    ops::Range,
+    os::fd::BorrowedFd,
+    path::Path,
+};
+
+use crate::Result;
+
+/// What a flush must make durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    /// File contents, and the metadata needed to read them back (`fdatasync`).
+    Data,
+    /// Everything, time stamps included (`fsync`).
+    All,
+}
+
+/// How host space is set aside for a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preallocation {
+    /// No space is taken: the range may be a hole.
+    Off,
+    /// Space is reserved by the file system, unwritten (`fallocate`).
+    Falloc,
+    /// Zeroes are written.
+    Full,
+}
+
+/// What makes two host objects the same one, however they are named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// `st_dev`, or `st_rdev` for a block device.
+    pub device: u64,
+    /// `st_ino`, or 0 for a block device.
+    pub inode: u64,
+}
+
+/// Alignment rules and sizes of a storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Offsets and lengths of direct I/O are multiples of this; 1 when any byte will do. Callers may
+    /// ignore it: an unaligned request is served through a bounce buffer at its edges.
+    pub alignment_bytes: u32,
+    /// The unit in which the host allocates and punches holes (`st_blksize`, or the discard granularity).
+    pub block_bytes: u32,
+    /// Whether a hole can be punched or a range discarded to give space back.
+    pub can_punch: bool,
+}
+
+/// Bytes of one host object, by position. All methods may block on I/O; all may be called from many
+/// threads at once. Overlapping concurrent writes leave one or the other in each byte.
+pub trait Storage: Send + Sync + fmt::Debug {
+    /// The name used in error messages.
+    fn path(&self) -> &Path;
+
+    /// The present length.
+    fn len_bytes(&self) -> Result<u64>;
+
+    /// Fills all of `bufs` from `at` on. Bytes past the end read as zeroes.
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], at_bytes: u64) -> Result<()>;
+
+    /// Writes all of `bufs` from `at` on, growing a file where needed (a gap reads as zeroes).
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], at_bytes: u64) -> Result<()>;
+
+    /// Returns when everything written before the call is durable. A no-op in cache mode `unsafe`.
+    fn flush(&self, what: Flush) -> Result<()>;
+
+    /// Sets the length. New bytes read as zeroes and are set aside as `preallocation` says.
+    fn resize(&self, len_bytes: u64, preallocation: Preallocation) -> Result<()>;
+
+    /// Sets space aside for a range without changing what it reads as, growing the file where needed.
+    fn preallocate(&self, range_bytes: Range<u64>, preallocation: Preallocation) -> Result<()>;
+
+    /// Gives the host space of a range back; afterwards it reads as zeroes. Never changes the length.
+    fn punch_hole(&self, range_bytes: Range<u64>) -> Result<()>;
+
+    /// Makes a range read as zeroes, growing the file where needed. With `may_unmap` its space may be
+    /// given back; without, it stays allocated.
+    fn write_zeroes(&self, range_bytes: Range<u64>, may_unmap: bool) -> Result<()>;
+
+    /// The first run of allocated bytes at or after `from_bytes`, cut at the start: `None` when only
+    /// holes follow. A storage that cannot tell calls everything up to its end allocated.
+    fn next_allocated(&self, from_bytes: u64) -> Result<Option<Range<u64>>>;
+
+    /// Host space taken, as `st_blocks` counts it.
+    fn allocated_bytes(&self) -> Result<u64>;
+
+    /// The identity of the host object; `None` for memory.
+    fn identity(&self) -> Option<Identity>;
+
+    /// Alignment and hole-punching rules.
+    fn limits(&self) -> Limits;
+
+    /// Whether it was opened for writing.
+    fn is_writable(&self) -> bool;
+
+    /// The descriptor, where there is one, for copy offload between files and for a data plane.
+    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Takes up changed wishes towards other processes (QEMU's byte-range locks); see
+    /// [`lock`]. A storage without locks agrees to everything.
+    fn lock(&self, _use: lock::Use) -> Result<()> {
+        Ok(())
+    }
+
+    /// [`Self::read_vectored_at`] into one buffer.
+    fn read_at(&self, buf: &mut [u8], at_bytes: u64) -> Result<()> {
+        self.read_vectored_at(&mut [IoSliceMut::new(buf)], at_bytes)
+    }
+
+    /// [`Self::write_vectored_at`] from one buffer.
+    fn write_at(&self, buf: &[u8], at_bytes: u64) -> Result<()> {
+        self.write_vectored_at(&[IoSlice::new(buf)], at_bytes)
+    }
+}
+
+pub mod lock {
+    //! QEMU's image locking protocol: what a process does with a file, and what it lets others do.
+
+    /// How an opened file is used towards other processes.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Use {
+        /// Nothing is locked and nothing is probed (`-U`).
+        Nothing,
+        /// Metadata is looked at, data is not read (`info`): others may not resize or write.
+        Inspect,
+        /// Data is read; others may read and share, not write.
+        Read,
+        /// Data is written: exclusive.
+        Write,
+        /// The file is being created and formatted.
+        Create,
+    }
+}
