@@ -17,7 +17,8 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// `name` is its own: 0 for no, 100 for a magic number. The highest score wins.
     fn probe(&self, head: &[u8], name: &Path) -> u8;
 
-    /// The options of [`Self::create`], sorted by name.
+    /// The options of [`Self::create`], in the order in which `create` reports them. `size` is among them,
+    /// and `backing_file` and `backing_fmt` where [`Self::has_backing`].
     fn create_options(&self) -> &'static [OptionDescription];
 
     /// Makes a new image on `storage`, which is empty and writable.

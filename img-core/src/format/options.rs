@@ -24,7 +24,40 @@ pub struct OptionDescription {
     pub kind: OptionKind,
     /// One line of help.
     pub help: &'static str,
+    /// The text that counts when it is not given, where that is worth showing.
+    pub default: Option<&'static str>,
 }
+
+impl OptionDescription {
+    /// An option without a default.
+    #[must_use]
+    pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
+        Self { name, kind, help, default: None }
+    }
+
+    /// The same with a default that users are shown.
+    #[must_use]
+    pub const fn or(self, default: &'static str) -> Self {
+        Self { default: Some(default), ..self }
+    }
+}
+
+/// What can be said about the host file of a new image, whatever its format, in the order in which
+/// `create` reports it.
+pub static FILE_OPTIONS: &[OptionDescription] = &[
+    OptionDescription::new("size", OptionKind::Size, "Virtual disk size"),
+    OptionDescription::new(
+        "preallocation",
+        OptionKind::Text,
+        "Preallocation mode (allowed values: off, falloc, full)",
+    ),
+    OptionDescription::new("nocow", OptionKind::Switch, "Turn off copy-on-write (valid only on btrfs)"),
+    OptionDescription::new(
+        "extent_size_hint",
+        OptionKind::Size,
+        "Extent size hint for the image file, 0 to disable",
+    ),
+];
 
 /// Options as given: names with values still in text, in the order given; the last of a name counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

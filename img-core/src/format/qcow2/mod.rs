@@ -8,6 +8,7 @@
 mod entry;
 mod geometry;
 mod header;
+mod options;
 
 use std::{path::Path, sync::Arc};
 
@@ -28,7 +29,7 @@ impl Driver for Qcow2 {
     }
 
     fn create_options(&self) -> &'static [OptionDescription] {
-        &[]
+        options::CREATE_OPTIONS
     }
 
     fn create(&self, storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()> {

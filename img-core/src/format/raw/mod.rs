@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use super::{CreateRequest, Driver, Layer, OpenContext, OptionDescription};
+use super::{CreateRequest, Driver, Layer, OpenContext, OptionDescription, OptionKind};
 use crate::{Result, storage::Storage};
 
 /// The raw format.
@@ -19,7 +19,7 @@ impl Driver for Raw {
     }
 
     fn create_options(&self) -> &'static [OptionDescription] {
-        &[]
+        &[OptionDescription::new("size", OptionKind::Size, "Virtual disk size")]
     }
 
     fn create(&self, storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()> {
