@@ -19,7 +19,7 @@ impl Driver for Raw {
     }
 
     fn create_options(&self) -> &'static [OptionDescription] {
-        &[OptionDescription::new("size", OptionKind::Size, "Virtual disk size")]
+        const { &[OptionDescription::new("size", OptionKind::Size, "Virtual disk size")] }
     }
 
     fn create(&self, storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()> {
