@@ -133,6 +133,41 @@ pub enum Error {
         /// What went wrong.
         source: Box<Error>,
     },
+
+    /// A whole-image job had to stop. The place is what a user of the disk sees, the cause says what
+    /// happened on the host.
+    #[error("error while {step} at byte {at_bytes}: {source}")]
+    Job {
+        /// What the job was doing.
+        step: JobStep,
+        /// Which of the job's input images it was doing it to, counted from 0.
+        input: usize,
+        /// Guest offset: in that input for [`JobStep::Map`], in the output of a conversion otherwise.
+        at_bytes: u64,
+        /// What went wrong.
+        source: Box<Error>,
+    },
+}
+
+/// The steps of a whole-image job, in the reference's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobStep {
+    /// Asking where guest bytes live.
+    Map,
+    /// Reading guest bytes.
+    Read,
+    /// Writing guest bytes.
+    Write,
+}
+
+impl fmt::Display for JobStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Map => "reading block status",
+            Self::Read => "reading",
+            Self::Write => "writing",
+        })
+    }
 }
 
 impl Error {
@@ -172,7 +207,9 @@ impl Error {
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
             Self::Io { source, .. } => source.raw_os_error(),
-            Self::Open { source, .. } | Self::Backing { source, .. } => source.raw_os_error(),
+            Self::Open { source, .. } | Self::Backing { source, .. } | Self::Job { source, .. } => {
+                source.raw_os_error()
+            }
             _ => None,
         }
     }

@@ -17,4 +17,4 @@ pub mod image;
 pub mod job;
 pub mod storage;
 
-pub use error::{Error, Result};
+pub use error::{Error, JobStep, Result};

@@ -4,7 +4,7 @@ use std::{fmt, ops::Range, path::Path, sync::Arc};
 
 use serde_json::Value;
 
-use super::{Extent, HostFile, LayerWriter, OptionDescription, OptionSet};
+use super::{Codec, Extent, HostFile, LayerWriter, OptionDescription, OptionSet};
 use crate::{Error, Result, storage::Storage};
 
 /// A format: how its images are recognised, made and opened. One static value each, listed in the
@@ -133,6 +133,11 @@ pub trait Layer: Send + Sync + fmt::Debug {
 
     /// A host file of this layer. No I/O. [`HostFile::IMAGE`] always exists.
     fn file(&self, file: HostFile) -> Option<&Arc<dyn Storage>>;
+
+    /// The codec of the compressed clusters it can be given; `None` when it takes none. No I/O.
+    fn compression(&self) -> Option<Codec> {
+        None
+    }
 
     /// The backing file it names. No I/O.
     fn backing(&self) -> Option<&Backing>;

@@ -28,13 +28,25 @@ pub struct ConvertOptions {
     pub rate_bytes: Option<u64>,
 }
 
+/// What `salvage` had to give up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Salvaged {
+    /// Which source, counted from 0.
+    pub source: usize,
+    /// The sector's offset in that source, as the reference counts.
+    pub offset_bytes: u64,
+    /// [`JobStep::Read`](crate::JobStep::Read): the sector became zeroes. [`JobStep::Map`](crate::JobStep::Map):
+    /// it was read although the map could not say where it is.
+    pub step: crate::JobStep,
+}
+
 /// Copies `sources` into `target`, which is at least as big as they are together, and flushes it.
 /// `salvaged` is told of each range that could not be read.
 pub fn convert(
     sources: &[Image],
     target: &Image,
     options: &ConvertOptions,
-    salvaged: &(dyn Fn(u64, &Error) + Sync),
+    salvaged: &(dyn Fn(Salvaged, &Error) + Sync),
     progress: &dyn Progress,
 ) -> Result<()> {
     let _ = (sources, target, options, salvaged, progress);
