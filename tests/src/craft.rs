@@ -1,0 +1,1 @@
+//! Images made byte by byte.
