@@ -6,6 +6,8 @@
 //! go, `flush` the order that keeps every crash harmless, `snapshot`, `bitmap`, `create`, `check` the rest.
 
 mod entry;
+mod extension;
+mod feature;
 mod geometry;
 mod header;
 mod options;
