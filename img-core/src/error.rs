@@ -28,6 +28,24 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// A host file could not be opened.
+    #[error("Could not open '{}': {}", file.display(), os_text(source))]
+    OpenFile {
+        /// The host file.
+        file: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// A host file could not be made.
+    #[error("Could not create '{}': {}", file.display(), os_text(source))]
+    CreateFile {
+        /// The host file.
+        file: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+
     /// A structure of the image breaks its format's rules.
     #[error("{}: {structure} at byte {at_bytes:#x}: expected {expected}, found {found}", file.display())]
     Corrupt {
@@ -206,7 +224,9 @@ impl Error {
     /// The operating system's error code at the root of this error, where there is one.
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
-            Self::Io { source, .. } => source.raw_os_error(),
+            Self::Io { source, .. } | Self::OpenFile { source, .. } | Self::CreateFile { source, .. } => {
+                source.raw_os_error()
+            }
             Self::Open { source, .. } | Self::Backing { source, .. } | Self::Job { source, .. } => {
                 source.raw_os_error()
             }

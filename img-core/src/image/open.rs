@@ -6,21 +6,7 @@ use crate::{
     format::{OpenMode, OptionSet},
 };
 
-/// How the host page cache is used, by the reference's names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CacheMode {
-    /// O_DIRECT; flushes are honoured.
-    None,
-    /// Page cache; flushes are honoured.
-    #[default]
-    Writeback,
-    /// Page cache; every write is flushed.
-    Writethrough,
-    /// O_DIRECT; every write is flushed.
-    Directsync,
-    /// Page cache; flushes are ignored.
-    Unsafe,
-}
+pub use crate::storage::CacheMode;
 
 /// What an image is opened for, and how.
 #[derive(Clone, Debug)]

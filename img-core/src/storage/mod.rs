@@ -14,6 +14,57 @@ use std::{
 
 use crate::Result;
 
+mod block;
+mod file;
+pub mod lock;
+mod memory;
+mod space;
+mod transfer;
+
+pub use file::{FileOptions, FileStorage};
+pub use memory::MemoryStorage;
+
+/// How the host page cache is used, by the reference's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// O_DIRECT; flushes are honoured.
+    None,
+    /// Page cache; flushes are honoured.
+    #[default]
+    Writeback,
+    /// Page cache; every write is flushed.
+    Writethrough,
+    /// O_DIRECT; every write is flushed.
+    Directsync,
+    /// Page cache; flushes are ignored.
+    Unsafe,
+}
+
+impl CacheMode {
+    /// Whether the page cache is bypassed.
+    pub fn is_direct(self) -> bool {
+        matches!(self, Self::None | Self::Directsync)
+    }
+
+    /// Whether a write returns only when it is durable.
+    pub fn writes_through(self) -> bool {
+        matches!(self, Self::Writethrough | Self::Directsync)
+    }
+
+    /// The mode of that name (`none`, `writeback`, `writethrough`, `directsync`, `unsafe`; `off` is the
+    /// reference's old word for `none`).
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "none" | "off" => Self::None,
+            "writeback" => Self::Writeback,
+            "writethrough" => Self::Writethrough,
+            "directsync" => Self::Directsync,
+            "unsafe" => Self::Unsafe,
+            _ => return None,
+        })
+    }
+}
+
 /// What a flush must make durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flush {
@@ -121,24 +172,5 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// [`Self::write_vectored_at`] from one buffer.
     fn write_at(&self, buf: &[u8], at_bytes: u64) -> Result<()> {
         self.write_vectored_at(&[IoSlice::new(buf)], at_bytes)
-    }
-}
-
-pub mod lock {
-    //! QEMU's image locking protocol: what a process does with a file, and what it lets others do.
-
-    /// How an opened file is used towards other processes.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub enum Use {
-        /// Nothing is locked and nothing is probed (`-U`).
-        Nothing,
-        /// Metadata is looked at, data is not read (`info`): others may not resize or write.
-        Inspect,
-        /// Data is read; others may read and share, not write.
-        Read,
-        /// Data is written: exclusive.
-        Write,
-        /// The file is being created and formatted.
-        Create,
     }
 }

@@ -1,0 +1,574 @@
+//! A regular file, block device or character device of the host, opened once.
+//!
+//! [`FileOptions`] opens, [`FileStorage`] does the I/O. How space is given and taken is in `space`.
+//! The hot path is one system call an I/O: nothing here asks for the length before it reads or writes.
+
+use std::{
+    io::{IoSlice, IoSliceMut},
+    ops::Range,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, AtomicI32, Ordering},
+};
+
+use rustix::{
+    fs::{FileType, Mode, OFlags},
+    io::Errno,
+};
+
+use super::{CacheMode, Flush, Identity, Limits, Preallocation, Storage, block, space, transfer};
+use crate::{Error, Result};
+
+/// How a host file is opened. The default reads an existing file through the page cache.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FileOptions {
+    write: bool,
+    create: bool,
+    create_new: bool,
+    truncate: bool,
+    cache: CacheMode,
+}
+
+impl FileOptions {
+    /// Reading only, existing, `writeback`.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Open for writing too.
+    #[must_use]
+    pub fn write(mut self, write: bool) -> Self {
+        self.write = write;
+        self
+    }
+
+    /// Make the file when there is none; implies writing.
+    #[must_use]
+    pub fn create(mut self, create: bool) -> Self {
+        self.create = create;
+        self.write |= create;
+        self
+    }
+
+    /// Make the file, and fail when there is one; implies writing.
+    #[must_use]
+    pub fn create_new(mut self, create_new: bool) -> Self {
+        self.create_new = create_new;
+        self.write |= create_new;
+        self
+    }
+
+    /// Cut an existing regular file to nothing; implies writing. Devices are left as they are.
+    ///
+    /// Cutting happens before locks can be taken: a caller that must not hurt another process's image opens
+    /// without this, takes the lock, and then [resizes](Storage::resize) to 0.
+    #[must_use]
+    pub fn truncate(mut self, truncate: bool) -> Self {
+        self.truncate = truncate;
+        self.write |= truncate;
+        self
+    }
+
+    /// How the page cache is used.
+    #[must_use]
+    pub fn cache(mut self, cache: CacheMode) -> Self {
+        self.cache = cache;
+        self
+    }
+
+    /// Opens `path`.
+    ///
+    /// # Errors
+    /// [`Error::OpenFile`] or [`Error::CreateFile`] when the system refuses; [`Error::Invalid`] in the
+    /// reference's words for directories, pipes and sockets.
+    pub fn open(self, path: impl Into<PathBuf>) -> Result<FileStorage> {
+        let path = path.into();
+        if self.cache.is_direct() {
+            return Err(Error::unsupported(&path, "direct I/O"));
+        }
+        let creates = self.create || self.create_new;
+        let refused = |errno: Errno| {
+            let (file, source) = (path.clone(), errno.into());
+            if creates { Error::CreateFile { file, source } } else { Error::OpenFile { file, source } }
+        };
+        // NONBLOCK: opening a pipe that nobody writes to must not wait; it is refused below.
+        let mut flags = OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        flags |= if self.write { OFlags::RDWR } else { OFlags::RDONLY };
+        if self.cache.is_direct() {
+            flags |= OFlags::DIRECT;
+        }
+        if self.cache.writes_through() {
+            flags |= OFlags::DSYNC;
+        }
+        if creates {
+            flags |= OFlags::CREATE;
+        }
+        if self.create_new {
+            flags |= OFlags::EXCL;
+        }
+        if self.truncate {
+            flags |= OFlags::TRUNC;
+        }
+        let mode = Mode::from_raw_mode(0o644);
+        let fd = rustix::io::retry_on_intr(|| rustix::fs::open(&path, flags, mode)).map_err(refused)?;
+        let stat = rustix::fs::fstat(&fd).map_err(refused)?;
+        let kind = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Kind::Regular,
+            FileType::BlockDevice => Kind::Block,
+            FileType::CharacterDevice => Kind::Character,
+            _ => {
+                return Err(Error::Invalid(format!(
+                    "'file' driver requires '{}' to be a regular file",
+                    path.display()
+                )));
+            }
+        };
+        // From here on a system call may wait (and io_uring would answer EAGAIN otherwise).
+        rustix::fs::fcntl_setfl(&fd, flags & (OFlags::DIRECT | OFlags::DSYNC)).map_err(refused)?;
+        let identity = match kind {
+            Kind::Regular => Identity { device: stat.st_dev, inode: stat.st_ino },
+            Kind::Block | Kind::Character => Identity { device: stat.st_rdev, inode: 0 },
+        };
+        let block_bytes = match kind {
+            Kind::Block => block::granularity_bytes(fd.as_fd()).map_err(refused)?,
+            Kind::Regular | Kind::Character => u32::try_from(stat.st_blksize).unwrap_or(4096).max(1),
+        };
+        Ok(FileStorage {
+            path,
+            fd,
+            kind,
+            identity,
+            block_bytes,
+            writable: self.write,
+            cache: self.cache,
+            punches: AtomicBool::new(kind != Kind::Character),
+            failed_flush: AtomicI32::new(0),
+        })
+    }
+}
+
+/// What the descriptor stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Has a length that changes.
+    Regular,
+    /// Has a size that stays.
+    Block,
+    /// `/dev/null` and the like: as in the reference, a device of no bytes.
+    Character,
+}
+
+/// An open host file.
+#[derive(Debug)]
+pub struct FileStorage {
+    path: PathBuf,
+    fd: OwnedFd,
+    kind: Kind,
+    identity: Identity,
+    block_bytes: u32,
+    writable: bool,
+    cache: CacheMode,
+    /// Until the file system says that it cannot.
+    punches: AtomicBool,
+    /// The errno of the first flush that failed, else 0. The kernel reports a lost page once; what the
+    /// page cache holds afterwards is not what the disk holds, so no later flush may succeed.
+    failed_flush: AtomicI32,
+}
+
+impl FileStorage {
+    /// The cache mode that it was opened with.
+    pub fn cache(&self) -> CacheMode {
+        self.cache
+    }
+
+    fn failed(&self, operation: &'static str, at_bytes: u64) -> impl Fn(Errno) -> Error + '_ {
+        move |errno| Error::io_at(&self.path, operation, at_bytes, errno)
+    }
+
+    /// Refuses a change of `range_bytes` that is not allowed or cannot be.
+    fn check_change(&self, operation: &'static str, range_bytes: &Range<u64>) -> Result<()> {
+        if !self.writable {
+            return Err(Error::ReadOnly { file: self.path.clone() });
+        }
+        if range_bytes.end > transfer::MAX_LEN_BYTES {
+            return Err(Error::io_at(&self.path, operation, range_bytes.start, Errno::FBIG));
+        }
+        match self.kind {
+            Kind::Regular => Ok(()),
+            Kind::Block | Kind::Character => {
+                if range_bytes.end > self.len_bytes()? {
+                    return Err(Error::io_at(&self.path, operation, range_bytes.start, Errno::NOSPC));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// After a change by `fallocate`: such calls do not heed `O_DSYNC` on every file system.
+    fn settle(&self) -> Result<()> {
+        if self.cache.writes_through() { self.flush(Flush::Data) } else { Ok(()) }
+    }
+
+    fn write_zeroes_plainly(&self, range_bytes: Range<u64>) -> Result<()> {
+        transfer::write_zeroes_by(range_bytes, |bufs, at| self.write_vectored_at(bufs, at))
+    }
+
+    /// Lets a file end no earlier than `end_bytes`. Unlike `ftruncate` it can never cut off what
+    /// another thread has just appended.
+    fn grow_to(&self, end_bytes: u64) -> Result<()> {
+        if self.kind != Kind::Regular || self.len_bytes()? >= end_bytes {
+            return Ok(());
+        }
+        // `end_bytes` > the length >= 0, and the last byte is inside the range that is to read as zeroes.
+        if space::zero_range(self.fd.as_fd(), end_bytes - 1..end_bytes)
+            .map_err(self.failed("grow", end_bytes))?
+        {
+            return Ok(());
+        }
+        self.write_at(&[0], end_bytes - 1)
+    }
+
+    fn stat(&self) -> Result<rustix::fs::Stat> {
+        rustix::fs::fstat(&self.fd).map_err(|errno| Error::io(&self.path, "stat", errno))
+    }
+
+    /// Takes space for `old..len` of a file that has just grown to `len`.
+    fn fill_growth(&self, old: u64, len: u64, preallocation: Preallocation) -> Result<()> {
+        match preallocation {
+            Preallocation::Off => Ok(()),
+            Preallocation::Falloc => {
+                let reserved =
+                    space::reserve(self.fd.as_fd(), old..len).map_err(self.failed("preallocate", old))?;
+                // Without `fallocate` only writing takes space.
+                if reserved { Ok(()) } else { self.write_zeroes_plainly(old..len) }
+            }
+            Preallocation::Full => self.write_zeroes_plainly(old..len),
+        }
+    }
+}
+
+impl Storage for FileStorage {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn len_bytes(&self) -> Result<u64> {
+        match self.kind {
+            Kind::Regular => Ok(u64::try_from(self.stat()?.st_size).unwrap_or(0)),
+            Kind::Block => {
+                block::len_bytes(self.fd.as_fd()).map_err(|errno| Error::io(&self.path, "size", errno))
+            }
+            Kind::Character => Ok(0),
+        }
+    }
+
+    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], at_bytes: u64) -> Result<()> {
+        let wanted = transfer::total_mut(bufs);
+        if self.kind == Kind::Character || at_bytes >= transfer::MAX_LEN_BYTES {
+            transfer::zero_from(bufs, 0);
+            return Ok(());
+        }
+        let failed = self.failed("read", at_bytes);
+        let done = if wanted > transfer::MAX_LEN_BYTES - at_bytes {
+            let mut possible = transfer::cut_mut(bufs, 0, transfer::MAX_LEN_BYTES - at_bytes);
+            transfer::read_fully(self.fd.as_fd(), &mut possible, at_bytes, 1).map_err(failed)?
+        } else {
+            transfer::read_fully(self.fd.as_fd(), bufs, at_bytes, 1).map_err(failed)?
+        };
+        if done < wanted {
+            transfer::zero_from(bufs, done);
+        }
+        Ok(())
+    }
+
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], at_bytes: u64) -> Result<()> {
+        let end = at_bytes.saturating_add(transfer::total(bufs));
+        if end == at_bytes {
+            return Ok(());
+        }
+        if self.kind == Kind::Regular && self.writable && end <= transfer::MAX_LEN_BYTES {
+            // The hot path: nothing to ask first.
+        } else {
+            self.check_change("write", &(at_bytes..end))?;
+        }
+        transfer::write_fully(self.fd.as_fd(), bufs, at_bytes).map_err(self.failed("write", at_bytes))
+    }
+
+    fn flush(&self, what: Flush) -> Result<()> {
+        if !self.writable || self.cache == CacheMode::Unsafe || self.kind == Kind::Character {
+            return Ok(());
+        }
+        let failed = |errno: Errno| Error::io(&self.path, "flush", errno);
+        let earlier = self.failed_flush.load(Ordering::Relaxed);
+        if earlier != 0 {
+            return Err(failed(Errno::from_raw_os_error(earlier)));
+        }
+        let flushed = rustix::io::retry_on_intr(|| match what {
+            Flush::Data => rustix::fs::fdatasync(&self.fd),
+            Flush::All => rustix::fs::fsync(&self.fd),
+        });
+        flushed.map_err(|errno| {
+            self.failed_flush.store(errno.raw_os_error(), Ordering::Relaxed);
+            failed(errno)
+        })
+    }
+
+    fn resize(&self, len_bytes: u64, preallocation: Preallocation) -> Result<()> {
+        if !self.writable {
+            return Err(Error::ReadOnly { file: self.path.clone() });
+        }
+        let old = self.len_bytes()?;
+        if self.kind != Kind::Regular {
+            // The reference's words; a device may hold a shorter image than it could.
+            return if len_bytes > old {
+                Err(Error::Invalid("Cannot grow device files".into()))
+            } else {
+                Ok(())
+            };
+        }
+        if len_bytes > transfer::MAX_LEN_BYTES {
+            return Err(Error::io_at(&self.path, "resize", len_bytes, Errno::FBIG));
+        }
+        if len_bytes < old && preallocation != Preallocation::Off {
+            return Err(Error::Invalid("Preallocation can't be used for shrinking files".into()));
+        }
+        let truncate = |len| {
+            rustix::io::retry_on_intr(|| rustix::fs::ftruncate(&self.fd, len))
+                .map_err(self.failed("resize", len))
+        };
+        if len_bytes != old {
+            truncate(len_bytes)?;
+        }
+        if let Err(error) = self.fill_growth(old, len_bytes, preallocation) {
+            truncate(old)?; // what could be had is given back: a full disk stays usable
+            return Err(error);
+        }
+        self.settle()
+    }
+
+    fn preallocate(&self, range_bytes: Range<u64>, preallocation: Preallocation) -> Result<()> {
+        if range_bytes.is_empty() {
+            return Ok(());
+        }
+        self.check_change("preallocate", &range_bytes)?;
+        if self.kind != Kind::Regular {
+            return Ok(()); // a device has its space
+        }
+        let old = self.len_bytes()?;
+        let inside = range_bytes.start.min(old)..range_bytes.end.min(old);
+        if preallocation == Preallocation::Off {
+            return self.grow_to(range_bytes.end);
+        }
+        if preallocation == Preallocation::Falloc || !inside.is_empty() {
+            let wanted =
+                if preallocation == Preallocation::Full { inside.clone() } else { range_bytes.clone() };
+            let reserved = space::reserve(self.fd.as_fd(), wanted)
+                .map_err(self.failed("preallocate", range_bytes.start))?;
+            if reserved && preallocation == Preallocation::Falloc {
+                return self.settle();
+            }
+            if !reserved && !inside.is_empty() {
+                // Writing zeroes over what is there would lose it.
+                return Err(self.failed("preallocate", range_bytes.start)(Errno::OPNOTSUPP));
+            }
+        }
+        self.write_zeroes_plainly(range_bytes.start.max(old)..range_bytes.end)
+    }
+
+    fn punch_hole(&self, range_bytes: Range<u64>) -> Result<()> {
+        let range = range_bytes.start..range_bytes.end.min(self.len_bytes()?);
+        if range.is_empty() {
+            return if self.writable { Ok(()) } else { Err(Error::ReadOnly { file: self.path.clone() }) };
+        }
+        self.check_change("punch hole", &range)?;
+        let failed = self.failed("punch hole", range.start);
+        if self.punches.load(Ordering::Relaxed) {
+            let done = match self.kind {
+                Kind::Block => block::punch(self, self.fd.as_fd(), self.block_bytes, &range)?,
+                Kind::Regular | Kind::Character => {
+                    space::punch(self.fd.as_fd(), range.clone()).map_err(failed)?
+                }
+            };
+            if done {
+                return self.settle();
+            }
+            self.punches.store(false, Ordering::Relaxed);
+        }
+        self.write_zeroes(range, false)
+    }
+
+    fn write_zeroes(&self, range_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
+        if range_bytes.is_empty() {
+            return Ok(());
+        }
+        self.check_change("write zeroes", &range_bytes)?;
+        if may_unmap && self.punches.load(Ordering::Relaxed) {
+            self.punch_hole(range_bytes.clone())?;
+            return self.grow_to(range_bytes.end);
+        }
+        let done = match self.kind {
+            Kind::Block => block::zero(self, self.fd.as_fd(), self.block_bytes, &range_bytes)?,
+            Kind::Regular | Kind::Character => space::zero_range(self.fd.as_fd(), range_bytes.clone())
+                .map_err(self.failed("write zeroes", range_bytes.start))?,
+        };
+        if done { self.settle() } else { self.write_zeroes_plainly(range_bytes) }
+    }
+
+    fn next_allocated(&self, from_bytes: u64) -> Result<Option<Range<u64>>> {
+        let found = match self.kind {
+            Kind::Character => return Ok(None),
+            Kind::Block | Kind::Regular if from_bytes > transfer::MAX_LEN_BYTES => return Ok(None),
+            Kind::Block | Kind::Regular => space::next_data(self.fd.as_fd(), from_bytes),
+        };
+        match found.map_err(self.failed("find data", from_bytes))? {
+            space::Found::Data(range) => Ok(Some(range)),
+            space::Found::HolesOnly => Ok(None),
+            space::Found::CannotTell => {
+                let len = self.len_bytes()?;
+                Ok((from_bytes < len).then_some(from_bytes..len))
+            }
+        }
+    }
+
+    fn allocated_bytes(&self) -> Result<u64> {
+        // POSIX leaves the unit open; Linux counts 512-byte units whatever the block size.
+        Ok(u64::try_from(self.stat()?.st_blocks).unwrap_or(0).saturating_mul(512))
+    }
+
+    fn identity(&self) -> Option<Identity> {
+        Some(self.identity)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            alignment_bytes: 1,
+            block_bytes: self.block_bytes,
+            can_punch: self.punches.load(Ordering::Relaxed),
+        }
+    }
+
+    fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd.as_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new_file(dir: &tempfile::TempDir) -> Result<FileStorage> {
+        FileOptions::new().create_new(true).open(dir.path().join("disk"))
+    }
+
+    #[test]
+    fn bytes_past_the_end_read_as_zeroes() -> Result<()> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = new_file(&dir)?;
+        file.write_at(b"abc", 5)?;
+        let mut buf = [1; 16];
+        file.read_at(&mut buf, 0)?;
+        assert_eq!(&buf, b"\0\0\0\0\0abc\0\0\0\0\0\0\0\0");
+        for at in [8, 1 << 40, transfer::MAX_LEN_BYTES - 3, u64::MAX] {
+            buf.fill(1);
+            file.read_at(&mut buf, at)?;
+            assert_eq!(buf, [0; 16], "at {at}");
+        }
+        assert!(file.write_at(b"abc", transfer::MAX_LEN_BYTES - 1).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn more_slices_than_a_call_takes_are_transferred() -> Result<()> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = new_file(&dir)?;
+        let bytes: Vec<u8> = (0..3000u32).map(|i| (i % 251) as u8).collect();
+        let bufs: Vec<_> = bytes.chunks(1).map(IoSlice::new).collect();
+        file.write_vectored_at(&bufs, 10)?;
+        let mut back = vec![0; 3100];
+        let mut bufs: Vec<_> = back.chunks_mut(1).map(IoSliceMut::new).collect();
+        file.read_vectored_at(&mut bufs, 10)?;
+        assert_eq!(&back[..3000], &bytes[..]);
+        assert_eq!(back[3000..], [0; 100]);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_in_the_reference_s_words() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let error = FileOptions::new().open(dir.path()).expect_err("a directory");
+        assert_eq!(
+            error.to_string(),
+            format!("'file' driver requires '{}' to be a regular file", dir.path().display())
+        );
+        let missing = dir.path().join("none");
+        let error = FileOptions::new().open(&missing).expect_err("nothing there");
+        assert_eq!(
+            error.to_string(),
+            format!("Could not open '{}': No such file or directory", missing.display())
+        );
+        let pipe = dir.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+            .expect("a pipe");
+        for write in [false, true] {
+            let error = FileOptions::new().write(write).open(&pipe).expect_err("a pipe");
+            assert!(error.to_string().contains("to be a regular file"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_null_device_has_no_bytes() -> Result<()> {
+        let null = FileOptions::new().write(true).open("/dev/null")?;
+        assert_eq!(null.len_bytes()?, 0);
+        let error = null.resize(1, Preallocation::Off).expect_err("it cannot grow");
+        assert_eq!(error.to_string(), "Cannot grow device files");
+        assert!(null.write_at(b"x", 0).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_read_only_file_refuses_every_change() -> Result<()> {
+        let dir = tempfile::tempdir().expect("a directory");
+        new_file(&dir)?.write_at(&[1; 8192], 0)?;
+        let file = FileOptions::new().open(dir.path().join("disk"))?;
+        let refusals = [
+            file.write_at(b"x", 0),
+            file.punch_hole(0..4096),
+            file.write_zeroes(0..4096, true),
+            file.resize(1, Preallocation::Off),
+            file.preallocate(0..1, Preallocation::Falloc),
+        ];
+        for refusal in refusals {
+            assert!(matches!(refusal, Err(Error::ReadOnly { .. })), "{refusal:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn space_is_given_and_taken() -> Result<()> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = new_file(&dir)?;
+        file.resize(1 << 20, Preallocation::Falloc)?;
+        assert!(file.allocated_bytes()? >= 1 << 20);
+        file.write_at(&[7; 1 << 16], 0)?;
+        file.punch_hole(0..1 << 20)?;
+        assert_eq!((file.len_bytes()?, file.allocated_bytes()?), (1 << 20, 0));
+        assert_eq!(file.next_allocated(0)?, None);
+        file.write_at(&[7; 4096], 1 << 16)?;
+        assert_eq!(file.next_allocated(0)?, Some(1 << 16..(1 << 16) + 4096));
+        assert_eq!(file.next_allocated((1 << 16) + 5)?, Some((1 << 16) + 5..(1 << 16) + 4096));
+        file.write_zeroes((1 << 20) - 10..(1 << 20) + 10, true)?;
+        assert_eq!(file.len_bytes()?, (1 << 20) + 10);
+        file.preallocate(0..2 << 20, Preallocation::Full)?;
+        assert_eq!(file.len_bytes()?, 2 << 20);
+        assert!(file.allocated_bytes()? >= 2 << 20);
+        let mut buf = [0; 4096];
+        file.read_at(&mut buf, 1 << 16)?;
+        assert_eq!(buf, [7; 4096]);
+        Ok(())
+    }
+}
