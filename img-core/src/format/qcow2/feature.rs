@@ -155,6 +155,9 @@ mod tests {
     fn a_name_for_bit_64_and_above_names_nothing() {
         let mut table = vec![INCOMPATIBLE, 200];
         table.resize(ENTRY_BYTES, b'n');
-        assert_eq!(unsupported(&parse_names(&table), 1 << 8), "Unsupported qcow2 feature(s): Unknown incompatible feature: 100");
+        assert_eq!(
+            unsupported(&parse_names(&table), 1 << 8),
+            "Unsupported qcow2 feature(s): Unknown incompatible feature: 100"
+        );
     }
 }

@@ -388,8 +388,7 @@ impl Header {
     pub(super) fn encode(&self) -> Result<Vec<u8>> {
         let cluster_bytes = usize::try_from(self.geometry.cluster_bytes()).expect("at most 2 MiB");
         let old = self.geometry.version < 3;
-        let field_bytes =
-            if old { VERSION_2_BYTES } else { HEADER_BYTES + self.unknown_fields.len() };
+        let field_bytes = if old { VERSION_2_BYTES } else { HEADER_BYTES + self.unknown_fields.len() };
         let area = self.encode_extensions(cluster_bytes.saturating_sub(field_bytes));
         let name = self.backing.as_ref().map_or("", |backing| &backing.name);
         let name_at = field_bytes + area.len();
@@ -452,7 +451,8 @@ impl Header {
         if let Some(pointer) = self.encryption {
             area.push(kind::ENCRYPTION, &pointer.encode());
         }
-        if self.geometry.version >= 3 && room_bytes.saturating_sub(area.len()) >= FEATURE_TABLE_MIN_ROOM_BYTES {
+        if self.geometry.version >= 3 && room_bytes.saturating_sub(area.len()) >= FEATURE_TABLE_MIN_ROOM_BYTES
+        {
             area.push(kind::FEATURE_NAMES, &feature::encode_names(&self.feature_names));
         }
         if let Some(bitmaps) = self.bitmaps {

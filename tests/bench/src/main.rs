@@ -1,0 +1,160 @@
+//! `img-bench`: pairs `img` with the installed qemu-img on the same inputs and prints ratios.
+//!
+//! Each row runs both tools by turns, with the inputs in the page cache and earlier output written back
+//! first, and reports the medians. A row whose output does not read like its input is an error, not a
+//! figure.
+
+mod inputs;
+mod measure;
+mod rows;
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
+
+use clap::Parser;
+
+use inputs::Inputs;
+use measure::Cost;
+use rows::{ROWS, Row};
+
+/// Compare the speed of img with that of qemu-img.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Where inputs are made and outputs go; wants 40 GiB of apparent, 12 GiB of real space.
+    #[arg(long, default_value = "target/bench")]
+    dir: PathBuf,
+    /// Small inputs, for a quick look; figures in documents are made without it.
+    #[arg(long)]
+    quick: bool,
+    /// Measured runs of each tool in each row; the median counts.
+    #[arg(long, default_value_t = 3)]
+    runs: usize,
+    /// Only rows whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// The program to measure.
+    #[arg(long, default_value = "target/release/img")]
+    img: PathBuf,
+    /// The program it is compared with.
+    #[arg(long, default_value = "/usr/bin/qemu-img")]
+    reference: PathBuf,
+}
+
+#[expect(clippy::print_stderr, reason = "progress of a program for the terminal")]
+fn say(text: &str) {
+    eprintln!("{text}");
+}
+
+#[expect(clippy::print_stdout, reason = "the table is the program's output")]
+fn print(text: &str) {
+    println!("{text}");
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("img-bench: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> io::Result<()> {
+    let scale = if arguments.quick { inputs::QUICK } else { inputs::FULL };
+    let inputs = Inputs::new(&arguments.dir, scale, &arguments.reference)?;
+    let tools = [fs::canonicalize(&arguments.img)?, fs::canonicalize(&arguments.reference)?];
+    print(
+        "| operation | CPU s, img | qemu-img | ratio (target) | wall s, img | qemu-img | ratio (target) | peak MiB, img | qemu-img |",
+    );
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |");
+    for row in ROWS.iter().filter(|row| arguments.only.as_ref().is_none_or(|text| row.name.contains(text))) {
+        for name in row.needs {
+            inputs.need(name)?;
+        }
+        let mut costs = [Vec::new(), Vec::new()];
+        for _ in 0..arguments.runs {
+            for (tool, costs) in tools.iter().zip(&mut costs) {
+                costs.push(measure_row(row, &inputs, tool, &tools[1])?);
+            }
+        }
+        print(&line(row, measure::median(&costs[0]), measure::median(&costs[1])));
+    }
+    Ok(())
+}
+
+/// One measured run of `row` with `tool`.
+fn measure_row(row: &Row, inputs: &Inputs, tool: &Path, reference: &Path) -> io::Result<Cost> {
+    let output = inputs.path("output");
+    match fs::remove_file(&output) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    if let Some(name) = row.copy {
+        copy_sparse(&inputs.path(name), &output)?;
+    }
+    for words in row.before {
+        measure::run(&mut command(reference, words, inputs))?;
+    }
+    for name in row.needs.iter().filter(|name| !name.starts_with("huge")) {
+        io::copy(&mut fs::File::open(inputs.path(name))?, &mut io::sink())?;
+    }
+    // What earlier runs left to write back would be charged to whoever comes next.
+    rustix::fs::sync();
+    let mut cost = Cost::default();
+    for _ in 0..row.times {
+        for words in row.commands {
+            cost = cost.then(measure::run(&mut command(tool, words, inputs))?);
+        }
+    }
+    if let Some(name) = row.same_as {
+        let words = format!("compare {name} {{o}}");
+        measure::run(&mut command(reference, &words, inputs))?;
+    }
+    Ok(cost)
+}
+
+fn command(tool: &Path, words: &str, inputs: &Inputs) -> Command {
+    let mut command = Command::new(tool);
+    command.current_dir(&inputs.dir);
+    for word in words.split(' ') {
+        command.arg(match word {
+            "{o}" => "output".to_owned(),
+            "{huge}" => inputs.scale.huge_bytes.to_string(),
+            word => word.to_owned(),
+        });
+    }
+    command
+}
+
+/// `cp --sparse=always`, which keeps holes as holes.
+fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    let status = Command::new("cp").arg("--sparse=always").arg(from).arg(to).status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(format!("cp {}: {status}", from.display()))) }
+}
+
+fn line(row: &Row, ours: Cost, reference: Cost) -> String {
+    let (cpu, wall) = (
+        ours.cpu.as_secs_f64() / reference.cpu.as_secs_f64(),
+        ours.wall.as_secs_f64() / reference.wall.as_secs_f64(),
+    );
+    let mark = |ratio: f64, target: f64| {
+        let reached = if ratio <= target { "" } else { " ✗" };
+        format!("{ratio:.2} ({target}){reached}")
+    };
+    format!(
+        "| {} | {:.3} | {:.3} | {} | {:.3} | {:.3} | {} | {} | {} |",
+        row.name,
+        ours.cpu.as_secs_f64(),
+        reference.cpu.as_secs_f64(),
+        mark(cpu, row.target.0),
+        ours.wall.as_secs_f64(),
+        reference.wall.as_secs_f64(),
+        mark(wall, row.target.1),
+        ours.peak_kib.div_ceil(1024),
+        reference.peak_kib.div_ceil(1024),
+    )
+}
