@@ -16,7 +16,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{CacheMode, Flush, Identity, Limits, Preallocation, Storage, block, space, transfer};
+use super::{CacheMode, Flush, Identity, Limits, Preallocation, Storage, block, lock, space, transfer};
 use crate::{Error, Result};
 
 /// How a host file is opened. The default reads an existing file through the page cache.
@@ -144,6 +144,7 @@ impl FileOptions {
             cache: self.cache,
             punches: AtomicBool::new(kind != Kind::Character),
             failed_flush: AtomicI32::new(0),
+            locks: lock::Locks::default(),
         })
     }
 }
@@ -174,6 +175,7 @@ pub struct FileStorage {
     /// The errno of the first flush that failed, else 0. The kernel reports a lost page once; what the
     /// page cache holds afterwards is not what the disk holds, so no later flush may succeed.
     failed_flush: AtomicI32,
+    locks: lock::Locks,
 }
 
 impl FileStorage {
@@ -454,6 +456,10 @@ impl Storage for FileStorage {
 
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.fd.as_fd())
+    }
+
+    fn lock(&self, wanted: lock::Use) -> Result<()> {
+        self.locks.change(self.fd.as_fd(), &self.path, wanted)
     }
 }
 

@@ -19,6 +19,7 @@ mod file;
 pub mod lock;
 mod memory;
 mod space;
+mod sys;
 mod transfer;
 
 pub use file::{FileOptions, FileStorage};
