@@ -1,2 +1,137 @@
 //! `img`: make, inspect, convert and check disk images.
-fn main() {}
+//!
+//! The way of a command line: [`getopt`] brings it into a plain form, [`cli`] (clap's definitions) gives it
+//! types, one file in [`command`] runs it. [`context`] and [`output`] carry what is printed, [`error`] how
+//! it fails.
+
+mod args;
+mod cli;
+mod command;
+mod context;
+mod created;
+mod error;
+mod getopt;
+mod names;
+mod option_list;
+mod output;
+mod progress;
+mod qdict;
+mod size;
+mod snapshot_param;
+mod snapshot_table;
+mod trace;
+
+use std::{env, process::ExitCode};
+
+use clap::FromArgMatches as _;
+
+use crate::{cli::Cli, context::Context, error::Failure, output::Out, output::complain};
+
+fn main() -> ExitCode {
+    let mut words = Vec::new();
+    for word in env::args_os() {
+        match word.into_string() {
+            Ok(word) => words.push(word),
+            Err(word) => {
+                complain(format_args!("img: argument is not UTF-8: {}", word.display()));
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    let called_as = if words.is_empty() { "img".to_owned() } else { words.remove(0) };
+    let out = match Out::stdout() {
+        Ok(out) => out,
+        Err(error) => {
+            complain(format_args!("{called_as}: standard output: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let context = Context::new(called_as, out);
+    let code = run(&words, &context);
+    if let Err(error) = context.out.finish() {
+        context.error(&format!("could not write the output: {}", error::os_text(&error)));
+        return ExitCode::FAILURE;
+    }
+    ExitCode::from(code)
+}
+
+/// Runs the command line, tells why it failed, and returns the exit code.
+fn run(words: &[String], context: &Context) -> u8 {
+    let mut definitions = cli::command();
+    let head = match getopt::read(&definitions, words, true) {
+        Ok(head) => head,
+        Err(text) => {
+            context.report_usage(None, &text);
+            return 1;
+        }
+    };
+    if head.options.iter().any(|option| option == "--version") {
+        context.out.print(version(context));
+        return 0;
+    }
+    if head.help {
+        context.out.print(definitions.render_long_help());
+        return 0;
+    }
+    let traces = head.options.iter().filter_map(|option| option.strip_prefix("--trace="));
+    for trace in traces {
+        if let Err(failure) = trace::accept(trace, context) {
+            context.report(None, &failure);
+            return failure.code;
+        }
+    }
+    let Some((command, words)) = head.operands.split_first() else {
+        context.report(None, &Failure::usage("Not enough arguments"));
+        return 1;
+    };
+    if cli::MISSING_COMMANDS.contains(&command.as_str()) {
+        context.error(&format!("The command '{command}' is not supported yet"));
+        return 1;
+    }
+    let Some(definition) = definitions.find_subcommand_mut(command) else {
+        context.report(None, &Failure::usage(format!("Command not found: {command}")));
+        return 1;
+    };
+    let plain = match getopt::read(definition, words, false) {
+        Ok(plain) => plain,
+        Err(text) => {
+            context.report_usage(Some(command), &text);
+            return 1;
+        }
+    };
+    if plain.help {
+        context.out.print(definition.render_long_help());
+        return 0;
+    }
+    let parsed = parse(definitions, command, plain);
+    match parsed.and_then(|cli| cli.command.run(context)) {
+        Ok(code) => code,
+        Err(failure) => {
+            context.report(Some(command), &failure);
+            failure.code
+        }
+    }
+}
+
+/// Gives the plain command line its types.
+fn parse(definitions: clap::Command, command: &str, plain: getopt::Plain) -> Result<Cli, Failure> {
+    let words = ["img".to_owned(), command.to_owned()]
+        .into_iter()
+        .chain(plain.options)
+        .chain(["--".to_owned()])
+        .chain(plain.operands);
+    definitions
+        .try_get_matches_from(words)
+        .and_then(|matches| Cli::from_arg_matches(&matches))
+        .map_err(|error| Failure::usage(error.to_string().trim_end().to_owned()))
+}
+
+/// What `--version` prints. Scripts look for the reference's number behind its name.
+fn version(context: &Context) -> String {
+    let own = env!("CARGO_PKG_VERSION");
+    if context.is_reference() {
+        format!("qemu-img version 10.0.2 (img {own})\n")
+    } else {
+        format!("img {own} (compatible with qemu-img 10.0.2)\n")
+    }
+}

@@ -1,0 +1,292 @@
+//! Options that several commands share, and opening images by them.
+
+use clap::ValueHint;
+use img_core::{
+    format::{OpenMode, OptionSet, registry},
+    image::{CacheMode, Image, ImageName, OpenOptions},
+};
+
+use crate::{
+    context::Context,
+    error::{Failure, words},
+    output::complain,
+};
+
+/// How the images on the command line are named.
+#[derive(Debug, clap::Args)]
+pub(crate) struct FormatArgs {
+    /// The format of the image; found by looking at it when absent
+    #[arg(short = 'f', long, value_name = "FMT")]
+    pub(crate) format: Option<String>,
+
+    /// Take file names as full descriptions: driver=qcow2,file.filename=NAME,...
+    #[arg(long)]
+    pub(crate) image_opts: bool,
+}
+
+impl FormatArgs {
+    /// # Errors
+    /// When both are given.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        exclusive(self.image_opts, self.format.is_some())
+    }
+}
+
+/// # Errors
+/// When an image is described in full and has its format named beside.
+pub(crate) fn exclusive(image_opts: bool, format: bool) -> Result<(), Failure> {
+    if image_opts && format {
+        return Err(Failure::new("--image-opts and --format are mutually exclusive"));
+    }
+    Ok(())
+}
+
+/// Objects that images may refer to.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ObjectArgs {
+    /// An object that images refer to by id: secret,id=ID,data=TEXT
+    #[arg(long, value_name = "OBJDEF")]
+    pub(crate) object: Vec<String>,
+}
+
+impl ObjectArgs {
+    /// # Errors
+    /// For an object of unknown kind or without an id.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        for object in &self.object {
+            let kind = object.split(',').next().unwrap_or_default();
+            let kind = kind.strip_prefix("qom-type=").unwrap_or(kind);
+            if kind != "secret" {
+                return Err(Failure::new(format!("Parameter 'qom-type' does not accept value '{kind}'")));
+            }
+            if !object.split(',').any(|part| part.strip_prefix("id=").is_some_and(|id| !id.is_empty())) {
+                return Err(Failure::new("Parameter 'id' is missing"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sharing with running guests.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ShareArgs {
+    /// Open the image even while another process writes to it
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+}
+
+/// How a report is laid out.
+#[derive(Debug, clap::Args)]
+pub(crate) struct OutputArgs {
+    /// The layout of the report: human or json
+    #[arg(long, value_name = "LAYOUT", hide_possible_values = true)]
+    output: Option<String>,
+}
+
+/// See [`OutputArgs`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    Human,
+    Json,
+}
+
+impl OutputArgs {
+    /// # Errors
+    /// When it is neither.
+    pub(crate) fn layout(&self) -> Result<Layout, Failure> {
+        match self.output.as_deref() {
+            None | Some("human") => Ok(Layout::Human),
+            Some("json") => Ok(Layout::Json),
+            Some(other) => Err(Failure::usage(format!("--output expects 'human' or 'json' not '{other}'"))),
+        }
+    }
+}
+
+/// The one image that a command works on.
+#[derive(Debug, clap::Args)]
+pub(crate) struct FileArg {
+    /// The image
+    #[arg(value_name = "FILENAME", value_hint = ValueHint::FilePath)]
+    files: Vec<String>,
+}
+
+impl FileArg {
+    /// # Errors
+    /// When there is none, or more than one.
+    pub(crate) fn one(&self) -> Result<&str, Failure> {
+        match self.files.as_slice() {
+            [file] => Ok(file),
+            _ => Err(Failure::usage("Expecting one image file name")),
+        }
+    }
+}
+
+/// Formats and protocols that the reference knows by name and this build does not.
+const MISSING_FORMATS: &[&str] = &[
+    "blkdebug",
+    "blklogwrites",
+    "blkverify",
+    "bochs",
+    "cloop",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "dmg",
+    "file",
+    "ftp",
+    "ftps",
+    "gluster",
+    "host_cdrom",
+    "host_device",
+    "http",
+    "https",
+    "iscsi",
+    "iser",
+    "luks",
+    "nbd",
+    "nfs",
+    "null-aio",
+    "null-co",
+    "nvme",
+    "parallels",
+    "preallocate",
+    "qcow",
+    "qed",
+    "quorum",
+    "rbd",
+    "replication",
+    "snapshot-access",
+    "ssh",
+    "throttle",
+    "vdi",
+    "vhdx",
+    "vmdk",
+    "vpc",
+    "vvfat",
+];
+
+/// Whether `name` is a format that exists, but not here.
+pub(crate) fn is_missing_format(name: &str) -> bool {
+    MISSING_FORMATS.contains(&name)
+}
+
+/// What a format of that name that is not here is refused with.
+pub(crate) fn missing_format(name: &str) -> String {
+    format!("The format '{name}' is not supported yet")
+}
+
+/// A `-t` or `-T` value.
+pub(crate) fn cache_mode(text: &str) -> Option<CacheMode> {
+    match text {
+        "none" | "off" => Some(CacheMode::None),
+        "writeback" => Some(CacheMode::Writeback),
+        "writethrough" => Some(CacheMode::Writethrough),
+        "directsync" => Some(CacheMode::Directsync),
+        "unsafe" => Some(CacheMode::Unsafe),
+        _ => None,
+    }
+}
+
+/// # Errors
+/// When `text` is no cache mode.
+pub(crate) fn source_cache(text: Option<&str>) -> Result<CacheMode, Failure> {
+    match text {
+        None => Ok(CacheMode::Writeback),
+        Some(text) => {
+            cache_mode(text).ok_or_else(|| Failure::new(format!("Invalid source cache option: {text}")))
+        }
+    }
+}
+
+/// An image to open.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Opening<'a> {
+    /// As on the command line.
+    pub(crate) name: &'a str,
+    /// Whether `name` is a full description.
+    pub(crate) image_opts: bool,
+    /// The format, when it is named.
+    pub(crate) format: Option<&'a str>,
+    /// What for.
+    pub(crate) mode: OpenMode,
+    /// Its cache mode.
+    pub(crate) cache: CacheMode,
+    /// Whether locks are left alone.
+    pub(crate) force_share: bool,
+    /// Whether the backing chain is opened too.
+    pub(crate) backing: bool,
+}
+
+impl<'a> Opening<'a> {
+    /// The image called `name`, with its chain, in the default cache mode.
+    pub(crate) fn new(name: &'a str, formats: &'a FormatArgs, mode: OpenMode) -> Self {
+        Self {
+            name,
+            image_opts: formats.image_opts,
+            format: formats.format.as_deref(),
+            mode,
+            cache: CacheMode::Writeback,
+            force_share: false,
+            backing: true,
+        }
+    }
+
+    /// The name in the library's terms.
+    pub(crate) fn image_name(&self) -> Result<ImageName, Failure> {
+        let name =
+            if self.image_opts { ImageName::parse_options(self.name) } else { ImageName::parse(self.name) };
+        name.map_err(|error| Failure::open(self.name, &error))
+    }
+
+    /// The rest in the library's terms.
+    pub(crate) fn options(&self) -> Result<OpenOptions, Failure> {
+        let refuse = |why: String| Err(Failure::new(format!("Could not open '{}': {why}", self.name)));
+        if self.force_share && self.mode.writes() {
+            return refuse("force-share=on can only be used with read-only images".to_owned());
+        }
+        match self.format {
+            Some(format) if registry::by_name(format).is_none() && is_missing_format(format) => {
+                refuse(missing_format(format))
+            }
+            Some(format) if registry::by_name(format).is_none() => {
+                refuse(format!("Unknown driver '{format}'"))
+            }
+            _ => Ok(OpenOptions {
+                mode: self.mode,
+                format: self.format.map(str::to_owned),
+                cache: self.cache,
+                force_share: self.force_share,
+                backing: self.backing,
+                options: OptionSet::new(),
+            }),
+        }
+    }
+
+    /// Opens it, printing what is worth a warning.
+    pub(crate) fn open(&self, context: &Context) -> Result<Image, Failure> {
+        let name = self.image_name()?;
+        let image = Image::open(&name, &self.options()?).map_err(|error| Failure::open(self.name, &error))?;
+        print_warnings(&image, context);
+        Ok(image)
+    }
+}
+
+/// Prints what was noticed when `image` was opened.
+pub(crate) fn print_warnings(image: &Image, context: &Context) {
+    for warning in image.warnings() {
+        // The one about guessing raw is older than the reference's rule for warnings.
+        if warning.text.starts_with("Image format was not specified") {
+            complain(format_args!("WARNING: {}", warning.text));
+        } else {
+            context.warning(&warning.text);
+        }
+        for hint in &warning.hints {
+            complain(hint);
+        }
+    }
+}
+
+/// The reference's `NAME: why` for errors while making an image.
+pub(crate) fn about(name: &str, error: &img_core::Error) -> Failure {
+    Failure::new(format!("{name}: {}", words(error)))
+}

@@ -1,0 +1,127 @@
+//! `img compare`: do two images read the same?
+
+use clap::ValueHint;
+use img_core::{
+    format::OpenMode,
+    image::{CacheMode, Image},
+    job::compare::{CompareOptions, Comparison, compare},
+};
+
+use crate::{
+    args::{ObjectArgs, Opening, ShareArgs, exclusive, source_cache},
+    context::Context,
+    error::{Failure, Outcome},
+    progress::{Reporter, Style},
+};
+
+/// The exit code when an image cannot be opened, or the command line makes no sense.
+const TROUBLE: u8 = 2;
+/// The exit code when an image cannot be read.
+const UNREADABLE: u8 = 4;
+
+/// Tell whether two images have the same contents
+///
+/// Exit codes: 0 the same, 1 different, 2 an image could not be opened, 3 and 4 one could not be read.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Print nothing: the exit code is the answer
+    #[arg(short, long)]
+    quiet: bool,
+
+    /// Show how far it is
+    #[arg(short, long)]
+    progress: bool,
+
+    /// The format of the first image; found by looking at it when absent
+    #[arg(short = 'f', long, value_name = "FMT")]
+    a_format: Option<String>,
+
+    /// The format of the second image
+    #[arg(short = 'F', long, value_name = "FMT")]
+    b_format: Option<String>,
+
+    /// Take file names as full descriptions: driver=qcow2,file.filename=NAME,...
+    #[arg(long)]
+    image_opts: bool,
+
+    /// Sizes and allocation must agree too
+    #[arg(short, long)]
+    strict: bool,
+
+    /// Cache mode: none, writeback, writethrough, directsync or unsafe
+    #[arg(short = 'T', long, value_name = "CACHE")]
+    cache: Option<String>,
+
+    #[command(flatten)]
+    share: ShareArgs,
+    #[command(flatten)]
+    objects: ObjectArgs,
+
+    /// The two images
+    #[arg(value_name = "FILENAME", value_hint = ValueHint::FilePath)]
+    files: Vec<String>,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
+    args.objects.check()?;
+    let [a, b] = args.files.as_slice() else {
+        return Err(Failure::usage("Expecting two image file names"));
+    };
+    exclusive(args.image_opts, args.a_format.is_some() || args.b_format.is_some())
+        .map_err(|failure| failure.with_code(TROUBLE))?;
+    let style = match (args.progress, args.quiet) {
+        (true, false) => Style::Percent,
+        _ => Style::Hidden,
+    };
+    let cache = source_cache(args.cache.as_deref()).map_err(|failure| failure.with_code(TROUBLE))?;
+    let reporter = Reporter::start(style, 2.0, context)?;
+    let outcome = run_compare(args, cache, a, b, &reporter, context);
+    reporter.finish();
+    outcome.map_err(|failure| reporter.interrupted().unwrap_or(failure))
+}
+
+fn run_compare(
+    args: &Args,
+    cache: CacheMode,
+    a: &str,
+    b: &str,
+    reporter: &Reporter,
+    context: &Context,
+) -> Outcome {
+    let open = |name, format: &Option<String>| -> Result<Image, Failure> {
+        let opening = Opening {
+            name,
+            image_opts: args.image_opts,
+            format: format.as_deref(),
+            mode: OpenMode::Read,
+            cache,
+            force_share: args.share.force_share,
+            backing: true,
+        };
+        opening.open(context).map_err(|failure| failure.with_code(TROUBLE))
+    };
+    let images = [open(a, &args.a_format)?, open(b, &args.b_format)?];
+    let say = |text: &str| {
+        if !args.quiet {
+            context.out.line(text);
+        }
+    };
+    let options = CompareOptions { strict: args.strict };
+    let mut size_warning = || say("Warning: Image size mismatch!");
+    let answer = compare([&images[0], &images[1]], options, &mut size_warning, reporter)
+        .map_err(|error| Failure::from(&error).with_code(UNREADABLE))?;
+    match answer {
+        Comparison::Identical => {
+            reporter.complete();
+            say("Images are identical.");
+            return Ok(0);
+        }
+        Comparison::ContentDiffers(at) => say(&format!("Content mismatch at offset {at}!")),
+        Comparison::AllocationDiffers(at) => {
+            say(&format!("Strict mode: Offset {at} block status mismatch!"));
+        }
+        Comparison::SizeDiffers => say("Strict mode: Image size mismatch!"),
+    }
+    Ok(1)
+}

@@ -1,0 +1,485 @@
+//! `img convert`: copy disks into a new image, or into one that exists.
+
+use clap::ValueHint;
+use img_core::{
+    Error, JobStep,
+    format::{OpenMode, OptionSet},
+    image::{CacheMode, Image},
+    job::convert::{ConvertOptions, convert},
+};
+
+use crate::{
+    args::{ObjectArgs, Opening, ShareArgs, cache_mode, exclusive, print_warnings, source_cache},
+    command::create,
+    context::Context,
+    created::Created,
+    error::{Failure, Outcome, reason},
+    names, option_list,
+    progress::{Reporter, Style},
+    size, snapshot_param,
+};
+
+/// Copy images, one behind the other, into a new image
+///
+/// A run that fails or is interrupted removes the files it made. A target that existed before is kept, with
+/// whatever was written to it until then: the reference truncates it at the start, and so does this.
+#[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
+pub(crate) struct Args {
+    /// Print nothing
+    #[arg(short, long)]
+    quiet: bool,
+
+    #[command(flatten)]
+    objects: ObjectArgs,
+
+    /// Take source names as full descriptions: driver=qcow2,file.filename=NAME,...
+    #[arg(long, alias = "image-opts")]
+    source_image_opts: bool,
+
+    /// The format of the sources; found by looking at them when absent
+    #[arg(short = 'f', long, value_name = "SRC_FMT")]
+    source_format: Option<String>,
+
+    /// Cache mode of the sources: none, writeback, writethrough, directsync or unsafe
+    #[arg(short = 'T', long, value_name = "SRC_CACHE")]
+    source_cache: Option<String>,
+
+    /// Copy the disk as it was at a snapshot: ID_OR_NAME, snapshot.id=ID or snapshot.name=NAME
+    #[arg(short = 'l', long, value_name = "SNAPSHOT", alias = "source-snapshot")]
+    snapshot: Option<String>,
+
+    /// Show how far it is: as one line that is overwritten, or, with =json, as one JSON object a line:
+    /// event ("progress" or "finished"), done and total (bytes), percent, elapsed_ms
+    #[arg(short, long, value_name = "STYLE", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "line")]
+    progress: Option<String>,
+
+    /// The format of the target
+    #[arg(short = 'O', long, value_name = "TGT_FMT", alias = "target-format")]
+    output_format: Option<String>,
+
+    /// Take the target's name as a full description; needs -n
+    #[arg(long)]
+    target_image_opts: bool,
+
+    /// Options of the target's format: NAME=VALUE,...; "help" lists them
+    #[arg(short = 'o', long, value_name = "TGT_OPTS", alias = "target-options")]
+    options: Vec<String>,
+
+    /// Compress the target's data
+    #[arg(short, long)]
+    compress: bool,
+
+    /// How hard to compress, by the numbers of the method: zlib 1 to 12, zstd 1 to 22
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    level: Option<String>,
+
+    /// Cache mode of the target
+    #[arg(short = 't', long, value_name = "TGT_CACHE", alias = "target-cache")]
+    output_cache: Option<String>,
+
+    /// Record this image as the one below the target
+    #[arg(short = 'B', long, value_name = "BACKING_FILENAME", value_hint = ValueHint::FilePath)]
+    backing: Option<String>,
+
+    /// The format of the image below
+    #[arg(short = 'F', long, value_name = "BACKING_FMT")]
+    backing_format: Option<String>,
+
+    /// The target exists: write into it
+    #[arg(short = 'n', long)]
+    no_create: bool,
+
+    /// The target, which exists, reads as zeroes
+    #[arg(long)]
+    target_is_zero: bool,
+
+    /// Zeroes over at least this many bytes become holes; 0 writes everything
+    #[arg(short = 'S', long, value_name = "BYTES")]
+    sparse_size: Option<String>,
+
+    /// Copy the persistent dirty bitmaps too
+    #[arg(long)]
+    bitmaps: bool,
+
+    /// Leave out bitmaps that are not consistent
+    #[arg(long)]
+    skip_broken_bitmaps: bool,
+
+    #[command(flatten)]
+    share: ShareArgs,
+
+    /// Bytes a second at most
+    #[arg(short, long, value_name = "RATE")]
+    rate: Option<String>,
+
+    /// How many requests or threads work at once, 1 to 16
+    #[arg(short = 'm', long, value_name = "NUM")]
+    parallel: Option<String>,
+
+    /// Let the host copy where it can
+    #[arg(short = 'C', long)]
+    copy_range_offloading: bool,
+
+    /// Put zeroes in place of what cannot be read, and say so
+    #[arg(long)]
+    salvage: bool,
+
+    /// Write out of order: faster for some targets
+    #[arg(short = 'W', long)]
+    oob_writes: bool,
+
+    /// The images to copy, and the target
+    #[arg(value_name = "FILENAME", value_hint = ValueHint::FilePath)]
+    files: Vec<String>,
+}
+
+/// The numbers on the command line, read.
+struct Numbers {
+    sparse_bytes: Option<u64>,
+    rate_bytes: Option<u64>,
+    threads: Option<usize>,
+    level: Option<i32>,
+}
+
+/// The largest `-S` ("a multiple of 512 up to 16 MiB").
+const MAX_SPARSE_BYTES: u64 = 16 << 20;
+
+impl Numbers {
+    fn read(args: &Args) -> Result<Self, Failure> {
+        let bytes = |what, text: &Option<String>| match text {
+            Some(text) => size::argument(what, text, size::MAX_BYTES).map(Some).map_err(Failure::new),
+            None => Ok(None),
+        };
+        let sparse_bytes = bytes("buffer size for sparse output", &args.sparse_size)?;
+        if sparse_bytes.is_some_and(|bytes| bytes % 512 != 0 || bytes > MAX_SPARSE_BYTES) {
+            return Err(Failure::new(format!(
+                "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to \
+                 {MAX_SPARSE_BYTES}. Select 0 to disable sparse detection (fully allocates output)."
+            )));
+        }
+        let threads = match &args.parallel {
+            Some(text) => {
+                let count = size::count("number of coroutines", text, 1, 16).map_err(Failure::new)?;
+                Some(usize::try_from(count).unwrap_or(16))
+            }
+            None => None,
+        };
+        let level = match &args.level {
+            Some(text) => {
+                Some(text.parse().map_err(|_| Failure::new(format!("Invalid level specified: '{text}'.")))?)
+            }
+            None => None,
+        };
+        Ok(Self { sparse_bytes, rate_bytes: bytes("rate limit", &args.rate)?, threads, level })
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
+    let list = option_list::join(&args.options)?;
+    let numbers = Numbers::read(args)?;
+    let snapshot = args.snapshot.as_deref().map(snapshot_param::parse).transpose()?;
+    args.objects.check()?;
+    check_combination(args, list.is_some())?;
+    let (target, sources) = match args.files.split_last() {
+        Some((target, sources)) if !sources.is_empty() => (Some(target), sources),
+        _ => (None, &[][..]),
+    };
+    if let Some(list) = &list
+        && option_list::asks_for_help(list)
+    {
+        let format = args.output_format.as_deref().unwrap_or("raw");
+        return create::help(format, target.map(String::as_str), context);
+    }
+    let Some(target) = target else {
+        return Err(Failure::new("Must specify image file name"));
+    };
+    if snapshot.is_some() && sources.len() > 1 {
+        return Err(Failure::new("No support for concatenating multiple snapshot"));
+    }
+    let cache = source_cache(args.source_cache.as_deref())?;
+    let reporter = Reporter::start(style(args, context)?, 1.0, context)?;
+    let mut created = Created::default();
+    let job = Job { args, numbers, list, snapshot, sources, target, cache, reporter: &reporter, context };
+    let outcome = job.run(&mut created);
+    if outcome.is_ok() {
+        reporter.complete();
+        created.keep();
+    }
+    let outcome = outcome.map_err(|failure| reporter.interrupted().unwrap_or(failure));
+    let removed = created.remove();
+    if let Err(failure) = &outcome
+        && style(args, context)? == Style::Percent
+    {
+        // As the reference: the message comes before the end of the progress line.
+        context.report(None, failure);
+        reporter.finish();
+        removed?;
+        return Err(Failure::silent(failure.code));
+    }
+    reporter.finish();
+    removed?;
+    outcome.map(|()| 0)
+}
+
+fn style(args: &Args, context: &Context) -> Result<Style, Failure> {
+    use std::io::IsTerminal as _;
+    match args.progress.as_deref() {
+        Some("line" | "json") if args.quiet => Ok(Style::Hidden),
+        Some("line") => Ok(Style::Percent),
+        Some("json") => Ok(Style::Json),
+        Some(other) => Err(Failure::usage(format!("--progress expects nothing or 'json' not '{other}'"))),
+        None if !args.quiet && !context.is_reference() && std::io::stderr().is_terminal() => Ok(Style::Bar),
+        None => Ok(Style::Hidden),
+    }
+}
+
+/// # Errors
+/// For options that exclude each other.
+fn check_combination(args: &Args, has_options: bool) -> Result<(), Failure> {
+    let refuse = |text: &str| Err(Failure::new(text));
+    if args.no_create && has_options {
+        return refuse("-o has no effect when skipping image creation");
+    }
+    if args.skip_broken_bitmaps && !args.bitmaps {
+        return refuse("Use of --skip-broken-bitmaps requires --bitmaps");
+    }
+    exclusive(args.source_image_opts, args.source_format.is_some())?;
+    exclusive(args.target_image_opts, args.output_format.is_some())?;
+    if args.target_image_opts && !args.no_create {
+        return refuse("--target-image-opts requires use of -n flag");
+    }
+    if args.target_is_zero && !args.no_create {
+        return refuse("--target-is-zero requires use of -n flag");
+    }
+    if args.copy_range_offloading && args.sparse_size.is_some() {
+        return refuse("Cannot enable copy offloading when -S is used");
+    }
+    if args.copy_range_offloading && args.compress {
+        return refuse("Cannot enable copy offloading when -c is used");
+    }
+    if args.copy_range_offloading && args.salvage {
+        return refuse("Cannot use copy offloading in salvaging mode");
+    }
+    if args.level.is_some() && !args.compress {
+        return refuse("--level requires -c");
+    }
+    Ok(())
+}
+
+/// Everything behind the command line.
+struct Job<'a> {
+    args: &'a Args,
+    numbers: Numbers,
+    list: Option<String>,
+    snapshot: Option<snapshot_param::Wanted>,
+    sources: &'a [String],
+    target: &'a str,
+    cache: CacheMode,
+    reporter: &'a Reporter,
+    context: &'a Context,
+}
+
+impl Job<'_> {
+    fn run(&self, created: &mut Created) -> Result<(), Failure> {
+        let sources = self.open_sources()?;
+        let total_bytes = sources
+            .iter()
+            .try_fold(0u64, |sum, source| sum.checked_add(source.virtual_size_bytes()))
+            .ok_or_else(|| Failure::new("The sources are larger than any disk together"))?;
+        let cache = self.target_cache()?;
+        let has_backing = if self.args.no_create {
+            self.args.backing.is_some()
+        } else {
+            self.create_target(total_bytes, &sources, created)?
+        };
+        self.stop_if_asked()?;
+        let target = self.open_target(cache)?;
+        if self.args.no_create && target.virtual_size_bytes() < total_bytes {
+            return Err(Failure::new("output file is smaller than input file"));
+        }
+        if self.args.no_create && self.args.compress && !target.layers()[0].driver().can_compress() {
+            return Err(Failure::new("Compression not supported for this file format"));
+        }
+        self.copy(&sources, &target, has_backing)?;
+        target.close()?;
+        Ok(())
+    }
+
+    fn stop_if_asked(&self) -> Result<(), Failure> {
+        self.reporter.interrupted().map_or(Ok(()), Err)
+    }
+
+    fn open_sources(&self) -> Result<Vec<Image>, Failure> {
+        self.sources
+            .iter()
+            .map(|name| {
+                let opening = Opening {
+                    name,
+                    image_opts: self.args.source_image_opts,
+                    format: self.args.source_format.as_deref(),
+                    mode: OpenMode::Read,
+                    cache: self.cache,
+                    force_share: self.args.share.force_share,
+                    backing: true,
+                };
+                let image = opening.open(self.context)?;
+                match &self.snapshot {
+                    Some(wanted) => self.at_snapshot(&opening, image, wanted),
+                    None => Ok(image),
+                }
+            })
+            .collect()
+    }
+
+    /// The disk of an opened source as it was.
+    fn at_snapshot(
+        &self,
+        opening: &Opening<'_>,
+        image: Image,
+        wanted: &snapshot_param::Wanted,
+    ) -> Result<Image, Failure> {
+        let failed = |why: String| Failure::new(format!("Failed to load snapshot: {why}"));
+        let layer = &image.layers()[0];
+        let Some(snapshots) = layer.snapshots() else {
+            return Err(failed(format!(
+                "Block format '{}' used by device '' does not support temporarily loading internal snapshots",
+                layer.driver().name()
+            )));
+        };
+        let list = snapshots.list().map_err(|error| failed(reason(&error)))?;
+        let id = wanted.find(&list).ok_or_else(|| failed("Can't find snapshot".to_owned()))?.id.clone();
+        drop(image);
+        let image = Image::open_snapshot(&opening.image_name()?, &opening.options()?, &id)
+            .map_err(|error| failed(reason(&error)))?;
+        print_warnings(&image, self.context);
+        Ok(image)
+    }
+
+    fn target_cache(&self) -> Result<CacheMode, Failure> {
+        match self.args.output_cache.as_deref() {
+            None => Ok(CacheMode::Unsafe),
+            Some(text) => {
+                cache_mode(text).ok_or_else(|| Failure::new(format!("Invalid cache option: {text}")))
+            }
+        }
+    }
+
+    /// Makes the target, and tells whether it has a backing file.
+    fn create_target(
+        &self,
+        total_bytes: u64,
+        sources: &[Image],
+        created: &mut Created,
+    ) -> Result<bool, Failure> {
+        let driver = create::driver(self.args.output_format.as_deref().unwrap_or("raw"))?;
+        names::check_protocol(self.target).map_err(Failure::new)?;
+        let known = option_list::descriptions(driver, true);
+        let mut options = match &self.list {
+            Some(list) => option_list::parse(list, &known).map_err(Failure::new)?,
+            None => OptionSet::new(),
+        };
+        // The target is as big as the sources, whatever the options say.
+        options.set("size", total_bytes.to_string());
+        let (backing, format) = (self.args.backing.as_deref(), self.args.backing_format.as_deref());
+        create::record_backing(driver, backing, format, &mut options)?;
+        let has_backing = options.get("backing_file").is_some();
+        if has_backing && sources.len() > 1 {
+            return Err(Failure::new(
+                "Having a backing file for the target makes no sense when concatenating multiple input images",
+            ));
+        }
+        if has_backing && options.get("backing_fmt").is_none() {
+            return Err(Failure::new("Use of backing file requires explicit backing format"));
+        }
+        if self.args.compress {
+            self.check_compression(driver.can_compress(), &options)?;
+        }
+        if self.args.bitmaps {
+            check_bitmaps(driver.name(), sources)?;
+        }
+        created.expect(names::path(self.target));
+        if let Some(data_file) = options.get("data_file") {
+            created.expect(names::path(data_file));
+        }
+        create::make_for("converting", driver, self.target, options, &known)?;
+        Ok(has_backing)
+    }
+
+    fn check_compression(&self, can_compress: bool, options: &OptionSet) -> Result<(), Failure> {
+        if !can_compress {
+            return Err(Failure::new("Compression not supported for this file format"));
+        }
+        if options.get("encryption").is_some_and(|on| on != "off") || options.get("encrypt.format").is_some()
+        {
+            return Err(Failure::new("Compression and encryption not supported at the same time"));
+        }
+        if options.get("preallocation").is_some_and(|mode| mode != "off") {
+            return Err(Failure::new("Compression and preallocation not supported at the same time"));
+        }
+        Ok(())
+    }
+
+    fn open_target(&self, cache: CacheMode) -> Result<Image, Failure> {
+        let format = self.args.output_format.as_deref().or((!self.args.target_image_opts).then_some("raw"));
+        Opening {
+            name: self.target,
+            image_opts: self.args.target_image_opts,
+            format,
+            mode: OpenMode::Write,
+            cache,
+            force_share: false,
+            backing: true,
+        }
+        .open(self.context)
+    }
+
+    fn copy(&self, sources: &[Image], target: &Image, has_backing: bool) -> Result<(), Failure> {
+        let options = ConvertOptions {
+            sparse_bytes: self.numbers.sparse_bytes.unwrap_or(4096),
+            compress: self.args.compress,
+            level: self.numbers.level,
+            threads: self.numbers.threads,
+            out_of_order: self.args.oob_writes,
+            copy_offload: self.args.copy_range_offloading,
+            target_is_zero: !self.args.no_create || self.args.target_is_zero,
+            target_has_backing: has_backing,
+            salvage: self.args.salvage,
+            rate_bytes: self.numbers.rate_bytes.filter(|rate| *rate > 0),
+        };
+        let salvaged = |lost: img_core::job::convert::Salvaged, error: &Error| {
+            if self.args.quiet {
+                return;
+            }
+            let (at, source) = (lost.offset_bytes, &self.sources[lost.source]);
+            self.context.warning(&match lost.step {
+                JobStep::Map => {
+                    format!("error while reading block status at offset {at} of {source}: {}", reason(error))
+                }
+                _ => format!("error while reading offset {at} of {source}"),
+            });
+        };
+        convert(sources, target, &options, &salvaged, self.reporter)?;
+        Ok(())
+    }
+}
+
+/// Bitmaps are not copied yet: sources that have some are refused.
+fn check_bitmaps(format: &str, sources: &[Image]) -> Result<(), Failure> {
+    if format == "raw" {
+        return Err(Failure::new(format!("Format driver '{format}' does not support bitmaps")));
+    }
+    if sources.len() > 1 {
+        return Err(Failure::new("Copying bitmaps only possible with single source"));
+    }
+    for source in sources {
+        let details = source.layers()[0].details()?;
+        let bitmaps = details.as_ref().and_then(|details| details["data"]["bitmaps"].as_array());
+        if bitmaps.is_some_and(|bitmaps| !bitmaps.is_empty()) {
+            return Err(Failure::new("Copying persistent bitmaps (--bitmaps) is not supported yet"));
+        }
+    }
+    Ok(())
+}

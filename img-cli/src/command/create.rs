@@ -1,0 +1,277 @@
+//! `img create`: a new image.
+
+use clap::ValueHint;
+use img_core::{
+    Error,
+    format::{Backing, Driver, OpenMode, OptionDescription, OptionSet, registry},
+    image::{CacheMode, ImageName},
+    job::create::{CreateImage, create},
+};
+
+use crate::{
+    args::{ObjectArgs, Opening, is_missing_format, missing_format},
+    context::Context,
+    error::{Failure, Outcome, os_text},
+    names, option_list, size,
+};
+
+/// Make a new image
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Print nothing
+    #[arg(short, long)]
+    quiet: bool,
+
+    #[command(flatten)]
+    objects: ObjectArgs,
+
+    /// The format of the new image
+    #[arg(short = 'f', long, value_name = "FMT", default_value = "raw")]
+    format: String,
+
+    /// Options of the format: NAME=VALUE,...; "help" lists them
+    #[arg(short = 'o', long, value_name = "FMT_OPTS")]
+    options: Vec<String>,
+
+    /// Record this image as the one below: what the new one does not hold is read from there
+    #[arg(short = 'b', long, value_name = "BACKING_FILENAME", value_hint = ValueHint::FilePath)]
+    backing: Option<String>,
+
+    /// The format of the image below
+    #[arg(short = 'F', long, value_name = "BACKING_FMT")]
+    backing_format: Option<String>,
+
+    /// Do not open the image below; SIZE is needed then
+    #[arg(short = 'u', long)]
+    backing_unsafe: bool,
+
+    /// The new image. An existing file is overwritten
+    #[arg(value_name = "FILENAME", value_hint = ValueHint::FilePath)]
+    operands: Vec<String>,
+}
+
+/// Runs the command. Operands: FILENAME [SIZE].
+pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
+    args.objects.check()?;
+    let list = option_list::join(&args.options)?;
+    let file = args.operands.first();
+    if let Some(list) = &list
+        && option_list::asks_for_help(list)
+    {
+        return help(&args.format, file.map(String::as_str), context);
+    }
+    let Some(file) = file else {
+        return Err(Failure::usage("Expecting image file name"));
+    };
+    let size_bytes = match args.operands.get(1) {
+        Some(text) => Some(size::argument("image size", text, size::MAX_BYTES).map_err(Failure::new)?),
+        None => None,
+    };
+    if let Some(extra) = args.operands.get(2) {
+        return Err(Failure::usage(format!("Unexpected argument: {extra}")));
+    }
+    create_named(args, file, list.as_deref(), size_bytes, context)
+        .map_err(|failure| Failure { text: format!("{file}: {}", failure.text), ..failure })?;
+    Ok(0)
+}
+
+/// Prints the options of a format, and of the file where there is one.
+pub(crate) fn help(format: &str, file: Option<&str>, context: &Context) -> Outcome {
+    let driver = driver(format)?;
+    if let Some(file) = file {
+        names::check_protocol(file).map_err(Failure::new)?;
+    }
+    option_list::print_help(driver, file.is_some(), &context.out);
+    Ok(0)
+}
+
+/// The format of a new image.
+///
+/// # Errors
+/// When there is none of that name.
+pub(crate) fn driver(format: &str) -> Result<&'static dyn Driver, Failure> {
+    registry::by_name(format).ok_or_else(|| {
+        Failure::new(if is_missing_format(format) {
+            missing_format(format)
+        } else {
+            format!("Unknown file format '{format}'")
+        })
+    })
+}
+
+/// Everything behind the command line; errors are said about the file.
+fn create_named(
+    args: &Args,
+    file: &str,
+    list: Option<&str>,
+    size_bytes: Option<u64>,
+    context: &Context,
+) -> Result<(), Failure> {
+    let driver = driver(&args.format)?;
+    names::check_protocol(file).map_err(Failure::new)?;
+    let known = option_list::descriptions(driver, true);
+    let mut options = match list {
+        Some(list) => option_list::parse(list, &known).map_err(Failure::new)?,
+        None => OptionSet::new(),
+    };
+    if let Some(size_bytes) = size_bytes {
+        if options.get("size").is_some() {
+            return Err(Failure::new("The image size must be specified only once"));
+        }
+        options.set("size", size_bytes.to_string());
+    }
+    record_backing(driver, args.backing.as_deref(), args.backing_format.as_deref(), &mut options)?;
+    check_backing_name(file, &options)?;
+    if options.get("backing_file").is_some() {
+        if args.backing_unsafe {
+            if options.get("backing_fmt").is_none() {
+                return Err(Failure::new("Backing file specified without backing format"));
+            }
+        } else {
+            open_backing(file, &mut options, context)?;
+        }
+    }
+    if options.get("size").is_none() {
+        return Err(Failure::new("Image creation needs a size parameter"));
+    }
+    if !args.quiet {
+        let options = option_list::announce(&options, &known);
+        context.out.line(format_args!("Formatting '{file}', fmt={}{options}", driver.name()));
+        context.out.flush();
+    }
+    make(driver, file, options, &known)
+}
+
+/// Takes `-b` and `-F` into the options.
+///
+/// # Errors
+/// When the format has no backing files.
+pub(crate) fn record_backing(
+    driver: &dyn Driver,
+    backing: Option<&str>,
+    backing_format: Option<&str>,
+    options: &mut OptionSet,
+) -> Result<(), Failure> {
+    for (name, value, what) in
+        [("backing_file", backing, "Backing file"), ("backing_fmt", backing_format, "Backing file format")]
+    {
+        if let Some(value) = value {
+            if !driver.has_backing() {
+                return Err(Failure::new(format!(
+                    "{what} not supported for file format '{}'",
+                    driver.name()
+                )));
+            }
+            options.set(name, value);
+        }
+    }
+    Ok(())
+}
+
+fn check_backing_name(file: &str, options: &OptionSet) -> Result<(), Failure> {
+    match options.get("backing_file") {
+        Some("") => Err(Failure::new("Expected backing file name, got empty string")),
+        Some(backing) if backing == file => {
+            Err(Failure::new("Error: Trying to create an image with the same filename as the backing file"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Opens the image below: it must be there and of the format that is recorded, and gives the new one its
+/// size where none is named.
+fn open_backing(file: &str, options: &mut OptionSet, context: &Context) -> Result<(), Failure> {
+    let backing = options.get("backing_file").unwrap_or_default().to_owned();
+    let format = options.get("backing_fmt").map(str::to_owned);
+    let name = names::full_backing_name(file, &backing).map_err(Failure::new)?;
+    let opening = Opening {
+        name: &name,
+        image_opts: false,
+        format: format.as_deref(),
+        mode: OpenMode::Read,
+        cache: CacheMode::Writeback,
+        force_share: false,
+        backing: true,
+    };
+    let image = open_plainly(&opening, context)
+        .map_err(|failure| Failure::new(format!("{}\nCould not open backing image.", failure.text)))?;
+    if format.is_none() {
+        let found = image.layers()[0].driver().name();
+        return Err(Failure::new(format!(
+            "Backing file specified without backing format\nDetected format of {found}."
+        )));
+    }
+    if options.get("size").is_none() {
+        options.set("size", image.virtual_size_bytes().to_string());
+    }
+    Ok(())
+}
+
+/// Opens an image; errors do not name it twice.
+fn open_plainly(opening: &Opening<'_>, context: &Context) -> Result<img_core::image::Image, Failure> {
+    opening.open(context).map_err(|failure| {
+        let outer = format!("Could not open '{}': ", opening.name);
+        let text = failure.text.strip_prefix(&outer).map_or(failure.text.clone(), str::to_owned);
+        Failure { text, ..failure }
+    })
+}
+
+/// Makes the image that `options` describe, `size` and backing included.
+pub(crate) fn make(
+    driver: &'static dyn Driver,
+    file: &str,
+    mut options: OptionSet,
+    known: &[OptionDescription],
+) -> Result<(), Failure> {
+    let size_bytes = options.take("size").unwrap_or_default();
+    let size_bytes: u64 = size_bytes
+        .parse()
+        .map_err(|_| Failure::new(format!("Value '{size_bytes}' is out of range for parameter 'size'")))?;
+    if size_bytes > size::MAX_BYTES {
+        return Err(Failure::new("Could not resize image: Image size cannot be negative"));
+    }
+    let format = options.take("backing_fmt");
+    let backing = match options.take("backing_file") {
+        Some(name) => Some(Backing { name, format }),
+        None if format.is_some() => {
+            return Err(Failure::new("Backing format cannot be used without backing file"));
+        }
+        None => None,
+    };
+    let name = ImageName::parse(file).map_err(|error| Failure::from(&error))?;
+    let request = CreateImage { name: &name, driver, virtual_size_bytes: size_bytes, backing, options };
+    create(&request).map_err(|error| refusal(driver, known, &error))
+}
+
+/// Why the image was not made.
+fn refusal(driver: &dyn Driver, known: &[OptionDescription], error: &Error) -> Failure {
+    match error {
+        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::FileTooLarge => {
+            let hint = if known.iter().any(|option| option.name == "cluster_size") {
+                " (try using a larger cluster size)"
+            } else {
+                ""
+            };
+            let format = driver.name();
+            Failure::new(format!("The image size is too large for file format '{format}'{hint}"))
+        }
+        Error::Io { file, operation: "open", source, .. } => {
+            Failure::new(format!("Could not create '{}': {}", file.display(), os_text(source)))
+        }
+        error => Failure::from(error),
+    }
+}
+
+/// The same for an image made on the way to something else.
+pub(crate) fn make_for(
+    what: &str,
+    driver: &'static dyn Driver,
+    file: &str,
+    options: OptionSet,
+    known: &[OptionDescription],
+) -> Result<(), Failure> {
+    make(driver, file, options, known).map_err(|failure| Failure {
+        text: format!("{file}: error while {what} {}: {}", driver.name(), failure.text),
+        ..failure
+    })
+}

@@ -1,0 +1,348 @@
+//! `img info`: what an image is.
+
+use std::{collections::HashSet, fmt::Write as _, fs, os::unix::fs::FileTypeExt as _, path::Path};
+
+use img_core::{
+    format::{HostFile, OpenMode, SnapshotInfo},
+    image::Image,
+    storage::Storage,
+};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    args::{FileArg, FormatArgs, Layout, ObjectArgs, Opening, OutputArgs, ShareArgs},
+    context::Context,
+    error::{Failure, Outcome},
+    names, qdict,
+    size::Human,
+    snapshot_table,
+};
+
+/// Describe an image
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    formats: FormatArgs,
+
+    /// Describe the images below it too
+    #[arg(short = 'b', long)]
+    backing_chain: bool,
+
+    #[command(flatten)]
+    share: ShareArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    objects: ObjectArgs,
+    #[command(flatten)]
+    file: FileArg,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
+    let layout = args.output.layout()?;
+    args.objects.check()?;
+    let file = args.file.one()?;
+    args.formats.check()?;
+    let mut opening = Opening {
+        force_share: args.share.force_share,
+        backing: false,
+        ..Opening::new(file, &args.formats, OpenMode::Inspect)
+    };
+    let facts = if args.backing_chain {
+        chain(opening, context)?
+    } else {
+        opening.backing = false;
+        vec![Facts::gather(&opening.open(context)?)?]
+    };
+    match layout {
+        Layout::Human => {
+            let texts: Vec<String> = facts.iter().map(Facts::human).collect();
+            context.out.print(texts.join("\n"));
+        }
+        Layout::Json if args.backing_chain => {
+            context.out.line(qdict::pretty(&Value::Array(facts.iter().map(Facts::json).collect())));
+        }
+        Layout::Json => {
+            context
+                .out
+                .print(facts.iter().map(|facts| qdict::pretty(&facts.json()) + "\n").collect::<String>());
+        }
+    }
+    Ok(0)
+}
+
+/// The image and all below it. Each is opened by the name the one above gives it.
+fn chain(top: Opening<'_>, context: &Context) -> Result<Vec<Facts>, Failure> {
+    let mut all: Vec<Facts> = Vec::new();
+    let mut names = HashSet::new();
+    let mut files = HashSet::new();
+    let mut next = Some((top.name.to_owned(), top.format.map(str::to_owned)));
+    while let Some((name, format)) = next.take() {
+        let opening = Opening {
+            name: &name,
+            format: format.as_deref(),
+            image_opts: top.image_opts && all.is_empty(),
+            ..top
+        };
+        let endless = || Failure::new(format!("Backing file '{name}' creates an infinite loop."));
+        if !names.insert(name.clone()) {
+            return Err(endless());
+        }
+        let image = opening.open(context)?;
+        // A loop whose names grow with every turn is found by the file itself.
+        if let Some(identity) = image_file(&image).and_then(Storage::identity)
+            && !files.insert(identity)
+        {
+            return Err(endless());
+        }
+        let facts = Facts::gather(&image)?;
+        if let Some(backing) = &facts.backing {
+            let name = backing.full_name.clone().map_err(Failure::new)?;
+            next = Some((name, backing.format.clone()));
+        }
+        all.push(facts);
+    }
+    Ok(all)
+}
+
+fn image_file(image: &Image) -> Option<&dyn Storage> {
+    image.layers()[0].file(HostFile::IMAGE).map(|storage| &**storage)
+}
+
+/// What is told about one image.
+#[derive(Debug)]
+struct Facts {
+    name: String,
+    format: &'static str,
+    virtual_size_bytes: u64,
+    /// Host space taken, where the host can tell.
+    actual_size_bytes: Option<u64>,
+    file_length_bytes: u64,
+    /// The protocol of the file below: `file`, `host_device` or `host_cdrom`.
+    protocol: &'static str,
+    cluster_size_bytes: Option<u32>,
+    encrypted: bool,
+    dirty: bool,
+    backing: Option<BackingFacts>,
+    snapshots: Vec<SnapshotInfo>,
+    details: Option<Value>,
+    file_name: String,
+}
+
+#[derive(Debug)]
+struct BackingFacts {
+    name: String,
+    full_name: Result<String, String>,
+    format: Option<String>,
+}
+
+impl Facts {
+    fn gather(image: &Image) -> Result<Self, Failure> {
+        let layer = &image.layers()[0];
+        let storage = image_file(image).ok_or_else(|| Failure::new("The image has no file"))?;
+        let file_name = storage.path().display().to_string();
+        let name = file_name.clone();
+        let backing = layer.backing().map(|backing| BackingFacts {
+            full_name: names::full_backing_name(&name, &backing.name),
+            name: backing.name.clone(),
+            format: backing.format.clone(),
+        });
+        Ok(Self {
+            format: layer.driver().name(),
+            virtual_size_bytes: layer.virtual_size_bytes(),
+            actual_size_bytes: storage.allocated_bytes().ok(),
+            file_length_bytes: storage.len_bytes()?,
+            protocol: protocol(storage.path()),
+            cluster_size_bytes: layer.cluster_size_bytes(),
+            encrypted: layer.is_encrypted(),
+            dirty: layer.is_dirty(),
+            backing,
+            snapshots: layer.snapshots().map_or(Ok(Vec::new()), |snapshots| snapshots.list())?,
+            details: layer.details()?,
+            name,
+            file_name,
+        })
+    }
+
+    fn human(&self) -> String {
+        let mut lines = Lines::default();
+        lines.add(0, format_args!("image: {}", self.name));
+        lines.add(0, format_args!("file format: {}", self.format));
+        let virtual_size = self.virtual_size_bytes;
+        lines.add(0, format_args!("virtual size: {} ({virtual_size} bytes)", Human(virtual_size)));
+        lines.add(0, format_args!("disk size: {}", self.disk_size()));
+        if self.encrypted {
+            lines.add(0, "encrypted: yes");
+        }
+        if let Some(cluster_size) = self.cluster_size_bytes {
+            lines.add(0, format_args!("cluster_size: {cluster_size}"));
+        }
+        if self.dirty {
+            lines.add(0, "cleanly shut down: no");
+        }
+        if let Some(backing) = &self.backing {
+            let place = match &backing.full_name {
+                Err(_) => " (cannot determine actual path)".to_owned(),
+                Ok(full) if *full != backing.name => format!(" (actual path: {full})"),
+                Ok(_) => String::new(),
+            };
+            lines.add(0, format_args!("backing file: {}{place}", backing.name));
+            if let Some(format) = &backing.format {
+                lines.add(0, format_args!("backing file format: {format}"));
+            }
+        }
+        if !self.snapshots.is_empty() {
+            lines.0.push_str(&snapshot_table::table(&self.snapshots));
+        }
+        if let Some(details) = self.details.as_ref().and_then(|details| details.get("data"))
+            && !is_empty(details)
+        {
+            lines.add(0, "Format specific information:");
+            lines.tree(details, 1);
+        }
+        lines.add(0, "Child node '/file':");
+        lines.add(1, format_args!("filename: {}", self.file_name));
+        lines.add(1, format_args!("protocol type: {}", self.protocol));
+        let length = self.file_length_bytes;
+        lines.add(1, format_args!("file length: {} ({length} bytes)", Human(length)));
+        lines.add(1, format_args!("disk size: {}", self.disk_size()));
+        lines.0
+    }
+
+    fn disk_size(&self) -> String {
+        self.actual_size_bytes.map_or("unavailable".to_owned(), |bytes| Human(bytes).to_string())
+    }
+
+    fn json(&self) -> Value {
+        let mut file = json!({
+            "children": [],
+            "virtual-size": self.file_length_bytes,
+            "filename": self.file_name,
+            "format": self.protocol,
+            "dirty-flag": false,
+        });
+        if self.protocol == "file" {
+            file["format-specific"] = json!({ "type": "file", "data": {} });
+        }
+        let mut object = json!({
+            "virtual-size": self.virtual_size_bytes,
+            "filename": self.name,
+            "format": self.format,
+            "dirty-flag": self.dirty,
+        });
+        if let Some(bytes) = self.actual_size_bytes {
+            file["actual-size"] = bytes.into();
+            object["actual-size"] = bytes.into();
+        }
+        object["children"] = json!([{ "name": "file", "info": file }]);
+        if let Some(bytes) = self.cluster_size_bytes {
+            object["cluster-size"] = bytes.into();
+        }
+        if self.encrypted {
+            object["encrypted"] = true.into();
+        }
+        if let Some(backing) = &self.backing {
+            object["backing-filename"] = backing.name.as_str().into();
+            if let Ok(full) = &backing.full_name {
+                object["full-backing-filename"] = full.as_str().into();
+            }
+            if let Some(format) = &backing.format {
+                object["backing-filename-format"] = format.as_str().into();
+            }
+        }
+        if !self.snapshots.is_empty() {
+            object["snapshots"] = self.snapshots.iter().map(snapshot_table::json).collect();
+        }
+        if let Some(details) = &self.details {
+            object["format-specific"] = details.clone();
+        }
+        object
+    }
+}
+
+/// The reference's name for the kind of host file.
+fn protocol(path: &Path) -> &'static str {
+    match fs::metadata(path) {
+        Ok(data) if data.file_type().is_block_device() || data.file_type().is_char_device() => "host_device",
+        _ => "file",
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    value.as_object().is_some_and(Map::is_empty)
+}
+
+/// Indented lines.
+#[derive(Default)]
+struct Lines(String);
+
+impl Lines {
+    fn add(&mut self, level: usize, text: impl std::fmt::Display) {
+        writeln!(self.0, "{}{text}", "    ".repeat(level)).expect("a String takes everything");
+    }
+
+    /// Any JSON value as an outline; dashes in keys become spaces.
+    fn tree(&mut self, value: &Value, level: usize) {
+        match value {
+            Value::Object(map) => {
+                for (key, value) in qdict::ordered(map) {
+                    self.branch(&key.replace('-', " "), value, level);
+                }
+            }
+            Value::Array(items) => {
+                for (index, value) in items.iter().enumerate() {
+                    self.branch(&format!("[{index}]"), value, level);
+                }
+            }
+            scalar => self.add(level, Scalar(scalar)),
+        }
+    }
+
+    fn branch(&mut self, label: &str, value: &Value, level: usize) {
+        match value {
+            Value::Object(_) | Value::Array(_) => {
+                self.add(level, format_args!("{label}:"));
+                self.tree(value, level + 1);
+            }
+            scalar => self.add(level, format_args!("{label}: {}", Scalar(scalar))),
+        }
+    }
+}
+
+/// A string without quotes, everything else as in JSON.
+struct Scalar<'a>(&'a Value);
+
+impl std::fmt::Display for Scalar<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Value::String(text) => f.write_str(text),
+            other => write!(f, "{other}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn details_become_an_outline() {
+        let mut lines = Lines::default();
+        lines.tree(
+            &json!({
+                "compat": "1.1",
+                "lazy-refcounts": false,
+                "bitmaps": [{ "flags": ["auto"], "name": "b0", "granularity": 65536 }, { "flags": [] }],
+                "encrypt": { "format": "aes" },
+            }),
+            1,
+        );
+        assert_eq!(
+            lines.0,
+            "    compat: 1.1\n    lazy refcounts: false\n    bitmaps:\n        [0]:\n            flags:\n                \
+             [0]: auto\n            name: b0\n            granularity: 65536\n        [1]:\n            flags:\n    \
+             encrypt:\n        format: aes\n"
+        );
+    }
+}

@@ -1,0 +1,226 @@
+//! `img map`: where the guest's bytes live, layer by layer.
+
+use img_core::{
+    format::OpenMode,
+    job::map::{MapEntry, map},
+};
+
+use crate::{
+    args::{FileArg, FormatArgs, Layout, ObjectArgs, Opening, OutputArgs, ShareArgs},
+    context::Context,
+    error::{Failure, Outcome},
+    output::Out,
+    size,
+};
+
+/// Show where the data of an image lives
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    formats: FormatArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    objects: ObjectArgs,
+    #[command(flatten)]
+    share: ShareArgs,
+
+    /// First guest byte to describe
+    #[arg(short = 's', long, value_name = "OFFSET")]
+    start_offset: Option<String>,
+
+    /// How many guest bytes to describe
+    #[arg(short = 'l', long, value_name = "LENGTH")]
+    max_length: Option<String>,
+
+    #[command(flatten)]
+    file: FileArg,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
+    let bytes = |what, text: &Option<String>| match text {
+        Some(text) => size::argument(what, text, size::MAX_BYTES).map(Some).map_err(Failure::new),
+        None => Ok(None),
+    };
+    let start_bytes = bytes("start offset", &args.start_offset)?.unwrap_or(0);
+    let length_bytes = bytes("max length", &args.max_length)?;
+    let layout = args.output.layout()?;
+    args.objects.check()?;
+    let file = args.file.one()?;
+    args.formats.check()?;
+    let opening =
+        Opening { force_share: args.share.force_share, ..Opening::new(file, &args.formats, OpenMode::Read) };
+    let image = opening.open(context)?;
+
+    let mut printer = Printer::new(layout, &context.out);
+    let mut refused = None;
+    let outcome = map(&image, start_bytes, length_bytes, &mut |entry| {
+        // What is printed once the reader has gone is for nobody.
+        if context.out.is_closed() {
+            return Err(img_core::Error::Cancelled);
+        }
+        printer.row(entry).map_err(|failure| {
+            refused = Some(failure);
+            img_core::Error::Cancelled
+        })
+    });
+    match (outcome, refused) {
+        (_, Some(failure)) => Err(failure),
+        (Err(_), None) if context.out.is_closed() => Ok(0),
+        (Err(error), None) => {
+            Err(Failure::new(format!("Could not read file metadata: {}", crate::error::reason(&error))))
+        }
+        (Ok(()), None) => {
+            printer.finish(start_bytes);
+            Ok(0)
+        }
+    }
+}
+
+/// Prints rows as a table or as one JSON array.
+struct Printer<'a> {
+    layout: Layout,
+    out: &'a Out,
+    rows: u64,
+}
+
+impl<'a> Printer<'a> {
+    fn new(layout: Layout, out: &'a Out) -> Self {
+        if layout == Layout::Human {
+            out.line(format_args!("{:<16}{:<16}{:<16}{}", "Offset", "Length", "Mapped to", "File"));
+        }
+        Self { layout, out, rows: 0 }
+    }
+
+    fn row(&mut self, entry: &MapEntry) -> Result<(), Failure> {
+        match self.layout {
+            Layout::Json => self.json_row(entry),
+            Layout::Human => self.table_row(entry)?,
+        }
+        self.rows += 1;
+        Ok(())
+    }
+
+    fn json_row(&self, entry: &MapEntry) {
+        self.out.print(if self.rows == 0 { "[" } else { ",\n" });
+        self.out.print(format_args!(
+            "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \
+             \"data\": {}, \"compressed\": {}",
+            entry.start_bytes,
+            entry.length_bytes,
+            entry.depth,
+            entry.present,
+            entry.zero,
+            entry.data,
+            entry.compressed
+        ));
+        if let Some(offset_bytes) = entry.offset_bytes {
+            self.out.print(format_args!(", \"offset\": {offset_bytes}"));
+        }
+        self.out.print("}");
+    }
+
+    /// A row of the table, which has only data that stands as it is in a file.
+    fn table_row(&self, entry: &MapEntry) -> Result<(), Failure> {
+        if !entry.data {
+            return Ok(());
+        }
+        let Some((offset_bytes, file)) = entry.offset_bytes.zip(entry.file.as_ref()) else {
+            return Err(Failure::new("File contains external, encrypted or compressed clusters."));
+        };
+        if !entry.zero {
+            self.out.line(format_args!(
+                "{:<16}{:<16}{:<16}{}",
+                Hex(entry.start_bytes),
+                Hex(entry.length_bytes),
+                Hex(offset_bytes),
+                file.display()
+            ));
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, start_bytes: u64) {
+        if self.layout == Layout::Human {
+            return;
+        }
+        if self.rows == 0 {
+            self.json_row(&MapEntry {
+                start_bytes,
+                length_bytes: 0,
+                depth: 0,
+                present: false,
+                zero: false,
+                data: false,
+                compressed: false,
+                offset_bytes: None,
+                file: None,
+            });
+        }
+        self.out.line("]");
+    }
+}
+
+/// C's `%#x`: zero has no prefix.
+struct Hex(u64);
+
+impl std::fmt::Display for Hex {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0 == 0 { f.pad("0") } else { f.pad(&format!("{:#x}", self.0)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(start_bytes: u64) -> MapEntry {
+        MapEntry {
+            start_bytes,
+            length_bytes: 512,
+            depth: 1,
+            present: true,
+            zero: false,
+            data: true,
+            compressed: false,
+            offset_bytes: Some(0),
+            file: Some("a".into()),
+        }
+    }
+
+    #[test]
+    fn rows_are_laid_out_in_columns() {
+        let out = Out::memory();
+        let mut printer = Printer::new(Layout::Human, &out);
+        printer.row(&entry(0x10000)).unwrap();
+        printer.finish(0);
+        assert_eq!(
+            out.text(),
+            "Offset          Length          Mapped to       File\n\
+             0x10000         0x200           0               a\n"
+        );
+        let compressed = MapEntry { offset_bytes: None, ..entry(0) };
+        assert!(printer.row(&compressed).is_err());
+    }
+
+    #[test]
+    fn json_is_an_array_with_a_line_a_row() {
+        let out = Out::memory();
+        let mut printer = Printer::new(Layout::Json, &out);
+        printer.row(&entry(0)).unwrap();
+        printer.row(&entry(512)).unwrap();
+        printer.finish(0);
+        let text = out.text();
+        assert!(text.starts_with("[{ \"start\": 0, \"length\": 512, \"depth\": 1, \"present\": true,"));
+        assert!(text.ends_with(", \"offset\": 0}]\n"));
+        assert_eq!(text.lines().count(), 2);
+    }
+
+    #[test]
+    fn an_empty_map_has_one_empty_row() {
+        let out = Out::memory();
+        Printer::new(Layout::Json, &out).finish(7);
+        assert!(out.text().starts_with("[{ \"start\": 7, \"length\": 0,"));
+    }
+}

@@ -1,0 +1,105 @@
+//! `img resize`: another size for the disk.
+
+use clap::ValueHint;
+use img_core::{format::OpenMode, storage::Preallocation};
+
+use crate::{
+    args::{FormatArgs, ObjectArgs, Opening},
+    context::Context,
+    error::{Failure, Outcome},
+    option_list, size,
+};
+
+/// Change the size of an image
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Print nothing
+    #[arg(short, long)]
+    quiet: bool,
+
+    #[command(flatten)]
+    formats: FormatArgs,
+
+    /// Allow the new size to be smaller: what stands behind it is lost
+    #[arg(long)]
+    shrink: bool,
+
+    /// How space for the new part is set aside: off, falloc, full
+    #[arg(long, value_name = "PREALLOC")]
+    preallocation: Option<String>,
+
+    #[command(flatten)]
+    objects: ObjectArgs,
+
+    /// The image, and its new size or the difference: [+-]SIZE
+    #[arg(value_name = "FILENAME [+-]SIZE", value_hint = ValueHint::FilePath, allow_negative_numbers = true)]
+    operands: Vec<String>,
+}
+
+/// What to do to the size.
+enum Change {
+    To(u64),
+    By(u64),
+    Less(u64),
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
+    let preallocation = preallocation(args.preallocation.as_deref())?;
+    args.objects.check()?;
+    let (file, text) = match args.operands.as_slice() {
+        [file, text] => (file, text),
+        [] | [_] => return Err(Failure::usage("Expecting image file name and size")),
+        _ => return Err(Failure::usage("Extra argument(s) in command line")),
+    };
+    args.formats.check()?;
+    let change = change(text)?;
+    let image = Opening::new(file, &args.formats, OpenMode::Write).open(context)?;
+    let old = image.virtual_size_bytes();
+    let new = match change {
+        Change::To(bytes) => Some(bytes),
+        Change::By(bytes) => old.checked_add(bytes),
+        Change::Less(bytes) => old.checked_sub(bytes),
+    };
+    let new = new
+        .filter(|bytes| (1..=size::MAX_BYTES).contains(bytes))
+        .ok_or_else(|| Failure::new("New image size must be positive"))?;
+    if new <= old && preallocation != Preallocation::Off {
+        return Err(Failure::new("Preallocation can only be used for growing images"));
+    }
+    if new < old && !args.shrink {
+        context.error("Use the --shrink option to perform a shrink operation.");
+        context.warning(
+            "Shrinking an image will delete all data beyond the shrunken image's end. Before performing \
+             such an operation, make sure there is no important data there.",
+        );
+        return Err(Failure::silent(1));
+    }
+    image.resize(new, preallocation)?;
+    image.close()?;
+    if !args.quiet {
+        context.out.line("Image resized.");
+    }
+    Ok(0)
+}
+
+fn preallocation(text: Option<&str>) -> Result<Preallocation, Failure> {
+    match text {
+        None | Some("off") => Ok(Preallocation::Off),
+        Some("falloc") => Ok(Preallocation::Falloc),
+        Some("full") => Ok(Preallocation::Full),
+        Some("metadata") => {
+            Err(Failure::new("Growing with preallocation mode 'metadata' is not supported yet"))
+        }
+        Some(other) => Err(Failure::new(format!("Invalid preallocation mode '{other}'"))),
+    }
+}
+
+fn change(text: &str) -> Result<Change, Failure> {
+    let (make, digits): (fn(u64) -> Change, &str) = match text.as_bytes().first() {
+        Some(b'+') => (Change::By, &text[1..]),
+        Some(b'-') => (Change::Less, &text[1..]),
+        _ => (Change::To, text),
+    };
+    option_list::size("size", digits).map(make).map_err(Failure::new)
+}

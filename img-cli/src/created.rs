@@ -1,0 +1,63 @@
+//! Files that a command makes, and takes away again when it fails.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use crate::error::{Failure, os_text};
+
+/// Files that did not exist when the command started. They go when [`remove`](Self::remove) is called, or at
+/// the latest when this is dropped, unless they are to be kept.
+#[derive(Debug, Default)]
+pub(crate) struct Created {
+    files: Vec<PathBuf>,
+}
+
+impl Created {
+    /// The command is about to make `file`: it is this command's to remove if nothing stands there now.
+    pub(crate) fn expect(&mut self, file: &str) {
+        if fs::symlink_metadata(file).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            self.files.push(PathBuf::from(file));
+        }
+    }
+
+    /// The work is done: the files stay.
+    pub(crate) fn keep(&mut self) {
+        self.files.clear();
+    }
+
+    /// Removes what was made.
+    ///
+    /// # Errors
+    /// When a file cannot be removed: the user must know that a half-made image is left.
+    pub(crate) fn remove(&mut self) -> Result<(), Failure> {
+        let mut outcome = Ok(());
+        for file in self.files.drain(..) {
+            if let Err(why) = remove(&file) {
+                outcome = Err(Failure::new(format!(
+                    "{}: an unfinished image is left, it could not be removed: {}",
+                    file.display(),
+                    os_text(&why)
+                )));
+            }
+        }
+        outcome
+    }
+}
+
+fn remove(file: &Path) -> io::Result<()> {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        // Only reached with files left when the command panicked: the panic is the message.
+        for file in self.files.drain(..) {
+            remove(&file).ok();
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! How a command fails: what is printed, and the exit code.
+
+use img_core::Error;
+
+/// Why a command stopped, ready to print.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Failure {
+    /// What is said after the program's name. Further lines follow without it. Empty: nothing is said.
+    pub(crate) text: String,
+    /// Whether the way to the command's help is shown.
+    pub(crate) show_help_hint: bool,
+    /// The exit code.
+    pub(crate) code: u8,
+}
+
+/// What a command returns: its exit code.
+pub(crate) type Outcome = Result<u8, Failure>;
+
+impl Failure {
+    /// A failure with exit code 1.
+    pub(crate) fn new(text: impl Into<String>) -> Self {
+        Self { text: text.into(), show_help_hint: false, code: 1 }
+    }
+
+    /// A command line that makes no sense.
+    pub(crate) fn usage(text: impl Into<String>) -> Self {
+        Self { text: text.into(), show_help_hint: true, code: 1 }
+    }
+
+    /// An exit code without a message.
+    pub(crate) fn silent(code: u8) -> Self {
+        Self { text: String::new(), show_help_hint: false, code }
+    }
+
+    /// The same with another exit code.
+    pub(crate) fn with_code(self, code: u8) -> Self {
+        Self { code, ..self }
+    }
+
+    /// The image called `name` could not be opened.
+    pub(crate) fn open(name: &str, error: &Error) -> Self {
+        match error {
+            Error::Cancelled => Self::from(error),
+            Error::Open { source, .. } => Self::open(name, source),
+            _ => Self::new(format!("Could not open '{name}': {}", words(error))),
+        }
+    }
+}
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Self {
+        Self::new(words(error))
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::from(&error)
+    }
+}
+
+/// The text of `error` in the reference's words where it has words for it, and in ours elsewhere.
+pub(crate) fn words(error: &Error) -> String {
+    match error {
+        Error::Io { file, operation: "open", source, .. } => {
+            format!("Could not open '{}': {}", file.display(), os_text(source))
+        }
+        Error::Io { file, operation: "create", source, .. } => {
+            format!("Could not create '{}': {}", file.display(), os_text(source))
+        }
+        Error::WrongFormat { format, .. } => format!("Image is not in {format} format"),
+        Error::Open { source, .. } => words(source),
+        Error::Backing { source, .. } => format!("Could not open backing file: {}", words(source)),
+        other => other.to_string(),
+    }
+}
+
+/// The host's reason at the root of `error`, in the words of `strerror`, or the error itself.
+pub(crate) fn reason(error: &Error) -> String {
+    match error {
+        Error::Io { source, .. } => os_text(source),
+        other => words(other),
+    }
+}
+
+/// The system's message without Rust's ` (os error N)`.
+pub(crate) fn os_text(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    match text.find(" (os error ") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
+}

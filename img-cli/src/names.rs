@@ -1,0 +1,69 @@
+//! Names of images as texts: which protocol, which directory, what a relative name is relative to.
+
+/// Whether `name` starts with `protocol:`.
+fn has_protocol(name: &str) -> bool {
+    name.find([':', '/']).is_some_and(|at| name[at..].starts_with(':'))
+}
+
+/// # Errors
+/// When `name` names a protocol that new files cannot be made through.
+pub(crate) fn check_protocol(name: &str) -> Result<(), String> {
+    match name.split_once(':') {
+        Some((protocol, _)) if has_protocol(name) && protocol != "file" => {
+            Err(format!("Unknown protocol '{protocol}'"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The path of a plain name.
+pub(crate) fn path(name: &str) -> &str {
+    name.strip_prefix("file:").unwrap_or(name)
+}
+
+/// The backing file called `backing` in the image called `image`.
+///
+/// # Errors
+/// In the reference's words, where a relative name has nothing to be relative to.
+pub(crate) fn full_backing_name(image: &str, backing: &str) -> Result<String, String> {
+    if has_protocol(backing) || backing.starts_with('/') {
+        return Ok(backing.to_owned());
+    }
+    if image.is_empty() || image.starts_with("json:") {
+        return Err(format!("Cannot use relative backing file names for '{image}'"));
+    }
+    let directory = match image.rfind('/') {
+        Some(slash) => slash + 1,
+        None if has_protocol(image) => image.find(':').map_or(0, |colon| colon + 1),
+        None => 0,
+    };
+    Ok(format!("{}{backing}", &image[..directory]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backing_names_are_relative_to_their_image() {
+        for (image, backing, full) in [
+            ("a", "b", "b"),
+            ("d/a", "../b", "d/../b"),
+            ("d/a", "/b", "/b"),
+            ("d/a", "nbd:localhost:1", "nbd:localhost:1"),
+            ("d/a", "./x:y", "d/./x:y"),
+            ("file:a", "b", "file:b"),
+            ("/x/a", "json:{}", "json:{}"),
+        ] {
+            assert_eq!(full_backing_name(image, backing).unwrap(), full);
+        }
+        assert!(full_backing_name("json:{}", "b").is_err());
+    }
+
+    #[test]
+    fn only_files_are_made() {
+        assert_eq!(check_protocol("file:x"), Ok(()));
+        assert_eq!(check_protocol("./nope:x"), Ok(()));
+        assert_eq!(check_protocol("nope:x"), Err("Unknown protocol 'nope'".into()));
+    }
+}

@@ -1,0 +1,84 @@
+//! `convert -l`: which snapshot.
+
+use img_core::format::SnapshotInfo;
+
+use crate::error::Failure;
+
+/// The snapshot that is asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// By its id, or else by its name.
+    Either(String),
+    /// By what is given, all of it.
+    Exactly {
+        /// `snapshot.id=`
+        id: Option<String>,
+        /// `snapshot.name=`
+        name: Option<String>,
+    },
+}
+
+/// # Errors
+/// For an unknown `snapshot.…`.
+pub(crate) fn parse(text: &str) -> Result<Wanted, Failure> {
+    if !text.starts_with("snapshot.") {
+        return Ok(Wanted::Either(text.to_owned()));
+    }
+    let (mut id, mut name) = (None, None);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("snapshot.id", value)) => id = Some(value.to_owned()),
+            Some(("snapshot.name", value)) => name = Some(value.to_owned()),
+            other => {
+                let key = other.map_or(part, |(key, _)| key);
+                return Err(Failure::new(format!(
+                    "Invalid parameter '{key}'\nqemu-img: Failed in parsing snapshot param '{text}'"
+                )));
+            }
+        }
+    }
+    Ok(Wanted::Exactly { id, name })
+}
+
+impl Wanted {
+    /// The first of `snapshots` that fits.
+    pub(crate) fn find<'a>(&self, snapshots: &'a [SnapshotInfo]) -> Option<&'a SnapshotInfo> {
+        match self {
+            Self::Either(text) => snapshots
+                .iter()
+                .find(|snapshot| snapshot.id == *text)
+                .or_else(|| snapshots.iter().find(|snapshot| snapshot.name == *text)),
+            Self::Exactly { id, name } => snapshots.iter().find(|snapshot| {
+                id.as_ref().is_none_or(|id| snapshot.id == *id)
+                    && name.as_ref().is_none_or(|name| snapshot.name == *name)
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(id: &str, name: &str) -> SnapshotInfo {
+        SnapshotInfo {
+            id: id.to_owned(),
+            name: name.to_owned(),
+            vm_state_bytes: 0,
+            date: (0, 0),
+            vm_clock_nsec: 0,
+            icount: None,
+            virtual_size_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn ids_come_before_names() {
+        let list = [snapshot("1", "2"), snapshot("2", "a")];
+        let find = |text| parse(text).unwrap().find(&list).map(|found| found.id.clone());
+        assert_eq!(find("2").as_deref(), Some("2"));
+        assert_eq!(find("snapshot.name=2").as_deref(), Some("1"));
+        assert_eq!(find("snapshot.id=2,snapshot.name=2"), None);
+        assert!(parse("snapshot.foo=1").is_err());
+    }
+}

@@ -1,0 +1,43 @@
+//! `-T`: accepted as the reference accepts it. There are no trace events here, so naming one is answered as
+//! naming an unknown one is there.
+
+use std::fs;
+
+use crate::{
+    context::Context,
+    error::{Failure, os_text},
+};
+
+/// Takes one `-T` value.
+///
+/// # Errors
+/// When it names a list of events that cannot be read.
+pub(crate) fn accept(trace: &str, context: &Context) -> Result<(), Failure> {
+    for (index, part) in trace.split(',').enumerate() {
+        match part.split_once('=') {
+            Some(("events", file)) => {
+                let list = fs::read_to_string(file).map_err(|error| {
+                    Failure::new(format!("could not open trace events file '{file}': {}", os_text(&error)))
+                })?;
+                let lines = list.lines().map(str::trim);
+                lines.filter(|line| !line.is_empty() && !line.starts_with('#')).for_each(|line| {
+                    unknown(line, context);
+                });
+            }
+            Some(("enable", pattern)) => unknown(pattern, context),
+            // Where traces would be written to: there are none to write.
+            Some(("file", _)) => {}
+            Some((name, _)) => return Err(Failure::new(format!("Invalid parameter '{name}'"))),
+            None if index == 0 => unknown(part, context),
+            None => return Err(Failure::new(format!("Invalid parameter '{part}'"))),
+        }
+    }
+    Ok(())
+}
+
+fn unknown(pattern: &str, context: &Context) {
+    let name = pattern.strip_prefix('-').unwrap_or(pattern);
+    if !name.is_empty() && !name.contains('*') {
+        context.warning(&format!("trace event '{name}' does not exist"));
+    }
+}
