@@ -48,6 +48,17 @@ impl Image {
         todo!()
     }
 
+    /// A disk of layers that the caller opened, top first: images in memory, for tests and fuzzers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) without any layer.
+    pub fn from_layers(layers: Vec<Arc<dyn Layer>>) -> Result<Self> {
+        if layers.is_empty() {
+            return Err(crate::Error::Invalid("a disk has at least one layer".to_owned()));
+        }
+        Ok(Self { layers })
+    }
+
     /// The layers, top first.
     #[must_use]
     pub fn layers(&self) -> &[Arc<dyn Layer>] {
