@@ -5,12 +5,26 @@
 //! the sizes that follow, `map` the question where a byte lives, `alloc` and `refcount` where new bytes
 //! go, `flush` the order that keeps every crash harmless, `snapshot`, `bitmap`, `create`, `check` the rest.
 
+mod alloc;
+mod cache;
 mod entry;
 mod extension;
 mod feature;
+mod flush;
 mod geometry;
 mod header;
+mod layer;
+mod lease;
+mod map;
 mod options;
+mod overlap;
+mod places;
+mod refcount;
+mod runtime;
+mod write;
+
+#[cfg(test)]
+mod heart_tests;
 
 use std::{path::Path, sync::Arc};
 
@@ -40,8 +54,7 @@ impl Driver for Qcow2 {
     }
 
     fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>> {
-        let _ = (storage, context);
-        todo!()
+        Ok(Arc::new(layer::Qcow2Layer::open(storage, context)?))
     }
 
     fn has_backing(&self) -> bool {

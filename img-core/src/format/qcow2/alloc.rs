@@ -1,0 +1,244 @@
+//! Where new clusters live, and when old ones may be used again.
+//!
+//! Clusters are given out first fit from a moving index, as the reference does, so that images are laid
+//! out alike. A freed cluster goes through three stages: *pending* while a table on disk may still refer
+//! to it, *limbo* while someone may still hold a map answer that names it, and then its count goes down, its
+//! space is given back to the host, and the index moves down to it.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    ops::Range,
+    sync::atomic::Ordering,
+};
+
+use super::{geometry::refcount_get, layer::Qcow2Layer, overlap::Kind, refcount::Counted, write::Write};
+use crate::{Error, Result};
+
+/// Rather than growing the file while this many bytes wait to become free, they are made free.
+const PENDING_LIMIT_BYTES: u64 = 64 << 20;
+/// So many separate runs that wait to become free are made free, to bound the memory they take.
+const PENDING_LIMIT_RUNS: usize = 1 << 18;
+/// Host offsets have 56 bits.
+const HOST_LIMIT_BYTES: u64 = 1 << 56;
+
+/// What the changing side of an image knows; one lock around it all.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// The search for free clusters starts here. No cluster below it is free.
+    pub(super) free_index: u64,
+    /// Where the next compressed cluster may start, inside a cluster that is partly filled; 0 for none.
+    pub(super) free_byte: u64,
+    /// What no table in memory refers to any more, while those on disk still may.
+    pub(super) pending: Vec<Freed>,
+    pending_bytes: u64,
+    /// What no table refers to, while someone may still have a map answer of the epoch or an earlier one.
+    pub(super) limbo: VecDeque<(u64, Vec<Freed>)>,
+    /// L2 tables that L1 on disk does not refer to yet.
+    pub(super) new_tables: HashSet<u64>,
+    /// Tables in memory refer to data or counts that may not be durable.
+    pub(super) barrier: bool,
+    /// Prepared writes by token.
+    pub(super) writes: HashMap<u64, Write>,
+    /// Guest ranges of prepared writes, in whole clusters: end by start.
+    pub(super) in_flight: BTreeMap<u64, u64>,
+    pub(super) next_token: u64,
+}
+
+/// A run of bytes that is given up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Freed {
+    pub(super) host: Range<u64>,
+    /// Guest data in the external file, which has no counts.
+    pub(super) in_data_file: bool,
+    /// Give the space back to the host when the count reaches zero.
+    pub(super) punch: bool,
+}
+
+impl Freed {
+    /// Clusters of the image file, each of which loses one reference.
+    pub(super) fn clusters(host: Range<u64>, punch: bool) -> Self {
+        Self { host, in_data_file: false, punch }
+    }
+}
+
+impl State {
+    /// Gives up a run. It can be used again after the next drain.
+    pub(super) fn free(&mut self, freed: Freed) {
+        self.pending_bytes += freed.host.end - freed.host.start;
+        if let Some(last) = self.pending.last_mut()
+            && last.host.end == freed.host.start
+            && (last.in_data_file, last.punch) == (freed.in_data_file, freed.punch)
+        {
+            last.host.end = freed.host.end;
+            return;
+        }
+        self.pending.push(freed);
+    }
+
+    /// Takes all that is pending.
+    pub(super) fn take_pending(&mut self) -> Vec<Freed> {
+        self.pending_bytes = 0;
+        std::mem::take(&mut self.pending)
+    }
+
+    /// Whether so much is pending that a drain is due.
+    pub(super) fn is_full(&self) -> bool {
+        self.pending.len() >= PENDING_LIMIT_RUNS
+    }
+}
+
+impl Qcow2Layer {
+    /// Allocates `count` clusters in a row, with a count of one each in memory, and returns the first one's
+    /// host offset.
+    pub(super) fn allocate_clusters(&self, count: u64) -> Result<u64> {
+        self.check_writable()?;
+        let mut state = self.state();
+        self.guard(self.allocate(&mut state, count))
+    }
+
+    /// Gives up one reference to each of `count` clusters. They are used again only after a drain.
+    pub(super) fn free_clusters(&self, host_offset: u64, count: u64) {
+        let host = host_offset..host_offset + count * self.geometry.cluster_bytes();
+        self.state().free(Freed::clusters(host, self.runtime.discard_other));
+    }
+
+    /// [`Self::allocate_clusters`] for those who hold the state.
+    pub(super) fn allocate(&self, state: &mut State, count: u64) -> Result<u64> {
+        self.before_allocating(state)?;
+        loop {
+            let first = self.find_free(state, count)?;
+            let host = self.host_range(first, count)?;
+            let known_end = self.end_bytes.load(Ordering::Relaxed);
+            if host.end > known_end && state.pending_bytes >= PENDING_LIMIT_BYTES {
+                state.free_index = first;
+                self.drain_locked(state)?;
+                if state.pending_bytes < PENDING_LIMIT_BYTES && state.free_index < first {
+                    continue;
+                }
+                state.free_index = first + count;
+            }
+            self.check_overlap(&host, None)?;
+            if self.count_up(state, first..first + count)? == Counted::Done {
+                self.note_allocated(host.end);
+                return Ok(host.start);
+            }
+        }
+    }
+
+    /// What precedes every allocation: known places, the dirty bit of lazy refcounts, released clusters.
+    pub(super) fn before_allocating(&self, state: &mut State) -> Result<()> {
+        self.know_places()?;
+        if self.is_lazy() {
+            self.set_dirty()?;
+        }
+        self.release(state)
+    }
+
+    /// Undoes an allocation that nothing refers to.
+    pub(super) fn unallocate(&self, state: &mut State, host: Range<u64>) -> Result<()> {
+        for cluster in self.clusters_of(&host) {
+            if self.count_down(cluster)? == 0 {
+                self.cluster_is_free(state, cluster);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a cluster whose count is zero be found.
+    pub(super) fn cluster_is_free(&self, state: &mut State, cluster: u64) {
+        state.free_index = state.free_index.min(cluster);
+        if state.free_byte >> self.geometry.cluster_bits == cluster {
+            state.free_byte = 0;
+        }
+    }
+
+    /// The host clusters that a byte range touches.
+    pub(super) fn clusters_of(&self, host: &Range<u64>) -> Range<u64> {
+        host.start >> self.geometry.cluster_bits..host.end.div_ceil(self.geometry.cluster_bytes())
+    }
+
+    /// The first cluster at or after the free index that starts a run of `count` free ones; moves the index
+    /// behind that run. Counts nothing.
+    pub(super) fn find_free(&self, state: &mut State, count: u64) -> Result<u64> {
+        let order = self.geometry.refcount_order;
+        let limit = HOST_LIMIT_BYTES >> self.geometry.cluster_bits;
+        let mut start = state.free_index;
+        self.visit_refcounts(state.free_index..limit, |clusters, counts| {
+            if let Some((bytes, first)) = counts {
+                for (index, cluster) in clusters.clone().enumerate() {
+                    if refcount_get(bytes, order, first + index) != 0 {
+                        start = cluster + 1;
+                    } else if cluster + 1 - start >= count {
+                        return false;
+                    }
+                }
+            }
+            clusters.end - start < count
+        })?;
+        if limit.saturating_sub(start) < count {
+            return Err(Error::Invalid(format!(
+                "{}: no host offset below 2^56 is free",
+                self.path().display()
+            )));
+        }
+        state.free_index = start + count;
+        Ok(start)
+    }
+
+    /// Remembers that the file, in memory at least, reaches to `end`.
+    pub(super) fn note_allocated(&self, end: u64) {
+        self.end_bytes.fetch_max(end, Ordering::Relaxed);
+    }
+
+    fn host_range(&self, first: u64, count: u64) -> Result<Range<u64>> {
+        let bits = self.geometry.cluster_bits;
+        let limit = HOST_LIMIT_BYTES >> bits;
+        if first.checked_add(count).is_none_or(|end| end > limit) {
+            return Err(Error::Invalid(format!(
+                "{}: no host offset below 2^56 is free",
+                self.path().display()
+            )));
+        }
+        Ok(first << bits..(first + count) << bits)
+    }
+
+    /// Counts all of `ranges` of host clusters by their deltas of one up (`true`) or down, in a safe order
+    /// and with bounded memory: ups are durable when this returns, downs are pending until the next drain.
+    pub(super) fn change_refcounts(&self, ranges: &[(Range<u64>, bool)]) -> Result<()> {
+        self.check_writable()?;
+        let mut state = self.state();
+        let result = self.change_refcounts_locked(&mut state, ranges);
+        self.guard(result)
+    }
+
+    fn change_refcounts_locked(&self, state: &mut State, ranges: &[(Range<u64>, bool)]) -> Result<()> {
+        self.know_places()?;
+        for (host, up) in ranges {
+            if !up {
+                state.free(Freed::clusters(host.clone(), self.runtime.discard_other));
+                continue;
+            }
+            let per_block = self.geometry.refcounts_per_block();
+            let mut clusters = self.clusters_of(host);
+            while clusters.start < clusters.end {
+                let end = ((clusters.start / per_block + 1) * per_block).min(clusters.end);
+                while self.count_up(state, clusters.start..end)? == Counted::SearchAgain {}
+                clusters.start = end;
+                if self.refcount_blocks.dirty_bytes() >= self.runtime.refcount_cache_bytes {
+                    self.write_refcount_blocks()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes where a structure stands, once places are known.
+    pub(super) fn note_place(&self, kind: Kind, host: Range<u64>) {
+        self.places.write().unwrap_or_else(std::sync::PoisonError::into_inner).add(kind, host);
+    }
+
+    /// Forgets where a structure stood.
+    pub(super) fn forget_place(&self, kind: Kind, host: Range<u64>) {
+        self.places.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(kind, host);
+    }
+}

@@ -1,0 +1,262 @@
+//! Tables in memory: slices of 4 KiB (a cluster where clusters are smaller), found by host offset.
+//!
+//! A lookup that hits takes two short shared locks. A miss reads under the load lock of its shard, so that
+//! a slice is read at most once and a slow reader can never put an old slice beside a newer one. Slices are
+//! changed only by whoever holds the layer's writer lock; changed slices stay until
+//! [`SliceCache::write_back`] has written them, clean ones make room for others by the clock rule.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io::IoSlice,
+    ops::Range,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use crate::{Result, storage::Storage};
+
+/// Shards of a cache: more than the threads that look tables up at once.
+const SHARDS: usize = 16;
+/// The longest single write of neighbouring slices.
+const WRITE_BACK_BYTES: u64 = 1 << 20;
+
+/// A piece of a table.
+#[derive(Debug)]
+pub(super) struct Slice {
+    bytes: RwLock<Box<[u8]>>,
+    /// Looked at since the clock hand last passed.
+    used: AtomicBool,
+}
+
+impl Slice {
+    fn new(bytes: Box<[u8]>) -> Arc<Self> {
+        Arc::new(Self { bytes: RwLock::new(bytes), used: AtomicBool::new(true) })
+    }
+
+    /// The bytes, shared.
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, Box<[u8]>> {
+        self.bytes.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Box<[u8]>> {
+        self.bytes.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The big-endian word at `at` bytes into the slice.
+    pub(super) fn word(&self, at: usize) -> u64 {
+        u64::from_be_bytes(self.read()[at..at + 8].try_into().expect("eight bytes"))
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    slices: RwLock<HashMap<u64, Arc<Slice>>>,
+    load: Mutex<()>,
+}
+
+/// Slices of one kind of table.
+///
+/// Lock order: a shard's `load`, its `slices`, `dirty`, a slice's bytes.
+#[derive(Debug)]
+pub(super) struct SliceCache {
+    shards: Box<[Shard]>,
+    slice_bytes: u64,
+    slices_per_shard: usize,
+    /// Host offsets of the slices that differ from the file.
+    dirty: Mutex<BTreeSet<u64>>,
+}
+
+impl SliceCache {
+    /// A cache of up to `capacity_bytes` of clean slices of `slice_bytes`, a power of two.
+    pub(super) fn new(slice_bytes: u64, capacity_bytes: u64) -> Self {
+        let per_shard = (capacity_bytes / slice_bytes).div_ceil(SHARDS as u64).max(2);
+        Self {
+            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+            slice_bytes,
+            slices_per_shard: usize::try_from(per_shard).unwrap_or(usize::MAX),
+            dirty: Mutex::default(),
+        }
+    }
+
+    /// Bytes in a slice.
+    pub(super) fn slice_bytes(&self) -> u64 {
+        self.slice_bytes
+    }
+
+    /// The slice that holds host byte `at`, and where in it that byte stands. Reads on a miss.
+    pub(super) fn get(&self, storage: &dyn Storage, at: u64) -> Result<(Arc<Slice>, usize)> {
+        let start = at & !(self.slice_bytes - 1);
+        let within = usize::try_from(at - start).expect("inside a slice");
+        if let Some(slice) = self.peek(start) {
+            return Ok((slice, within));
+        }
+        let shard = self.shard(start);
+        let _load = lock(&shard.load);
+        if let Some(slice) = self.peek(start) {
+            return Ok((slice, within));
+        }
+        let slice = self.load(storage, shard, start)?;
+        Ok((slice, within))
+    }
+
+    /// The slice that starts at `start`, when it is here.
+    pub(super) fn peek(&self, start: u64) -> Option<Arc<Slice>> {
+        let slices = self.shard(start).slices.read().unwrap_or_else(PoisonError::into_inner);
+        let slice = slices.get(&start)?;
+        if !slice.used.load(Ordering::Relaxed) {
+            slice.used.store(true, Ordering::Relaxed);
+        }
+        Some(Arc::clone(slice))
+    }
+
+    /// Changes the slice that holds host byte `at` and remembers that it must be written. `change` gets the
+    /// slice's bytes and where in them that byte stands.
+    pub(super) fn update<T>(
+        &self,
+        storage: &dyn Storage,
+        at: u64,
+        change: impl FnOnce(&mut [u8], usize) -> T,
+    ) -> Result<T> {
+        let start = at & !(self.slice_bytes - 1);
+        let within = usize::try_from(at - start).expect("inside a slice");
+        let shard = self.shard(start);
+        // While the load lock is held nobody puts a slice in or takes one out of this shard.
+        let _load = lock(&shard.load);
+        let slice = match self.peek(start) {
+            Some(slice) => slice,
+            None => self.load(storage, shard, start)?,
+        };
+        self.lock_dirty().insert(start);
+        let mut bytes = slice.write();
+        Ok(change(&mut bytes, within))
+    }
+
+    /// Puts zeroes, to be written, where `range` stood. Both ends are multiples of a slice.
+    pub(super) fn fill_with_zeroes(&self, range: Range<u64>) {
+        let mut start = range.start;
+        while start < range.end {
+            let slice = Slice::new(vec![0; self.slice_len()].into_boxed_slice());
+            let shard = self.shard(start);
+            let _load = lock(&shard.load);
+            self.lock_dirty().insert(start);
+            shard.slices.write().unwrap_or_else(PoisonError::into_inner).insert(start, slice);
+            start += self.slice_bytes;
+        }
+    }
+
+    /// Forgets the slices of `range`, changed ones too.
+    pub(super) fn forget(&self, range: Range<u64>) {
+        let mut start = range.start;
+        while start < range.end {
+            let shard = self.shard(start);
+            let _load = lock(&shard.load);
+            shard.slices.write().unwrap_or_else(PoisonError::into_inner).remove(&start);
+            self.lock_dirty().remove(&start);
+            start += self.slice_bytes;
+        }
+    }
+
+    /// Forgets everything.
+    pub(super) fn clear(&self) {
+        for shard in &self.shards {
+            let _load = lock(&shard.load);
+            shard.slices.write().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        self.lock_dirty().clear();
+    }
+
+    /// How many bytes wait to be written.
+    pub(super) fn dirty_bytes(&self) -> u64 {
+        self.lock_dirty().len() as u64 * self.slice_bytes
+    }
+
+    /// Whether any slice for which `wanted` holds waits to be written.
+    pub(super) fn is_dirty(&self, wanted: impl Fn(u64) -> bool) -> bool {
+        self.lock_dirty().iter().any(|&start| wanted(start))
+    }
+
+    /// Writes the changed slices for which `wanted` holds, neighbours together, each piece after `allow`
+    /// agreed to its range. What fails to be written stays changed. Returns whether anything was written.
+    pub(super) fn write_back(
+        &self,
+        storage: &dyn Storage,
+        wanted: impl Fn(u64) -> bool,
+        allow: impl Fn(Range<u64>) -> Result<()>,
+    ) -> Result<bool> {
+        let all: Vec<u64> = self.lock_dirty().iter().copied().filter(|&start| wanted(start)).collect();
+        let mut rest = all.as_slice();
+        while let Some(&first) = rest.first() {
+            let limit = (WRITE_BACK_BYTES / self.slice_bytes).max(1);
+            let run = rest
+                .iter()
+                .zip(0..limit)
+                .take_while(|&(&start, index)| start == first + index * self.slice_bytes)
+                .count();
+            let (now, later) = rest.split_at(run);
+            allow(first..first + run as u64 * self.slice_bytes)?;
+            let slices: Vec<Arc<Slice>> =
+                now.iter().map(|&start| self.peek(start).expect("a changed slice is kept")).collect();
+            let guards: Vec<_> = slices.iter().map(|slice| slice.read()).collect();
+            let bufs: Vec<IoSlice<'_>> = guards.iter().map(|bytes| IoSlice::new(bytes)).collect();
+            storage.write_vectored_at(&bufs, first)?;
+            let mut dirty = self.lock_dirty();
+            for start in now {
+                dirty.remove(start);
+            }
+            rest = later;
+        }
+        Ok(!all.is_empty())
+    }
+
+    fn slice_len(&self) -> usize {
+        usize::try_from(self.slice_bytes).expect("slices are at most a cluster")
+    }
+
+    fn shard(&self, start: u64) -> &Shard {
+        let index = (start / self.slice_bytes) % SHARDS as u64;
+        &self.shards[usize::try_from(index).expect("below the number of shards")]
+    }
+
+    fn lock_dirty(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        lock(&self.dirty)
+    }
+
+    /// Reads a slice; the caller holds the shard's load lock.
+    fn load(&self, storage: &dyn Storage, shard: &Shard, start: u64) -> Result<Arc<Slice>> {
+        let mut bytes = vec![0; self.slice_len()].into_boxed_slice();
+        storage.read_at(&mut bytes, start)?;
+        let slice = Slice::new(bytes);
+        let mut slices = shard.slices.write().unwrap_or_else(PoisonError::into_inner);
+        if slices.len() >= self.slices_per_shard {
+            self.evict(&mut slices);
+        }
+        slices.insert(start, Arc::clone(&slice));
+        Ok(slice)
+    }
+
+    /// Drops a quarter of a full shard: clean slices not looked at since the last time first.
+    fn evict(&self, slices: &mut HashMap<u64, Arc<Slice>>) {
+        let dirty = self.lock_dirty();
+        let keep = self.slices_per_shard - self.slices_per_shard.div_ceil(4);
+        for second_round in [false, true] {
+            let mut surplus = slices.len().saturating_sub(keep);
+            slices.retain(|start, slice| {
+                if surplus == 0 || dirty.contains(start) {
+                    return true;
+                }
+                if slice.used.swap(false, Ordering::Relaxed) && !second_round {
+                    return true;
+                }
+                surplus -= 1;
+                false
+            });
+        }
+    }
+}
+
+/// Locks a mutex whose data stays sound when a thread panics while holding it.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,344 @@
+//! An opened qcow2 image: what all rooms share, and the [`Layer`] that the rest of the library sees.
+
+use std::{
+    fmt,
+    ops::Range,
+    path::Path,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use serde_json::Value;
+
+use super::{
+    Qcow2,
+    alloc::State,
+    cache::{SliceCache, lock},
+    feature::{compatible, incompatible},
+    geometry::Geometry,
+    header::{CryptMethod, Header},
+    lease::Epochs,
+    map::{DATA_FILE, Root, TableMap},
+    overlap::{Kind, Places},
+    runtime::Runtime,
+};
+use crate::{
+    Error, Result,
+    format::{Backing, Codec, Driver, Extent, HostFile, Layer, LayerWriter, Lease, OpenContext, OpenMode},
+    storage::{Flush, Storage},
+};
+
+/// An opened image.
+///
+/// Lock order: `state`, `header`, `places`, then those inside the caches. Readers of the map take none of
+/// the first.
+pub(super) struct Qcow2Layer {
+    pub(super) mode: OpenMode,
+    pub(super) geometry: Geometry,
+    pub(super) runtime: Runtime,
+    backing: Option<Backing>,
+    pub(super) data_file: Option<Arc<dyn Storage>>,
+    header: RwLock<Header>,
+    virtual_size_bytes: AtomicU64,
+    pub(super) map: TableMap,
+    pub(super) refcount_table: SliceCache,
+    pub(super) refcount_blocks: SliceCache,
+    pub(super) epochs: Epochs,
+    state: Mutex<State>,
+    /// A prepared write has ended.
+    pub(super) landed: Condvar,
+    pub(super) places: RwLock<Places>,
+    /// Whether `places` has been filled.
+    pub(super) places_known: AtomicBool,
+    /// Nothing is written any more: the image turned out to be corrupt.
+    broken: AtomicBool,
+    /// Tables end here at the latest; see [`Root::end_bytes`].
+    pub(super) end_bytes: AtomicU64,
+    has_sparse_data: OnceLock<bool>,
+}
+
+impl fmt::Debug for Qcow2Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Qcow2Layer")
+            .field("file", &self.path())
+            .field("mode", &self.mode)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The bound of what is kept of L1 and of the refcount table: their own limits, so that nothing of them
+/// is read twice.
+const TOP_TABLE_BYTES: u64 = 32 << 20;
+
+impl Qcow2Layer {
+    /// Opens the image on `storage`.
+    pub(super) fn open(storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Self> {
+        let header = Header::read(&*storage, context.mode)?;
+        let geometry = header.geometry;
+        let runtime = Runtime::parse(context.options, geometry)?;
+        let data_file = match (&header.data_file, context.mode) {
+            (_, OpenMode::Inspect) => None,
+            (Some(name), mode) if geometry.external_data => Some((context.open_file)(name, mode)?),
+            (None, _) if geometry.external_data => {
+                return Err(Error::Invalid("'data-file' is required for this image".to_owned()));
+            }
+            _ => None,
+        };
+        let end_bytes = storage.len_bytes()?;
+        let layer = Self {
+            mode: context.mode,
+            geometry,
+            backing: header.backing.clone(),
+            data_file,
+            virtual_size_bytes: AtomicU64::new(header.virtual_size_bytes),
+            map: TableMap {
+                file: storage,
+                geometry,
+                codec: header.compression,
+                l1: SliceCache::new(runtime.slice_bytes, TOP_TABLE_BYTES),
+                l2: SliceCache::new(runtime.l2_slice_bytes, runtime.l2_cache_bytes),
+            },
+            refcount_table: SliceCache::new(runtime.slice_bytes, TOP_TABLE_BYTES),
+            refcount_blocks: SliceCache::new(runtime.slice_bytes, runtime.refcount_cache_bytes),
+            epochs: Epochs::default(),
+            state: Mutex::default(),
+            landed: Condvar::new(),
+            places: RwLock::new(Places::new(geometry, runtime.overlap)),
+            places_known: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
+            end_bytes: AtomicU64::new(end_bytes),
+            has_sparse_data: OnceLock::new(),
+            runtime,
+            header: RwLock::new(header),
+        };
+        if context.mode == OpenMode::Write {
+            layer.make_writable()?;
+        }
+        Ok(layer)
+    }
+
+    /// The steps before the first write: a corrupt image is refused, a dirty one repaired, and the autoclear
+    /// bits of extensions that this build would let go stale are cleared.
+    fn make_writable(&self) -> Result<()> {
+        let (is_corrupt, is_dirty) = {
+            let header = self.header();
+            (header.incompatible & incompatible::CORRUPT != 0, header.incompatible & incompatible::DIRTY != 0)
+        };
+        if is_corrupt {
+            return Err(Error::Invalid("qcow2: Image is corrupt; cannot be opened read/write".to_owned()));
+        }
+        if is_dirty {
+            self.repair_dirty()?;
+        }
+        let mut prepared = self.header().clone();
+        if prepared.prepare_for_writing() {
+            self.update_header(|header| *header = prepared)?;
+        }
+        Ok(())
+    }
+
+    /// What a crash under lazy refcounts left: counts are made right again before anything is allocated.
+    fn repair_dirty(&self) -> Result<()> {
+        Err(Error::unsupported(self.path(), "repairing a dirty image at open"))
+    }
+
+    /// The storage of the image file.
+    pub(super) fn image_file(&self) -> &dyn Storage {
+        &*self.map.file
+    }
+
+    /// The storage of the image file.
+    pub(super) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.map.file
+    }
+
+    /// The image file's name.
+    pub(super) fn path(&self) -> &Path {
+        self.map.file.path()
+    }
+
+    /// The header as it is in memory and on disk.
+    pub(super) fn header(&self) -> RwLockReadGuard<'_, Header> {
+        self.header.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the header and makes it durable. When that fails the header in memory stays as it was.
+    pub(super) fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let mut header = self.header.write().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = header.clone();
+        change(&mut changed);
+        changed.write(self.image_file())?;
+        self.image_file().flush(Flush::Data)?;
+        self.virtual_size_bytes.store(changed.virtual_size_bytes, Ordering::SeqCst);
+        *header = changed;
+        Ok(())
+    }
+
+    /// Sets the dirty bit, durably, unless it is set.
+    pub(super) fn set_dirty(&self) -> Result<()> {
+        if self.header().incompatible & incompatible::DIRTY == 0 {
+            self.update_header(|header| header.incompatible |= incompatible::DIRTY)?;
+        }
+        Ok(())
+    }
+
+    /// Clears the dirty bit if it is set. Everything else is durable already.
+    pub(super) fn clear_dirty(&self) -> Result<()> {
+        if self.header().incompatible & incompatible::DIRTY != 0 {
+            self.update_header(|header| header.incompatible &= !incompatible::DIRTY)?;
+        }
+        Ok(())
+    }
+
+    /// Whether refcounts may lag behind, the dirty bit being set.
+    pub(super) fn is_lazy(&self) -> bool {
+        let lazy = self.header().compatible & compatible::LAZY_REFCOUNTS != 0;
+        self.geometry.version >= 3 && self.runtime.lazy_refcounts.unwrap_or(lazy)
+    }
+
+    /// The state of the changing side.
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// The active L1 table.
+    pub(super) fn root(&self) -> Root {
+        let header = self.header();
+        Root {
+            l1_offset: header.l1_offset,
+            l1_entries: u64::from(header.l1_entries),
+            writable: self.mode == OpenMode::Write,
+            end_bytes: self.end_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Forgets all cached tables and reads the header again. Nothing may wait to be written.
+    pub(super) fn reload(&self) -> Result<()> {
+        let header = Header::read(self.image_file(), self.mode)?;
+        let mut state = self.state();
+        self.map.l1.clear();
+        self.map.l2.clear();
+        self.refcount_table.clear();
+        self.refcount_blocks.clear();
+        *state = State::default();
+        let mut places = self.places.write().unwrap_or_else(PoisonError::into_inner);
+        *places = Places::new(self.geometry, self.runtime.overlap);
+        self.places_known.store(false, Ordering::SeqCst);
+        self.virtual_size_bytes.store(header.virtual_size_bytes, Ordering::SeqCst);
+        self.end_bytes.store(self.image_file().len_bytes()?, Ordering::Relaxed);
+        *self.header.write().unwrap_or_else(PoisonError::into_inner) = header;
+        Ok(())
+    }
+
+    /// Refuses when nothing may be written.
+    pub(super) fn check_writable(&self) -> Result<()> {
+        if !self.mode.writes() {
+            return Err(Error::ReadOnly { file: self.path().to_owned() });
+        }
+        if self.broken.load(Ordering::SeqCst) {
+            return Err(Error::corrupt(
+                self.path(),
+                "image",
+                0,
+                "no corruption met since it was opened",
+                "one that stopped all writing",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Passes a result on; if it says that the image is corrupt, and the image is being written, marks the
+    /// image and stops writing.
+    pub(super) fn guard<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(Error::Corrupt { .. } | Error::Overlap { .. }) = &result
+            && self.mode == OpenMode::Write
+            && !self.broken.swap(true, Ordering::SeqCst)
+            && self.geometry.version >= 3
+        {
+            self.update_header(|header| header.incompatible |= incompatible::CORRUPT)?;
+        }
+        result
+    }
+
+    /// Refuses a write to `host` that would damage a structure of another kind than `own`.
+    pub(super) fn check_overlap(&self, host: &Range<u64>, own: Option<Kind>) -> Result<()> {
+        let places = self.places.read().unwrap_or_else(PoisonError::into_inner);
+        let hit = if host.start < self.geometry.cluster_bytes() && own != Some(Kind::MainHeader) {
+            Some("qcow2_header")
+        } else {
+            places.hit(host, own)
+        };
+        match hit {
+            None => Ok(()),
+            Some(structure) => Err(Error::Overlap {
+                file: self.path().to_owned(),
+                structure,
+                at_bytes: host.start,
+                length_bytes: host.end - host.start,
+            }),
+        }
+    }
+}
+
+impl Layer for Qcow2Layer {
+    fn driver(&self) -> &'static dyn Driver {
+        &Qcow2
+    }
+
+    fn virtual_size_bytes(&self) -> u64 {
+        self.virtual_size_bytes.load(Ordering::SeqCst)
+    }
+
+    fn cluster_size_bytes(&self) -> Option<u32> {
+        Some(u32::try_from(self.geometry.cluster_bytes()).expect("at most 2 MiB"))
+    }
+
+    fn file(&self, file: HostFile) -> Option<&Arc<dyn Storage>> {
+        match file {
+            HostFile::IMAGE => Some(self.storage()),
+            DATA_FILE => self.data_file.as_ref(),
+            _ => None,
+        }
+    }
+
+    fn compression(&self) -> Option<Codec> {
+        (!self.geometry.external_data).then_some(self.map.codec)
+    }
+
+    fn backing(&self) -> Option<&Backing> {
+        self.backing.as_ref()
+    }
+
+    fn has_sparse_data(&self) -> bool {
+        // It only decides how closely holes are looked at: counts that cannot be read decide nothing.
+        *self.has_sparse_data.get_or_init(|| self.is_preallocated().unwrap_or(false))
+    }
+
+    fn details(&self) -> Result<Option<Value>> {
+        Ok(None)
+    }
+
+    fn is_dirty(&self) -> bool {
+        self.header().incompatible & incompatible::DIRTY != 0
+    }
+
+    fn is_encrypted(&self) -> bool {
+        self.header().crypt_method != CryptMethod::None
+    }
+
+    fn pin(&self) -> Lease<'_> {
+        Lease::new(self.epochs.pin())
+    }
+
+    fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
+        // No table that the walk is in may become something else meanwhile.
+        let _pin = self.epochs.pin();
+        self.guard(self.map.map_range(self.root(), guest_bytes, extents))
+    }
+
+    fn writer(&self) -> Option<&dyn LayerWriter> {
+        None
+    }
+}

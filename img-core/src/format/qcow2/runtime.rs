@@ -1,0 +1,150 @@
+//! Options of an opened image, by the reference's names.
+
+use super::{geometry::Geometry, overlap::Classes};
+use crate::{Error, Result, format::OptionSet};
+
+/// Default bound of the L2 cache.
+const L2_CACHE_BYTES: u64 = 32 << 20;
+/// Default bound of the refcount cache, as large as needed so that long sequential writes seldom drain.
+const REFCOUNT_CACHE_BYTES: u64 = 1 << 20;
+/// Slices are this long unless clusters are smaller or the user wants otherwise.
+const SLICE_BYTES: u64 = 4096;
+/// Each cache can hold at least this many slices.
+const MIN_SLICES: u64 = 4;
+
+/// What the options say.
+#[derive(Clone, Debug)]
+pub(super) struct Runtime {
+    pub(super) l2_cache_bytes: u64,
+    pub(super) refcount_cache_bytes: u64,
+    pub(super) l2_slice_bytes: u64,
+    pub(super) slice_bytes: u64,
+    /// Overrides the image's own lazy refcounts flag.
+    pub(super) lazy_refcounts: Option<bool>,
+    pub(super) overlap: Classes,
+    /// Freed host space is given back for discards of the user.
+    pub(super) discard_requests: bool,
+    /// ... for what is freed otherwise.
+    pub(super) discard_other: bool,
+    /// A discard keeps the cluster and its place.
+    pub(super) discard_no_unref: bool,
+}
+
+impl Runtime {
+    /// Reads the options.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for unknown options and impossible values.
+    pub(super) fn parse(options: &OptionSet, geometry: Geometry) -> Result<Self> {
+        let cluster = geometry.cluster_bytes();
+        let slice_bytes = SLICE_BYTES.min(cluster);
+        let mut runtime = Self {
+            l2_cache_bytes: L2_CACHE_BYTES,
+            refcount_cache_bytes: REFCOUNT_CACHE_BYTES,
+            l2_slice_bytes: slice_bytes,
+            slice_bytes,
+            lazy_refcounts: options.switch("lazy-refcounts")?,
+            overlap: Classes::parse(options)?,
+            discard_requests: options.switch("pass-discard-request")?.unwrap_or(true),
+            discard_other: options.switch("pass-discard-other")?.unwrap_or(true),
+            discard_no_unref: options.switch("discard-no-unref")?.unwrap_or(false),
+        };
+        // Snapshots are deleted with the same deferred frees as everything else.
+        options.switch("pass-discard-snapshot")?;
+        for (name, _) in options.iter() {
+            let known = matches!(
+                name,
+                "lazy-refcounts"
+                    | "pass-discard-request"
+                    | "pass-discard-snapshot"
+                    | "pass-discard-other"
+                    | "discard-no-unref"
+                    | "l2-cache-size"
+                    | "refcount-cache-size"
+                    | "cache-size"
+                    | "l2-cache-entry-size"
+                    | "cache-clean-interval"
+            );
+            if !known && !Classes::is_option(name) {
+                return Err(Error::Invalid(format!(
+                    "Block format 'qcow2' does not support the option '{name}'"
+                )));
+            }
+        }
+        if runtime.discard_no_unref && geometry.version < 3 {
+            return Err(Error::Invalid(
+                "discard-no-unref is only supported since qcow2 version 3".to_owned(),
+            ));
+        }
+        runtime.cache_sizes(options, cluster)?;
+        Ok(runtime)
+    }
+
+    /// `cache-size` is shared out: what one of the caches was given is taken from it, and with neither
+    /// given the refcount cache gets its minimum and L2 the rest, as L2 serves every request.
+    fn cache_sizes(&mut self, options: &OptionSet, cluster: u64) -> Result<()> {
+        let total = size(options, "cache-size")?;
+        let l2 = size(options, "l2-cache-size")?;
+        let refcounts = size(options, "refcount-cache-size")?;
+        // Cleaning by the clock rule keeps the bound at all times; the interval has nothing left to free.
+        if let Some(text) = options.get("cache-clean-interval") {
+            text.parse::<u32>().map_err(|_| not_a_number("cache-clean-interval"))?;
+        }
+        if let Some(entry) = size(options, "l2-cache-entry-size")? {
+            if !entry.is_power_of_two() || entry < 512 || entry > cluster {
+                return Err(Error::Invalid(format!(
+                    "L2 cache entry size must be a power of two between 512 and the cluster size ({cluster})"
+                )));
+            }
+            self.l2_slice_bytes = entry;
+        }
+        if let Some(total) = total {
+            if l2.is_some() && refcounts.is_some() {
+                return Err(Error::Invalid(
+                    "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
+                        .to_owned(),
+                ));
+            }
+            if l2.is_some_and(|l2| l2 > total) {
+                return Err(Error::Invalid("l2-cache-size may not exceed cache-size".to_owned()));
+            }
+            if refcounts.is_some_and(|refcounts| refcounts > total) {
+                return Err(Error::Invalid("refcount-cache-size may not exceed cache-size".to_owned()));
+            }
+            let least = MIN_SLICES * self.slice_bytes;
+            self.refcount_cache_bytes =
+                refcounts.unwrap_or_else(|| l2.map_or(least.min(total), |l2| total - l2));
+            self.l2_cache_bytes = l2.unwrap_or(total - self.refcount_cache_bytes);
+        } else {
+            self.l2_cache_bytes = l2.unwrap_or(L2_CACHE_BYTES);
+            self.refcount_cache_bytes = refcounts.unwrap_or(REFCOUNT_CACHE_BYTES);
+        }
+        self.l2_cache_bytes = self.l2_cache_bytes.max(MIN_SLICES * self.l2_slice_bytes);
+        self.refcount_cache_bytes = self.refcount_cache_bytes.max(MIN_SLICES * self.slice_bytes);
+        Ok(())
+    }
+}
+
+/// Bytes, with an optional suffix of base 1024.
+fn size(options: &OptionSet, name: &str) -> Result<Option<u64>> {
+    let Some(text) = options.get(name) else { return Ok(None) };
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" | "b" | "B" => 0,
+        "k" | "K" => 10,
+        "m" | "M" => 20,
+        "g" | "G" => 30,
+        "t" | "T" => 40,
+        _ => return Err(not_a_size(name)),
+    };
+    let number: u64 = digits.parse().map_err(|_| not_a_size(name))?;
+    number.checked_mul(1 << shift).map(Some).ok_or_else(|| not_a_size(name))
+}
+
+fn not_a_size(name: &str) -> Error {
+    Error::Invalid(format!("Parameter '{name}' expects a non-negative number below 2^64"))
+}
+
+fn not_a_number(name: &str) -> Error {
+    Error::Invalid(format!("Parameter '{name}' expects a number"))
+}
