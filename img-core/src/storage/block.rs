@@ -7,8 +7,8 @@ use rustix::{
     io::Errno,
 };
 
-use super::{FileStorage, space, transfer};
-use crate::{Error, Result, storage::Storage};
+use super::{FileStorage, Storage, space, transfer};
+use crate::Result;
 
 /// The size of the device. The end of its address space is where the kernel keeps `BLKGETSIZE64`.
 pub(super) fn len_bytes(fd: BorrowedFd<'_>) -> Result<u64, Errno> {
@@ -21,39 +21,22 @@ pub(super) fn granularity_bytes(fd: BorrowedFd<'_>) -> Result<u32, Errno> {
 }
 
 /// Zeroes a range and gives its space back; `false` when the device cannot promise both.
-pub(super) fn punch(
-    device: &FileStorage,
-    fd: BorrowedFd<'_>,
-    sector: u32,
-    range: &Range<u64>,
-) -> Result<bool> {
+pub(super) fn punch(device: &FileStorage, sector: u32, range: &Range<u64>) -> Result<bool> {
     // On a device this is "write zeroes, unmapping, or fail": unlike BLKDISCARD it says what reads return.
-    by_sectors(device, fd, sector, range, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE)
+    by_sectors(device, sector, range, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE)
 }
 
 /// Zeroes a range and keeps its space; `false` when the device has no quick way.
-pub(super) fn zero(
-    device: &FileStorage,
-    fd: BorrowedFd<'_>,
-    sector: u32,
-    range: &Range<u64>,
-) -> Result<bool> {
-    by_sectors(device, fd, sector, range, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE)
+pub(super) fn zero(device: &FileStorage, sector: u32, range: &Range<u64>) -> Result<bool> {
+    by_sectors(device, sector, range, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE)
 }
 
-fn by_sectors(
-    device: &FileStorage,
-    fd: BorrowedFd<'_>,
-    sector: u32,
-    range: &Range<u64>,
-    how: FallocateFlags,
-) -> Result<bool> {
+fn by_sectors(device: &FileStorage, sector: u32, range: &Range<u64>, how: FallocateFlags) -> Result<bool> {
     let sector = u64::from(sector);
     let start = range.start.next_multiple_of(sector); // at most the device's end, a multiple itself
     let end = range.end / sector * sector;
     if start < end {
-        let done = space::fallocate(fd, how, start..end)
-            .map_err(|errno| Error::io_at(device.path(), "write zeroes", start, errno))?;
+        let done = device.change("write zeroes", start..end, |fd| space::fallocate(fd, how, start..end))?;
         if !done {
             return Ok(false);
         }

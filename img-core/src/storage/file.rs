@@ -16,7 +16,9 @@ use rustix::{
     io::Errno,
 };
 
-use super::{CacheMode, Flush, Identity, Limits, Preallocation, Storage, block, lock, space, transfer};
+use super::{
+    CacheMode, Flush, Identity, Limits, Preallocation, Storage, block, direct::Direct, lock, space, transfer,
+};
 use crate::{Error, Result};
 
 /// How a host file is opened. The default reads an existing file through the page cache.
@@ -84,12 +86,16 @@ impl FileOptions {
     /// reference's words for directories, pipes and sockets.
     pub fn open(self, path: impl Into<PathBuf>) -> Result<FileStorage> {
         let path = path.into();
-        if self.cache.is_direct() {
-            return Err(Error::unsupported(&path, "direct I/O"));
-        }
         let creates = self.create || self.create_new;
         let refused = |errno: Errno| {
             let (file, source) = (path.clone(), errno.into());
+            if self.cache.is_direct() && errno == Errno::INVAL {
+                let verb = if creates { "create" } else { "open" };
+                let file = file.display();
+                return Error::Invalid(format!(
+                    "Could not {verb} '{file}': filesystem does not support O_DIRECT"
+                ));
+            }
             if creates { Error::CreateFile { file, source } } else { Error::OpenFile { file, source } }
         };
         // NONBLOCK: opening a pipe that nobody writes to must not wait; it is refused below.
@@ -134,10 +140,21 @@ impl FileOptions {
             Kind::Block => block::granularity_bytes(fd.as_fd()).map_err(refused)?,
             Kind::Regular | Kind::Character => u32::try_from(stat.st_blksize).unwrap_or(4096).max(1),
         };
+        let direct = match kind {
+            Kind::Regular if self.cache.is_direct() => {
+                let len_bytes = u64::try_from(stat.st_size).unwrap_or(0);
+                Some(Direct::find(fd.as_fd(), block_bytes, Some(len_bytes)).map_err(refused)?)
+            }
+            Kind::Block if self.cache.is_direct() => {
+                Some(Direct::find(fd.as_fd(), block_bytes, None).map_err(refused)?)
+            }
+            _ => None,
+        };
         Ok(FileStorage {
             path,
             fd,
             kind,
+            direct,
             identity,
             block_bytes,
             writable: self.write,
@@ -166,6 +183,8 @@ pub struct FileStorage {
     path: PathBuf,
     fd: OwnedFd,
     kind: Kind,
+    /// Past the page cache: how.
+    direct: Option<Direct>,
     identity: Identity,
     block_bytes: u32,
     writable: bool,
@@ -207,6 +226,22 @@ impl FileStorage {
         }
     }
 
+    /// Runs a system call that changes `range_bytes` (or the end of the file) in another way than by
+    /// writing, with no direct write of the same blocks under way.
+    pub(super) fn change<T>(
+        &self,
+        operation: &'static str,
+        range_bytes: Range<u64>,
+        call: impl FnOnce(BorrowedFd<'_>) -> Result<T, Errno>,
+    ) -> Result<T> {
+        let (fd, at) = (self.fd.as_fd(), range_bytes.start);
+        let changed = match &self.direct {
+            Some(direct) => direct.alone(fd, range_bytes, || call(fd)),
+            None => call(fd),
+        };
+        changed.map_err(self.failed(operation, at))
+    }
+
     /// After a change by `fallocate`: such calls do not heed `O_DSYNC` on every file system.
     fn settle(&self) -> Result<()> {
         if self.cache.writes_through() { self.flush(Flush::Data) } else { Ok(()) }
@@ -223,9 +258,8 @@ impl FileStorage {
             return Ok(());
         }
         // `end_bytes` > the length >= 0, and the last byte is inside the range that is to read as zeroes.
-        if space::zero_range(self.fd.as_fd(), end_bytes - 1..end_bytes)
-            .map_err(self.failed("grow", end_bytes))?
-        {
+        let last = end_bytes - 1..end_bytes;
+        if self.change("grow", last.clone(), |fd| space::zero_range(fd, last))? {
             return Ok(());
         }
         self.write_at(&[0], end_bytes - 1)
@@ -240,13 +274,18 @@ impl FileStorage {
         match preallocation {
             Preallocation::Off => Ok(()),
             Preallocation::Falloc => {
-                let reserved =
-                    space::reserve(self.fd.as_fd(), old..len).map_err(self.failed("preallocate", old))?;
+                let reserved = self.change("preallocate", old..len, |fd| space::reserve(fd, old..len))?;
                 // Without `fallocate` only writing takes space.
                 if reserved { Ok(()) } else { self.write_zeroes_plainly(old..len) }
             }
             Preallocation::Full => self.write_zeroes_plainly(old..len),
         }
+    }
+}
+
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        self.locks.give_back(self.fd.as_fd());
     }
 }
 
@@ -271,17 +310,20 @@ impl Storage for FileStorage {
             transfer::zero_from(bufs, 0);
             return Ok(());
         }
-        let failed = self.failed("read", at_bytes);
-        let done = if wanted > transfer::MAX_LEN_BYTES - at_bytes {
-            let mut possible = transfer::cut_mut(bufs, 0, transfer::MAX_LEN_BYTES - at_bytes);
-            transfer::read_fully(self.fd.as_fd(), &mut possible, at_bytes, 1).map_err(failed)?
-        } else {
-            transfer::read_fully(self.fd.as_fd(), bufs, at_bytes, 1).map_err(failed)?
-        };
-        if done < wanted {
-            transfer::zero_from(bufs, done);
+        let possible = transfer::MAX_LEN_BYTES - at_bytes;
+        if wanted > possible {
+            transfer::zero_from(bufs, possible);
+            return self.read_vectored_at(&mut transfer::cut_mut(bufs, 0, possible), at_bytes);
         }
-        Ok(())
+        let read = match &self.direct {
+            Some(direct) => direct.read(self.fd.as_fd(), bufs, at_bytes),
+            None => transfer::read_fully(self.fd.as_fd(), bufs, at_bytes, 1).map(|done| {
+                if done < wanted {
+                    transfer::zero_from(bufs, done);
+                }
+            }),
+        };
+        read.map_err(self.failed("read", at_bytes))
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], at_bytes: u64) -> Result<()> {
@@ -289,12 +331,15 @@ impl Storage for FileStorage {
         if end == at_bytes {
             return Ok(());
         }
-        if self.kind == Kind::Regular && self.writable && end <= transfer::MAX_LEN_BYTES {
-            // The hot path: nothing to ask first.
-        } else {
+        // The hot path has nothing to ask first: at the end of a device the kernel says so.
+        if !self.writable || self.kind == Kind::Character || end > transfer::MAX_LEN_BYTES {
             self.check_change("write", &(at_bytes..end))?;
         }
-        transfer::write_fully(self.fd.as_fd(), bufs, at_bytes).map_err(self.failed("write", at_bytes))
+        let written = match &self.direct {
+            Some(direct) => direct.write(self.fd.as_fd(), bufs, at_bytes),
+            None => transfer::write_fully(self.fd.as_fd(), bufs, at_bytes),
+        };
+        written.map_err(self.failed("write", at_bytes))
     }
 
     fn flush(&self, what: Flush) -> Result<()> {
@@ -335,9 +380,10 @@ impl Storage for FileStorage {
         if len_bytes < old && preallocation != Preallocation::Off {
             return Err(Error::Invalid("Preallocation can't be used for shrinking files".into()));
         }
-        let truncate = |len| {
-            rustix::io::retry_on_intr(|| rustix::fs::ftruncate(&self.fd, len))
-                .map_err(self.failed("resize", len))
+        let truncate = |len: u64| {
+            self.change("resize", len.min(old)..transfer::MAX_LEN_BYTES, |fd| {
+                rustix::io::retry_on_intr(|| rustix::fs::ftruncate(fd, len))
+            })
         };
         if len_bytes != old {
             truncate(len_bytes)?;
@@ -365,8 +411,7 @@ impl Storage for FileStorage {
         if preallocation == Preallocation::Falloc || !inside.is_empty() {
             let wanted =
                 if preallocation == Preallocation::Full { inside.clone() } else { range_bytes.clone() };
-            let reserved = space::reserve(self.fd.as_fd(), wanted)
-                .map_err(self.failed("preallocate", range_bytes.start))?;
+            let reserved = self.change("preallocate", wanted.clone(), |fd| space::reserve(fd, wanted))?;
             if reserved && preallocation == Preallocation::Falloc {
                 return self.settle();
             }
@@ -384,12 +429,11 @@ impl Storage for FileStorage {
             return if self.writable { Ok(()) } else { Err(Error::ReadOnly { file: self.path.clone() }) };
         }
         self.check_change("punch hole", &range)?;
-        let failed = self.failed("punch hole", range.start);
         if self.punches.load(Ordering::Relaxed) {
             let done = match self.kind {
-                Kind::Block => block::punch(self, self.fd.as_fd(), self.block_bytes, &range)?,
+                Kind::Block => block::punch(self, self.block_bytes, &range)?,
                 Kind::Regular | Kind::Character => {
-                    space::punch(self.fd.as_fd(), range.clone()).map_err(failed)?
+                    self.change("punch hole", range.clone(), |fd| space::punch(fd, range.clone()))?
                 }
             };
             if done {
@@ -410,9 +454,10 @@ impl Storage for FileStorage {
             return self.grow_to(range_bytes.end);
         }
         let done = match self.kind {
-            Kind::Block => block::zero(self, self.fd.as_fd(), self.block_bytes, &range_bytes)?,
-            Kind::Regular | Kind::Character => space::zero_range(self.fd.as_fd(), range_bytes.clone())
-                .map_err(self.failed("write zeroes", range_bytes.start))?,
+            Kind::Block => block::zero(self, self.block_bytes, &range_bytes)?,
+            Kind::Regular | Kind::Character => self.change("write zeroes", range_bytes.clone(), |fd| {
+                space::zero_range(fd, range_bytes.clone())
+            })?,
         };
         if done { self.settle() } else { self.write_zeroes_plainly(range_bytes) }
     }
@@ -444,7 +489,7 @@ impl Storage for FileStorage {
 
     fn limits(&self) -> Limits {
         Limits {
-            alignment_bytes: 1,
+            alignment_bytes: self.direct.as_ref().map_or(1, Direct::unit_bytes),
             block_bytes: self.block_bytes,
             can_punch: self.punches.load(Ordering::Relaxed),
         }
@@ -464,117 +509,4 @@ impl Storage for FileStorage {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn new_file(dir: &tempfile::TempDir) -> Result<FileStorage> {
-        FileOptions::new().create_new(true).open(dir.path().join("disk"))
-    }
-
-    #[test]
-    fn bytes_past_the_end_read_as_zeroes() -> Result<()> {
-        let dir = tempfile::tempdir().expect("a directory");
-        let file = new_file(&dir)?;
-        file.write_at(b"abc", 5)?;
-        let mut buf = [1; 16];
-        file.read_at(&mut buf, 0)?;
-        assert_eq!(&buf, b"\0\0\0\0\0abc\0\0\0\0\0\0\0\0");
-        for at in [8, 1 << 40, transfer::MAX_LEN_BYTES - 3, u64::MAX] {
-            buf.fill(1);
-            file.read_at(&mut buf, at)?;
-            assert_eq!(buf, [0; 16], "at {at}");
-        }
-        assert!(file.write_at(b"abc", transfer::MAX_LEN_BYTES - 1).is_err());
-        Ok(())
-    }
-
-    #[test]
-    fn more_slices_than_a_call_takes_are_transferred() -> Result<()> {
-        let dir = tempfile::tempdir().expect("a directory");
-        let file = new_file(&dir)?;
-        let bytes: Vec<u8> = (0..3000u32).map(|i| (i % 251) as u8).collect();
-        let bufs: Vec<_> = bytes.chunks(1).map(IoSlice::new).collect();
-        file.write_vectored_at(&bufs, 10)?;
-        let mut back = vec![0; 3100];
-        let mut bufs: Vec<_> = back.chunks_mut(1).map(IoSliceMut::new).collect();
-        file.read_vectored_at(&mut bufs, 10)?;
-        assert_eq!(&back[..3000], &bytes[..]);
-        assert_eq!(back[3000..], [0; 100]);
-        Ok(())
-    }
-
-    #[test]
-    fn what_is_no_file_is_refused_in_the_reference_s_words() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let error = FileOptions::new().open(dir.path()).expect_err("a directory");
-        assert_eq!(
-            error.to_string(),
-            format!("'file' driver requires '{}' to be a regular file", dir.path().display())
-        );
-        let missing = dir.path().join("none");
-        let error = FileOptions::new().open(&missing).expect_err("nothing there");
-        assert_eq!(
-            error.to_string(),
-            format!("Could not open '{}': No such file or directory", missing.display())
-        );
-        let pipe = dir.path().join("pipe");
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
-            .expect("a pipe");
-        for write in [false, true] {
-            let error = FileOptions::new().write(write).open(&pipe).expect_err("a pipe");
-            assert!(error.to_string().contains("to be a regular file"), "{error}");
-        }
-    }
-
-    #[test]
-    fn the_null_device_has_no_bytes() -> Result<()> {
-        let null = FileOptions::new().write(true).open("/dev/null")?;
-        assert_eq!(null.len_bytes()?, 0);
-        let error = null.resize(1, Preallocation::Off).expect_err("it cannot grow");
-        assert_eq!(error.to_string(), "Cannot grow device files");
-        assert!(null.write_at(b"x", 0).is_err());
-        Ok(())
-    }
-
-    #[test]
-    fn a_read_only_file_refuses_every_change() -> Result<()> {
-        let dir = tempfile::tempdir().expect("a directory");
-        new_file(&dir)?.write_at(&[1; 8192], 0)?;
-        let file = FileOptions::new().open(dir.path().join("disk"))?;
-        let refusals = [
-            file.write_at(b"x", 0),
-            file.punch_hole(0..4096),
-            file.write_zeroes(0..4096, true),
-            file.resize(1, Preallocation::Off),
-            file.preallocate(0..1, Preallocation::Falloc),
-        ];
-        for refusal in refusals {
-            assert!(matches!(refusal, Err(Error::ReadOnly { .. })), "{refusal:?}");
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn space_is_given_and_taken() -> Result<()> {
-        let dir = tempfile::tempdir().expect("a directory");
-        let file = new_file(&dir)?;
-        file.resize(1 << 20, Preallocation::Falloc)?;
-        assert!(file.allocated_bytes()? >= 1 << 20);
-        file.write_at(&[7; 1 << 16], 0)?;
-        file.punch_hole(0..1 << 20)?;
-        assert_eq!((file.len_bytes()?, file.allocated_bytes()?), (1 << 20, 0));
-        assert_eq!(file.next_allocated(0)?, None);
-        file.write_at(&[7; 4096], 1 << 16)?;
-        assert_eq!(file.next_allocated(0)?, Some(1 << 16..(1 << 16) + 4096));
-        assert_eq!(file.next_allocated((1 << 16) + 5)?, Some((1 << 16) + 5..(1 << 16) + 4096));
-        file.write_zeroes((1 << 20) - 10..(1 << 20) + 10, true)?;
-        assert_eq!(file.len_bytes()?, (1 << 20) + 10);
-        file.preallocate(0..2 << 20, Preallocation::Full)?;
-        assert_eq!(file.len_bytes()?, 2 << 20);
-        assert!(file.allocated_bytes()? >= 2 << 20);
-        let mut buf = [0; 4096];
-        file.read_at(&mut buf, 1 << 16)?;
-        assert_eq!(buf, [7; 4096]);
-        Ok(())
-    }
-}
+mod tests;

@@ -88,7 +88,7 @@ fn bits(set: u8) -> impl Iterator<Item = u8> {
 }
 
 /// The locks held on one open file. They belong to the open file description: two openings in one
-/// process exclude each other too, and closing the file gives them back.
+/// process exclude each other too.
 #[derive(Debug, Default)]
 pub(super) struct Locks {
     held: Mutex<Claim>,
@@ -112,6 +112,17 @@ impl Locks {
         }
         *held = kept;
         taken
+    }
+
+    /// Unlocks all before the file is closed. Closing alone would leave the locks in force for as long as
+    /// a child process has a copy of the descriptor, which it has between `fork` and `exec`.
+    pub(super) fn give_back(&mut self, fd: BorrowedFd<'_>) {
+        let held = std::mem::take(self.held.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for byte in held.bytes() {
+            if sys::unlock_byte(fd, byte).is_err() {
+                return; // nobody to tell; closing does the same a moment later
+            }
+        }
     }
 }
 

@@ -15,9 +15,13 @@ use std::{
 use crate::Result;
 
 mod block;
+mod direct;
 mod file;
+mod in_flight;
 pub mod lock;
 mod memory;
+#[cfg(test)]
+mod model_tests;
 mod space;
 mod sys;
 mod transfer;

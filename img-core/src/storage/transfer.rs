@@ -12,8 +12,9 @@ use rustix::io::Errno;
 /// The most slices that one `preadv` or `pwritev` takes (Linux `UIO_MAXIOV`).
 const MAX_SLICES: usize = 1024;
 
-/// The largest length of a file, and so the end of every transfer (`loff_t` is signed).
-pub(super) const MAX_LEN_BYTES: u64 = i64::MAX as u64;
+/// The largest length of a storage, and so the end of every transfer. File offsets are signed; the last
+/// GiB is left out, as the reference does, so that rounding up to any block cannot overflow.
+pub(super) const MAX_LEN_BYTES: u64 = (1 << 63) - (1 << 30);
 
 /// The sum of the lengths of `bufs`.
 pub(super) fn total_mut(bufs: &[IoSliceMut<'_>]) -> u64 {
@@ -150,10 +151,13 @@ pub(super) fn scatter(from: &[u8], bufs: &mut [IoSliceMut<'_>]) {
     }
 }
 
-/// A block of zeroes to write from.
-pub(super) static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+/// A block of zeroes to write from, at an address that direct I/O takes.
+static ZEROES: Zeroes = Zeroes([0; 64 << 10]);
 
-/// Writes `len_bytes` zeroes through `write`, which takes slices and an offset, at most 1 MiB at a time.
+#[repr(align(4096))]
+struct Zeroes([u8; 64 << 10]);
+
+/// Writes zeroes to a range through `write`, which takes slices and an offset, at most 1 MiB at a time.
 pub(super) fn write_zeroes_by<E>(
     range_bytes: std::ops::Range<u64>,
     mut write: impl FnMut(&[IoSlice<'_>], u64) -> Result<(), E>,
@@ -164,8 +168,8 @@ pub(super) fn write_zeroes_by<E>(
         let mut left = (range_bytes.end - at).min(1 << 20);
         let step = left;
         while left > 0 {
-            let len = left.min(ZEROES.len() as u64);
-            slices.push(IoSlice::new(&ZEROES[..usize::try_from(len).expect("at most 64 KiB")]));
+            let len = left.min(ZEROES.0.len() as u64);
+            slices.push(IoSlice::new(&ZEROES.0[..usize::try_from(len).expect("at most 64 KiB")]));
             left -= len;
         }
         write(&slices, at)?;
