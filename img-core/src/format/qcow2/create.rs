@@ -1,0 +1,395 @@
+//! New images: the options, the reference's checks in its words, and the bytes.
+//!
+//! [`Plan`] is what is to be made; [`Layout`] says where everything stands, and [`write`] puts it down by
+//! phase:
+//! 1. refcount blocks, refcount table, L2 tables and L1 table, in large writes; the file gets its length;
+//! 2. flush;
+//! 3. the header, behind which everything it names is durable: a file with a header is a whole image;
+//! 4. flush.
+
+use std::sync::Arc;
+
+use super::{
+    create_layout::{Layout, Run, too_large},
+    entry::COPIED,
+    feature::{autoclear, compatible, incompatible},
+    geometry::{Geometry, refcount_set},
+    header::{self, CLUSTER_BITS, EXTENDED_L2_MIN_CLUSTER_BITS, Header, MAX_L1_BYTES},
+};
+use crate::{
+    Error, Result,
+    format::{Codec, CreateRequest, OpenMode, OptionSet},
+    storage::{Flush, Preallocation, Storage},
+};
+
+/// How much of a new image is set aside ("preallocation").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Off,
+    Metadata,
+    Falloc,
+    Full,
+}
+
+/// The options of a new image, checked.
+#[derive(Debug)]
+struct Plan {
+    header: Header,
+    mode: Mode,
+}
+
+/// Metadata is written in pieces of about this size.
+const BATCH_BYTES: usize = 1 << 20;
+/// The reference allocates preallocated clusters by slices of an L2 table of at most this size, ...
+const SLICE_BYTES: u64 = 4096;
+/// ... and in requests shorter than this.
+const REQUEST_BYTES: u64 = i32::MAX as u64;
+
+/// Makes a new image on `storage`, which is empty.
+///
+/// # Errors
+/// [`Error::Invalid`] in the reference's words for options that are refused; [`Error::Unsupported`] for
+/// encryption.
+pub(super) fn create(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()> {
+    let mut plan = Plan::parse(storage, request)?;
+    let size = request.virtual_size_bytes;
+    let geometry = plan.header.geometry;
+    let l1_entries = geometry.l1_entries_for(size);
+    if l1_entries > MAX_L1_BYTES / 8 || i64::try_from(size).is_err() {
+        return Err(too_large());
+    }
+    // Fails where the names do not fit, before anything is made.
+    plan.header.encode()?;
+    let data_file = match &plan.header.data_file {
+        Some(name) => Some((request.open_file)(name, OpenMode::Write)?),
+        None => None,
+    };
+
+    let mut layout = Layout::new(geometry);
+    let mut tables = Tables::default();
+    if l1_entries > 0 {
+        let start = layout.allocate(geometry.clusters_for(l1_entries * 8))?;
+        plan.header.l1_entries = u32::try_from(l1_entries).expect("at most 2^22");
+        plan.header.l1_offset = start << geometry.cluster_bits;
+        tables.file_end_bytes = plan.header.l1_offset + l1_entries * 8;
+    }
+    match plan.mode {
+        Mode::Off => {}
+        Mode::Falloc | Mode::Full if data_file.is_none() => {
+            tables.place_at_once(&mut layout, geometry, size)?;
+        }
+        _ => tables.place_in_turn(&mut layout, geometry, size)?,
+    }
+    let table = layout.table();
+    plan.header.refcount_table_offset = table.start << geometry.cluster_bits;
+    plan.header.refcount_table_clusters = u32::try_from(table.clusters).expect("at most 8 MiB of table");
+
+    if let Some(data) = &data_file {
+        let preallocation = match plan.mode {
+            Mode::Off | Mode::Metadata => Preallocation::Off,
+            Mode::Falloc => Preallocation::Falloc,
+            Mode::Full => Preallocation::Full,
+        };
+        data.resize(size, preallocation)?;
+    }
+    write(&**storage, &plan, &layout, &tables)?;
+    match data_file {
+        Some(data) => data.flush(Flush::Data),
+        None => Ok(()),
+    }
+}
+
+impl Plan {
+    /// Reads the options and makes the reference's checks, in its order.
+    fn parse(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<Self> {
+        let options = request.options;
+        refuse_encryption(storage, options)?;
+        let version = choice(options, "compat", "version", &[("0.10", 2), ("v2", 2), ("1.1", 3), ("v3", 3)])?;
+        let modes =
+            [("off", Mode::Off), ("metadata", Mode::Metadata), ("falloc", Mode::Falloc), ("full", Mode::Full)];
+        let mode = choice(options, "preallocation", "preallocation", &modes)?.unwrap_or(Mode::Off);
+        let codecs = [("zlib", Codec::Deflate), ("zstd", Codec::Zstd)];
+        let compression = choice(options, "compression_type", "compression-type", &codecs)?;
+        let compression = compression.unwrap_or(Codec::Deflate);
+        let data_file = options.get("data_file").map(str::to_owned);
+        let data_file_raw = options.switch("data_file_raw")?.unwrap_or(false);
+        let extended_l2 = options.switch("extended_l2")?.unwrap_or(false);
+        let lazy_refcounts = options.switch("lazy_refcounts")?.unwrap_or(false);
+        let cluster_bytes = options.size("cluster_size")?.unwrap_or(65536);
+        let refcount_bits = options.number("refcount_bits")?.unwrap_or(16);
+        let version = version.unwrap_or(3);
+        let invalid = |text: &str| Err(Error::Invalid(text.to_owned()));
+        let newer = "compatibility level 1.1 and above (use version=v3 or greater)";
+
+        let cluster_bits = cluster_bytes.trailing_zeros();
+        if !cluster_bytes.is_power_of_two() || !CLUSTER_BITS.contains(&cluster_bits) {
+            return invalid("Cluster size must be a power of two between 512 and 2048k");
+        }
+        if extended_l2 && cluster_bits < EXTENDED_L2_MIN_CLUSTER_BITS {
+            return invalid("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes");
+        }
+        if extended_l2 && version < 3 {
+            return invalid(&format!("Extended L2 entries are only supported with {newer}"));
+        }
+        if request.backing.is_some() && mode != Mode::Off && !extended_l2 {
+            return invalid(
+                "Backing file and preallocation can only be used at the same time if extended_l2 is on",
+            );
+        }
+        if lazy_refcounts && version < 3 {
+            return invalid(&format!("Lazy refcounts only supported with {newer}"));
+        }
+        if refcount_bits > 64 || !refcount_bits.is_power_of_two() {
+            return invalid("Refcount width must be a power of two and may not exceed 64 bits");
+        }
+        if version < 3 && refcount_bits != 16 {
+            return invalid(
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above \
+                 (use version=v3 or greater)",
+            );
+        }
+        if data_file_raw && data_file.is_none() {
+            return invalid("data-file-raw requires data-file");
+        }
+        if data_file_raw && request.backing.is_some() {
+            return invalid("Backing file and data-file-raw cannot be used at the same time");
+        }
+        if data_file.is_some() && version < 3 {
+            return invalid(&format!("External data files are only supported with {newer}"));
+        }
+        if compression != Codec::Deflate && version < 3 {
+            return invalid(&format!("Non-zlib compression type is only supported with {newer}"));
+        }
+
+        let refcount_order = refcount_bits.trailing_zeros();
+        let external_data = data_file.is_some();
+        let geometry = Geometry { version, cluster_bits, refcount_order, extended_l2, external_data };
+        let mut header = Header::new(geometry, request.virtual_size_bytes);
+        if lazy_refcounts {
+            header.compatible |= compatible::LAZY_REFCOUNTS;
+        }
+        if compression != Codec::Deflate {
+            header.incompatible |= incompatible::COMPRESSION;
+        }
+        if data_file_raw {
+            header.autoclear |= autoclear::RAW_DATA;
+        }
+        header.compression = compression;
+        header.data_file = data_file;
+        header.backing.clone_from(&request.backing);
+        // A raw view of the data file means that every cluster is mapped from the start.
+        let mode = if data_file_raw && mode == Mode::Off { Mode::Metadata } else { mode };
+        Ok(Self { header, mode })
+    }
+}
+
+/// Options that ask for encryption are refused by their names.
+fn refuse_encryption(storage: &Arc<dyn Storage>, options: &OptionSet) -> Result<()> {
+    let name = options.iter().map(|(name, _)| name).find(|name| name.starts_with("encrypt."));
+    let name = match name {
+        None if options.switch("encryption")? == Some(true) => Some("encryption"),
+        name => name,
+    };
+    match name {
+        Some(name) => Err(Error::unsupported(storage.path(), format_args!("the option '{name}'"))),
+        None => Ok(()),
+    }
+}
+
+/// The value of an option that takes one of some words; `called` is its name in the reference's messages.
+fn choice<T: Copy>(
+    options: &OptionSet,
+    name: &str,
+    called: &str,
+    words: &[(&str, T)],
+) -> Result<Option<T>> {
+    let Some(text) = options.get(name) else { return Ok(None) };
+    match words.iter().find(|(word, _)| *word == text) {
+        Some(&(_, value)) => Ok(Some(value)),
+        None => Err(Error::Invalid(format!("Parameter '{called}' does not accept value '{text}'"))),
+    }
+}
+
+/// The L2 tables of preallocated metadata.
+#[derive(Debug, Default)]
+struct Tables {
+    /// Cluster numbers, by index in L1.
+    l2: Vec<u64>,
+    /// Where guest clusters stand: runs of host clusters, in guest order, without gaps on the guest side.
+    data: Vec<Run>,
+    /// The length that the image file has at least.
+    file_end_bytes: u64,
+}
+
+impl Tables {
+    /// "metadata", and any preallocation where data has a file of its own: an L2 table, the clusters behind
+    /// it, the next table, as a writer from first byte to last would allocate them.
+    fn place_in_turn(&mut self, layout: &mut Layout, geometry: Geometry, size_bytes: u64) -> Result<()> {
+        let guest_clusters = geometry.clusters_for(size_bytes);
+        let request_clusters = REQUEST_BYTES >> geometry.cluster_bits;
+        let slice = SLICE_BYTES.min(geometry.cluster_bytes()) / geometry.l2_entry_bytes();
+        let mut guest = 0;
+        while guest < guest_clusters {
+            // One request of the reference: it ends where the host clusters do not continue.
+            let request_end = guest_clusters.min(guest + request_clusters);
+            let mut next_host = None;
+            while guest < request_end {
+                if guest % geometry.l2_entries() == 0 && self.l2.len() as u64 == guest / geometry.l2_entries() {
+                    self.l2.push(layout.allocate(1)?);
+                }
+                let clusters = (slice - guest % slice).min(request_end - guest);
+                let (start, clusters) = match next_host {
+                    _ if geometry.external_data => (guest, clusters),
+                    None => (layout.allocate(clusters)?, clusters),
+                    Some(host) => (host, layout.allocate_at(host, clusters)?),
+                };
+                if clusters == 0 {
+                    break;
+                }
+                self.push(Run { start, clusters });
+                guest += clusters;
+                next_host = Some(start + clusters);
+            }
+        }
+        if let Some(last) = self.data.last()
+            && !geometry.external_data
+        {
+            // The file ends with the disk, not with the disk's last cluster.
+            let data_end = (last.start + last.clusters) << geometry.cluster_bits;
+            let unused = (guest_clusters << geometry.cluster_bits) - size_bytes;
+            self.file_end_bytes = self.file_end_bytes.max(data_end - unused);
+        }
+        Ok(())
+    }
+
+    /// "falloc" and "full": all data in one piece behind refcount structures made for it, L2 tables where
+    /// there is room.
+    fn place_at_once(&mut self, layout: &mut Layout, geometry: Geometry, size_bytes: u64) -> Result<()> {
+        let clusters = geometry.clusters_for(size_bytes);
+        if clusters == 0 {
+            return Ok(());
+        }
+        let tables = clusters.div_ceil(geometry.l2_entries());
+        // Two more tables than needed, as the reference counts them.
+        let start = layout.refcount_area(layout.end(), clusters + tables + 2, true)?;
+        let taken = layout.allocate_at(start, clusters)?;
+        assert_eq!(taken, clusters, "nothing stands behind the new refcount structures");
+        self.push(Run { start, clusters });
+        for _ in 0..tables {
+            self.l2.push(layout.allocate(1)?);
+        }
+        self.file_end_bytes = (start + clusters) << geometry.cluster_bits;
+        Ok(())
+    }
+
+    fn push(&mut self, run: Run) {
+        match self.data.last_mut() {
+            Some(last) if last.start + last.clusters == run.start => last.clusters += run.clusters,
+            _ => self.data.push(run),
+        }
+    }
+}
+
+/// Puts the image down; the steps are those above.
+fn write(storage: &dyn Storage, plan: &Plan, layout: &Layout, tables: &Tables) -> Result<()> {
+    let geometry = plan.header.geometry;
+    let mut out = Batch::new(storage);
+    // 1.
+    if let (Some(data), Mode::Falloc | Mode::Full, false) =
+        (tables.data.first(), plan.mode, geometry.external_data)
+    {
+        let range = data.start << geometry.cluster_bits..(data.start + data.clusters) << geometry.cluster_bits;
+        let how = if plan.mode == Mode::Full { Preallocation::Full } else { Preallocation::Falloc };
+        storage.preallocate(range, how)?;
+    }
+    write_refcounts(&mut out, layout, geometry)?;
+    write_l2(&mut out, tables, geometry)?;
+    if plan.header.l1_entries > 0 {
+        let mut l1 = vec![0; plan.header.l1_entries as usize * 8];
+        for (entry, &cluster) in l1.chunks_exact_mut(8).zip(&tables.l2) {
+            entry.copy_from_slice(&(cluster << geometry.cluster_bits | COPIED).to_be_bytes());
+        }
+        out.put(plan.header.l1_offset, &l1)?;
+    }
+    out.finish()?;
+    if storage.len_bytes()? < tables.file_end_bytes {
+        storage.resize(tables.file_end_bytes, Preallocation::Off)?;
+    }
+    // 2.
+    storage.flush(Flush::Data)?;
+    // 3.
+    plan.header.write(storage)?;
+    // 4.
+    storage.flush(Flush::Data)
+}
+
+fn write_refcounts(out: &mut Batch<'_>, layout: &Layout, geometry: Geometry) -> Result<()> {
+    let cluster_len = usize::try_from(geometry.cluster_bytes()).expect("at most 2 MiB");
+    let table = layout.table();
+    let mut table_bytes = vec![0; usize::try_from(table.clusters).expect("at most 8 MiB") * cluster_len];
+    let mut block = vec![0; cluster_len];
+    for (index, cluster) in layout.blocks() {
+        let offset = cluster << geometry.cluster_bits;
+        let at = usize::try_from(index).expect("inside the table") * 8;
+        table_bytes[at..at + 8].copy_from_slice(&offset.to_be_bytes());
+        block.fill(0);
+        for run in layout.counted(index) {
+            for count in run.start..run.start + run.clusters {
+                let count = usize::try_from(count).expect("inside the block");
+                refcount_set(&mut block, geometry.refcount_order, count, 1);
+            }
+        }
+        out.put(offset, &block)?;
+    }
+    out.put(table.start << geometry.cluster_bits, &table_bytes)
+}
+
+fn write_l2(out: &mut Batch<'_>, tables: &Tables, geometry: Geometry) -> Result<()> {
+    let cluster_len = usize::try_from(geometry.cluster_bytes()).expect("at most 2 MiB");
+    let entry_len = usize::try_from(geometry.l2_entry_bytes()).expect("8 or 16");
+    let mut data = tables.data.iter().flat_map(|run| run.start..run.start + run.clusters);
+    let mut table = vec![0; cluster_len];
+    for &cluster in &tables.l2 {
+        table.fill(0);
+        // Of extended entries, the bitmap stays empty: a place is reserved, and the backing file shows.
+        for (entry, host) in table.chunks_exact_mut(entry_len).zip(&mut data) {
+            entry[..8].copy_from_slice(&(host << geometry.cluster_bits | COPIED).to_be_bytes());
+        }
+        out.put(cluster << geometry.cluster_bits, &table)?;
+    }
+    Ok(())
+}
+
+/// Collects writes that continue each other.
+struct Batch<'a> {
+    storage: &'a dyn Storage,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Batch<'a> {
+    fn new(storage: &'a dyn Storage) -> Self {
+        Self { storage, start: 0, bytes: Vec::new() }
+    }
+
+    fn put(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        if self.start + self.bytes.len() as u64 != at || self.bytes.len() >= BATCH_BYTES {
+            self.write()?;
+            self.start = at;
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.write()
+    }
+
+    fn write(&mut self) -> Result<()> {
+        if !self.bytes.is_empty() {
+            self.storage.write_at(&self.bytes, self.start)?;
+            self.bytes.clear();
+        }
+        Ok(())
+    }
+}
