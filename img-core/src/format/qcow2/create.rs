@@ -14,7 +14,7 @@ use super::{
     entry::COPIED,
     feature::{autoclear, compatible, incompatible},
     geometry::{Geometry, refcount_set},
-    header::{self, CLUSTER_BITS, EXTENDED_L2_MIN_CLUSTER_BITS, Header, MAX_L1_BYTES},
+    header::{CLUSTER_BITS, EXTENDED_L2_MIN_CLUSTER_BITS, Header, MAX_L1_BYTES},
 };
 use crate::{
     Error, Result,
@@ -40,10 +40,8 @@ struct Plan {
 
 /// Metadata is written in pieces of about this size.
 const BATCH_BYTES: usize = 1 << 20;
-/// The reference allocates preallocated clusters by slices of an L2 table of at most this size, ...
+/// The reference allocates preallocated clusters by slices of an L2 table of at most this size.
 const SLICE_BYTES: u64 = 4096;
-/// ... and in requests shorter than this.
-const REQUEST_BYTES: u64 = i32::MAX as u64;
 
 /// Makes a new image on `storage`, which is empty.
 ///
@@ -105,8 +103,12 @@ impl Plan {
         let options = request.options;
         refuse_encryption(storage, options)?;
         let version = choice(options, "compat", "version", &[("0.10", 2), ("v2", 2), ("1.1", 3), ("v3", 3)])?;
-        let modes =
-            [("off", Mode::Off), ("metadata", Mode::Metadata), ("falloc", Mode::Falloc), ("full", Mode::Full)];
+        let modes = [
+            ("off", Mode::Off),
+            ("metadata", Mode::Metadata),
+            ("falloc", Mode::Falloc),
+            ("full", Mode::Full),
+        ];
         let mode = choice(options, "preallocation", "preallocation", &modes)?.unwrap_or(Mode::Off);
         let codecs = [("zlib", Codec::Deflate), ("zstd", Codec::Zstd)];
         let compression = choice(options, "compression_type", "compression-type", &codecs)?;
@@ -126,7 +128,9 @@ impl Plan {
             return invalid("Cluster size must be a power of two between 512 and 2048k");
         }
         if extended_l2 && cluster_bits < EXTENDED_L2_MIN_CLUSTER_BITS {
-            return invalid("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes");
+            return invalid(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            );
         }
         if extended_l2 && version < 3 {
             return invalid(&format!("Extended L2 entries are only supported with {newer}"));
@@ -197,12 +201,7 @@ fn refuse_encryption(storage: &Arc<dyn Storage>, options: &OptionSet) -> Result<
 }
 
 /// The value of an option that takes one of some words; `called` is its name in the reference's messages.
-fn choice<T: Copy>(
-    options: &OptionSet,
-    name: &str,
-    called: &str,
-    words: &[(&str, T)],
-) -> Result<Option<T>> {
+fn choice<T: Copy>(options: &OptionSet, name: &str, called: &str, words: &[(&str, T)]) -> Result<Option<T>> {
     let Some(text) = options.get(name) else { return Ok(None) };
     match words.iter().find(|(word, _)| *word == text) {
         Some(&(_, value)) => Ok(Some(value)),
@@ -226,38 +225,25 @@ impl Tables {
     /// it, the next table, as a writer from first byte to last would allocate them.
     fn place_in_turn(&mut self, layout: &mut Layout, geometry: Geometry, size_bytes: u64) -> Result<()> {
         let guest_clusters = geometry.clusters_for(size_bytes);
-        let request_clusters = REQUEST_BYTES >> geometry.cluster_bits;
         let slice = SLICE_BYTES.min(geometry.cluster_bytes()) / geometry.l2_entry_bytes();
         let mut guest = 0;
         while guest < guest_clusters {
-            // One request of the reference: it ends where the host clusters do not continue.
-            let request_end = guest_clusters.min(guest + request_clusters);
-            let mut next_host = None;
-            while guest < request_end {
-                if guest % geometry.l2_entries() == 0 && self.l2.len() as u64 == guest / geometry.l2_entries() {
-                    self.l2.push(layout.allocate(1)?);
-                }
-                let clusters = (slice - guest % slice).min(request_end - guest);
-                let (start, clusters) = match next_host {
-                    _ if geometry.external_data => (guest, clusters),
-                    None => (layout.allocate(clusters)?, clusters),
-                    Some(host) => (host, layout.allocate_at(host, clusters)?),
-                };
-                if clusters == 0 {
-                    break;
-                }
-                self.push(Run { start, clusters });
-                guest += clusters;
-                next_host = Some(start + clusters);
+            if guest % geometry.l2_entries() == 0 {
+                self.l2.push(layout.allocate(1)?);
             }
+            let clusters = slice.min(guest_clusters - guest);
+            let start = if geometry.external_data { guest } else { layout.allocate(clusters)? };
+            self.push(Run { start, clusters });
+            guest += clusters;
         }
         if let Some(last) = self.data.last()
             && !geometry.external_data
         {
-            // The file ends with the disk, not with the disk's last cluster.
+            // The file ends with the subcluster that the disk ends in.
             let data_end = (last.start + last.clusters) << geometry.cluster_bits;
-            let unused = (guest_clusters << geometry.cluster_bits) - size_bytes;
-            self.file_end_bytes = self.file_end_bytes.max(data_end - unused);
+            let guest_end = size_bytes.next_multiple_of(geometry.subcluster_bytes());
+            let data_end = data_end - ((guest_clusters << geometry.cluster_bits) - guest_end);
+            self.file_end_bytes = self.file_end_bytes.max(data_end);
         }
         Ok(())
     }
@@ -266,15 +252,14 @@ impl Tables {
     /// there is room.
     fn place_at_once(&mut self, layout: &mut Layout, geometry: Geometry, size_bytes: u64) -> Result<()> {
         let clusters = geometry.clusters_for(size_bytes);
-        if clusters == 0 {
-            return Ok(());
-        }
         let tables = clusters.div_ceil(geometry.l2_entries());
         // Two more tables than needed, as the reference counts them.
         let start = layout.refcount_area(layout.end(), clusters + tables + 2, true)?;
         let taken = layout.allocate_at(start, clusters)?;
         assert_eq!(taken, clusters, "nothing stands behind the new refcount structures");
-        self.push(Run { start, clusters });
+        if clusters > 0 {
+            self.push(Run { start, clusters });
+        }
         for _ in 0..tables {
             self.l2.push(layout.allocate(1)?);
         }
@@ -298,7 +283,8 @@ fn write(storage: &dyn Storage, plan: &Plan, layout: &Layout, tables: &Tables) -
     if let (Some(data), Mode::Falloc | Mode::Full, false) =
         (tables.data.first(), plan.mode, geometry.external_data)
     {
-        let range = data.start << geometry.cluster_bits..(data.start + data.clusters) << geometry.cluster_bits;
+        let range =
+            data.start << geometry.cluster_bits..(data.start + data.clusters) << geometry.cluster_bits;
         let how = if plan.mode == Mode::Full { Preallocation::Full } else { Preallocation::Falloc };
         storage.preallocate(range, how)?;
     }
@@ -327,11 +313,15 @@ fn write_refcounts(out: &mut Batch<'_>, layout: &Layout, geometry: Geometry) -> 
     let cluster_len = usize::try_from(geometry.cluster_bytes()).expect("at most 2 MiB");
     let table = layout.table();
     let mut table_bytes = vec![0; usize::try_from(table.clusters).expect("at most 8 MiB") * cluster_len];
+    for old in layout.abandoned_tables() {
+        let mut bytes = vec![0; usize::try_from(old.table.clusters).expect("at most 8 MiB") * cluster_len];
+        fill_table(&mut bytes, old.blocks.iter().map(|(&index, &cluster)| (index, cluster)), geometry);
+        out.put(old.table.start << geometry.cluster_bits, &bytes)?;
+    }
+    fill_table(&mut table_bytes, layout.blocks(), geometry);
     let mut block = vec![0; cluster_len];
     for (index, cluster) in layout.blocks() {
         let offset = cluster << geometry.cluster_bits;
-        let at = usize::try_from(index).expect("inside the table") * 8;
-        table_bytes[at..at + 8].copy_from_slice(&offset.to_be_bytes());
         block.fill(0);
         for run in layout.counted(index) {
             for count in run.start..run.start + run.clusters {
@@ -342,6 +332,13 @@ fn write_refcounts(out: &mut Batch<'_>, layout: &Layout, geometry: Geometry) -> 
         out.put(offset, &block)?;
     }
     out.put(table.start << geometry.cluster_bits, &table_bytes)
+}
+
+fn fill_table(table: &mut [u8], blocks: impl Iterator<Item = (u64, u64)>, geometry: Geometry) {
+    for (index, cluster) in blocks {
+        let at = usize::try_from(index).expect("inside the table") * 8;
+        table[at..at + 8].copy_from_slice(&(cluster << geometry.cluster_bits).to_be_bytes());
+    }
 }
 
 fn write_l2(out: &mut Batch<'_>, tables: &Tables, geometry: Geometry) -> Result<()> {
@@ -391,5 +388,189 @@ impl<'a> Batch<'a> {
             self.bytes.clear();
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::format::{
+        Backing,
+        qcow2::oracle::{assert_same_bytes, file, qemu_img, try_qemu_img},
+    };
+
+    /// Makes an image with our code from `-o` options, `backing_file` and `backing_fmt` among them.
+    fn create_ours(directory: &Path, name: &str, size: u64, options: &str) -> Result<()> {
+        let mut set = OptionSet::new();
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            let (name, value) = option.split_once('=').expect("name=value");
+            set.set(name, value);
+        }
+        let backing = set.take("backing_file").map(|name| Backing { name, format: set.take("backing_fmt") });
+        let open_file = |name: &str, _| Ok(file(&directory.join(name)));
+        let request =
+            CreateRequest { virtual_size_bytes: size, backing, options: &set, open_file: &open_file };
+        create(&file(&directory.join(name)), &request)
+    }
+
+    /// Ours and the reference's image are the same bytes, and data files have the same length.
+    fn same(size: u64, options: &str) {
+        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let what = format!("size {size}, {options:?}");
+        create_ours(ours.path(), "x", size, options).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let size = size.to_string();
+        let mut arguments = vec!["create", "-q", "-f", "qcow2", "-u"];
+        if !options.is_empty() {
+            arguments.extend(["-o", options]);
+        }
+        qemu_img(theirs.path(), &[&arguments[..], &["x", &size]].concat());
+        let open = |directory: &tempfile::TempDir, name| file(&directory.path().join(name));
+        assert_same_bytes(&*open(&ours, "x"), &*open(&theirs, "x"), &what);
+        if options.contains("data_file") {
+            assert_same_bytes(&*open(&ours, "data"), &*open(&theirs, "data"), &what);
+        }
+    }
+
+    #[test]
+    fn plain_images_of_every_size() {
+        for size in [0, 512, 1 << 20, (1 << 30) + 512, 600 << 20, 3 << 40, 64 << 40] {
+            same(size, "");
+        }
+    }
+
+    #[test]
+    fn every_cluster_size() {
+        for bits in 9..=21 {
+            same(100 << 20, &format!("cluster_size={}", 1 << bits));
+            same(16 << 30, &format!("cluster_size={}", 1 << bits));
+        }
+        same(128 << 30, "cluster_size=512");
+    }
+
+    #[test]
+    fn every_refcount_width() {
+        for bits in [1, 2, 4, 8, 16, 32, 64] {
+            same(1 << 30, &format!("refcount_bits={bits}"));
+            same(4 << 30, &format!("refcount_bits={bits},cluster_size=512"));
+        }
+    }
+
+    #[test]
+    fn versions_and_features() {
+        for options in [
+            "compat=0.10",
+            "compat=v2,cluster_size=4096",
+            "compat=1.1,lazy_refcounts=on",
+            "compat=v3,extended_l2=on",
+            "extended_l2=on,cluster_size=16k",
+            "compression_type=zstd",
+            "backing_file=b.qcow2,backing_fmt=qcow2",
+            "compat=0.10,backing_file=some/long/name.raw,backing_fmt=raw",
+            "data_file=data",
+            "data_file=data,data_file_raw=on",
+            "data_file=data,data_file_raw=on,extended_l2=on",
+            "data_file=data,preallocation=metadata",
+            "data_file=data,preallocation=falloc",
+        ] {
+            same(10 << 20, options);
+            same(5 << 30, options);
+        }
+    }
+
+    #[test]
+    fn preallocated_metadata() {
+        for options in [
+            "",
+            "cluster_size=4096",
+            "extended_l2=on",
+            "extended_l2=on,cluster_size=16k,backing_file=b,backing_fmt=raw",
+            "compat=0.10",
+            "cluster_size=2M",
+            "cluster_size=2M,refcount_bits=64",
+            "lazy_refcounts=on",
+            "refcount_bits=1,cluster_size=1k",
+        ] {
+            for size in [0, 512, (1 << 20) + 512, 40 << 20] {
+                let options =
+                    format!("{options}{}preallocation=metadata", if options.is_empty() { "" } else { "," });
+                same(size, &options);
+            }
+        }
+        same(600 << 20, "preallocation=metadata");
+        same(200 << 20, "preallocation=metadata,cluster_size=16k,extended_l2=on");
+        same(3 << 30, "preallocation=metadata");
+        same(2 << 30, "preallocation=metadata,refcount_bits=64,cluster_size=32k,extended_l2=on");
+        same(2 << 30, "preallocation=metadata,refcount_bits=64,cluster_size=16k");
+        same(8 << 20, "preallocation=metadata,cluster_size=512");
+        same(8 << 20, "preallocation=metadata,cluster_size=512,refcount_bits=64");
+        same(1 << 40, "preallocation=metadata,cluster_size=2M,refcount_bits=64");
+    }
+
+    #[test]
+    fn preallocated_data() {
+        for mode in ["falloc", "full"] {
+            for options in ["", ",cluster_size=512", ",extended_l2=on", ",cluster_size=2M,refcount_bits=64"] {
+                for size in [0, 512, (1 << 20) + 512, 40 << 20] {
+                    same(size, &format!("preallocation={mode}{options}"));
+                }
+            }
+        }
+        same(100 << 20, "preallocation=falloc,refcount_bits=64,cluster_size=4k");
+    }
+
+    /// What is refused is refused in the same words.
+    #[test]
+    fn refusals() {
+        for options in [
+            "cluster_size=1000",
+            "cluster_size=256",
+            "cluster_size=4M",
+            "refcount_bits=3",
+            "refcount_bits=0",
+            "refcount_bits=128",
+            "compat=foo",
+            "compat=0.10,refcount_bits=8",
+            "compat=0.10,lazy_refcounts=on",
+            "compat=0.10,extended_l2=on",
+            "compat=0.10,compression_type=zstd",
+            "compat=0.10,data_file=data",
+            "extended_l2=on,cluster_size=8k",
+            "compression_type=lzma",
+            "preallocation=some",
+            "data_file_raw=on",
+            "data_file=data,data_file_raw=on,backing_file=b,backing_fmt=raw",
+            "preallocation=metadata,backing_file=b,backing_fmt=raw",
+            "cluster_size=512,size=129G",
+            "size=4096P",
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            let (options_without, size) =
+                match options.rsplit_once("size=").filter(|(rest, _)| !rest.ends_with('_')) {
+                    Some((rest, size)) => (rest.trim_end_matches(','), size),
+                    None => (options, "1M"),
+                };
+            let bytes = crate::format::options::parse_size(size).unwrap();
+            let error = create_ours(directory.path(), "x", bytes, options_without).expect_err(options);
+            let arguments = ["create", "-q", "-u", "-f", "qcow2", "-o", options, "x"];
+            let theirs = if options == options_without {
+                try_qemu_img(directory.path(), &[&arguments[..], &[size]].concat())
+            } else {
+                try_qemu_img(directory.path(), &arguments)
+            };
+            assert_eq!(format!("qemu-img: x: {error}\n"), theirs.2, "{options}");
+        }
+    }
+
+    #[test]
+    fn encryption_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        for options in ["encryption=on", "encrypt.format=luks", "encrypt.iter-time=10"] {
+            let error = create_ours(directory.path(), "x", 1 << 20, options).expect_err(options);
+            assert!(matches!(error, Error::Unsupported { .. }), "{error:?}");
+            assert!(error.to_string().contains(options.split('=').next().unwrap()), "{error}");
+        }
+        create_ours(directory.path(), "x", 1 << 20, "encryption=off").unwrap();
     }
 }

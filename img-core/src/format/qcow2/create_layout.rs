@@ -80,6 +80,16 @@ pub(super) struct Layout {
     table_clusters: u64,
     /// Refcount table index → cluster number of the block.
     blocks: BTreeMap<u64, u64>,
+    abandoned: Vec<OldTable>,
+}
+
+/// A refcount table that was too short. Its clusters are free, or something else now; where they are free
+/// the reference leaves the old bytes, and so do we.
+#[derive(Debug)]
+pub(super) struct OldTable {
+    pub(super) table: Run,
+    /// What it said: index → cluster number of the block.
+    pub(super) blocks: BTreeMap<u64, u64>,
 }
 
 /// An allocation step has to be tried again, since it allocated a refcount block on its way.
@@ -95,6 +105,7 @@ impl Layout {
             table_start: 1,
             table_clusters: 1,
             blocks: BTreeMap::from([(0, 2)]),
+            abandoned: Vec::new(),
         };
         layout.used.insert(Run { start: 0, clusters: 3 });
         layout.next_free = 3;
@@ -141,6 +152,11 @@ impl Layout {
     /// Refcount blocks in order of their index: (index, cluster).
     pub(super) fn blocks(&self) -> impl Iterator<Item = (u64, u64)> {
         self.blocks.iter().map(|(&index, &cluster)| (index, cluster))
+    }
+
+    /// Earlier refcount tables, oldest first.
+    pub(super) fn abandoned_tables(&self) -> &[OldTable] {
+        &self.abandoned
     }
 
     /// The parts of the refcount block `index` whose counts are one.
@@ -226,6 +242,7 @@ impl Layout {
         if table_clusters * self.geometry.cluster_bytes() > MAX_REFCOUNT_TABLE_BYTES {
             return Err(too_large());
         }
+        self.abandoned.push(OldTable { table: self.table(), blocks: self.blocks.clone() });
         self.blocks.extend(new);
         let mut block = start;
         for index in start / per_block..total_blocks {

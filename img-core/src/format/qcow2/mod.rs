@@ -7,6 +7,8 @@
 
 mod alloc;
 mod cache;
+mod create;
+mod create_layout;
 mod entry;
 mod extension;
 mod feature;
@@ -25,6 +27,8 @@ mod write;
 
 #[cfg(test)]
 mod heart_tests;
+#[cfg(test)]
+mod oracle;
 
 use std::{path::Path, sync::Arc};
 
@@ -49,8 +53,7 @@ impl Driver for Qcow2 {
     }
 
     fn create(&self, storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()> {
-        let _ = (storage, request);
-        todo!()
+        create::create(storage, request)
     }
 
     fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>> {
