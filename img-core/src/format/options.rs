@@ -108,4 +108,192 @@ impl OptionSet {
             Some(_) => Err(Error::Invalid(format!("Parameter '{name}' expects 'on' or 'off'"))),
         }
     }
+
+    /// The number of bytes called `name`, or `None` when absent.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] in the reference's words.
+    pub fn size(&self, name: &str) -> Result<Option<u64>> {
+        let Some(text) = self.get(name) else { return Ok(None) };
+        match parse_size(text) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(SizeError::OutOfRange) => {
+                Err(Error::Invalid(format!("Value '{text}' is out of range for parameter '{name}'")))
+            }
+            Err(SizeError::Malformed) => Err(Error::Invalid(format!(
+                "Parameter '{name}' expects a non-negative number below 2^64\n\
+                 Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+                 and exabytes, respectively."
+            ))),
+        }
+    }
+
+    /// The number called `name` (decimal, octal after `0`, hexadecimal after `0x`; negative ones wrap, as
+    /// in the reference), or `None` when absent.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] in the reference's words.
+    pub fn number(&self, name: &str) -> Result<Option<u64>> {
+        let Some(text) = self.get(name) else { return Ok(None) };
+        let trimmed = text.trim_start();
+        let (negative, digits) = match trimmed.strip_prefix('-') {
+            Some(digits) => (true, digits),
+            None => (false, trimmed.strip_prefix('+').unwrap_or(trimmed)),
+        };
+        let (radix, digits) = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
+            Some(digits) => (16, digits),
+            None if digits.len() > 1 && digits.starts_with('0') => (8, &digits[1..]),
+            None => (10, digits),
+        };
+        if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
+            return Err(Error::Invalid(format!("Parameter '{name}' expects a number")));
+        }
+        match u64::from_str_radix(digits, radix) {
+            Ok(number) if negative => Ok(Some(number.wrapping_neg())),
+            Ok(number) => Ok(Some(number)),
+            Err(_) => Err(Error::Invalid(format!("Value '{text}' is too large for parameter '{name}'"))),
+        }
+    }
+
+    /// Refuses what `known` does not name, in the reference's words for creating.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the first unknown option.
+    pub fn check_names(&self, known: &[&[OptionDescription]]) -> Result<()> {
+        let is_known = |name: &str| known.iter().any(|list| list.iter().any(|option| option.name == name));
+        match self.iter().find(|(name, _)| !is_known(name)) {
+            Some((name, _)) => Err(Error::Invalid(format!("Invalid parameter '{name}'"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Why a text is not a number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SizeError {
+    /// Not a number with an optional suffix.
+    Malformed,
+    /// Negative, or 2^64 and above.
+    OutOfRange,
+}
+
+/// Reads a number of bytes: decimal digits with an optional fraction and one of the suffixes `bkKmMgGtTpPeE`
+/// (base 1024), or hexadecimal digits after `0x` without any. A fraction needs a suffix from `k` up, unless it
+/// is zero.
+///
+/// # Errors
+/// [`SizeError`] says which of the reference's two refusals fits.
+pub fn parse_size(text: &str) -> Result<u64, SizeError> {
+    let text = text.trim_start();
+    if let Some(digits) = text.strip_prefix('-') {
+        let all_digits = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+        return Err(if all_digits { SizeError::OutOfRange } else { SizeError::Malformed });
+    }
+    let text = text.strip_prefix('+').unwrap_or(text);
+    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(SizeError::Malformed);
+        }
+        return u64::from_str_radix(digits, 16).map_err(|_| SizeError::OutOfRange);
+    }
+    let digits_end = |text: &str| text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (whole, rest) = text.split_at(digits_end(text));
+    let (fraction, suffix) = match rest.strip_prefix('.') {
+        Some(rest) => rest.split_at(digits_end(rest)),
+        None => ("", rest),
+    };
+    if whole.is_empty() && fraction.is_empty() {
+        return Err(SizeError::Malformed);
+    }
+    let shift = match suffix {
+        "" | "b" | "B" => 0,
+        "k" | "K" => 10,
+        "m" | "M" => 20,
+        "g" | "G" => 30,
+        "t" | "T" => 40,
+        "p" | "P" => 50,
+        "e" | "E" => 60,
+        _ => return Err(SizeError::Malformed),
+    };
+    if shift == 0 && fraction.bytes().any(|digit| digit != b'0') {
+        return Err(SizeError::Malformed);
+    }
+    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| SizeError::OutOfRange)? };
+    let bytes = whole.checked_mul(1 << shift).ok_or(SizeError::OutOfRange)?;
+    bytes.checked_add(fraction_bytes(fraction, shift)).ok_or(SizeError::OutOfRange)
+}
+
+/// `0.digits` times 2 to the power of `shift`, rounded to the nearest; digits past the 18th change nothing
+/// that could be seen.
+fn fraction_bytes(digits: &str, shift: u32) -> u64 {
+    let (mut numerator, mut denominator) = (0u128, 1u128);
+    for digit in digits.bytes().take(18) {
+        numerator = numerator * 10 + u128::from(digit - b'0'); // below 10^18: fits
+        denominator *= 10;
+    }
+    let scaled = (numerator << shift) + denominator / 2; // below 2^60 × 2^60 + 2^60
+    u64::try_from(scaled / denominator).expect("at most 2^shift, shift at most 60")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_as_the_reference_reads_them() {
+        for (text, bytes) in [
+            ("0x10", 16),
+            ("0x10b", 267),
+            ("0X10", 16),
+            ("1.5k", 1536),
+            ("1.", 1),
+            ("1.k", 1024),
+            (".5k", 512),
+            ("1b", 1),
+            ("1B", 1),
+            ("1.0", 1),
+            (" 1", 1),
+            ("+1", 1),
+            ("010", 10),
+            ("1.9999999999k", 2048),
+            ("0.1k", 102),
+            ("8191P", 9_222_246_136_947_933_184),
+            ("1.5e", 1_729_382_256_910_270_464),
+            ("1E", 1 << 60),
+            ("18446744073709551615", u64::MAX),
+            ("1.5m", 1_572_864),
+            ("0.00000000001k", 0),
+        ] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in [
+            "0x10k", "0x", "0x1.8k", "1.5", ".", "k", "1kb", "1 ", "-1k", "1.5b", "0.5", "inf", "nan", "1,5",
+            "1e1k", "", "1e3", "1Z",
+        ] {
+            assert_eq!(parse_size(text), Err(SizeError::Malformed), "{text}");
+        }
+        for text in ["-1", "-0", "18446744073709551616", "16E", "20000000000000000000000"] {
+            assert_eq!(parse_size(text), Err(SizeError::OutOfRange), "{text}");
+        }
+    }
+
+    #[test]
+    fn numbers_have_the_reference_s_bases_and_refusals() {
+        let number = |text: &str| {
+            let mut set = OptionSet::new();
+            set.set("n", text);
+            set.number("n").map_err(|error| error.to_string())
+        };
+        for (text, value) in [("0x10", 16), ("010", 8), (" 16", 16), ("+16", 16), ("-0", 0), ("0", 0)] {
+            assert_eq!(number(text), Ok(Some(value)), "{text}");
+        }
+        assert_eq!(number("-3"), Ok(Some(u64::MAX - 2)));
+        for text in ["16 ", "0x", "16k", "1e1", "", "foo", "09"] {
+            assert_eq!(number(text), Err("Parameter 'n' expects a number".to_owned()), "{text}");
+        }
+        assert_eq!(
+            number("99999999999999999999999"),
+            Err("Value '99999999999999999999999' is too large for parameter 'n'".to_owned())
+        );
+    }
 }
