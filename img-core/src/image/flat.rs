@@ -45,7 +45,9 @@ impl Flat {
         match self.take(name) {
             None => Ok(None),
             Some(Value::Bool(on)) => Ok(Some(on)),
-            Some(Value::String(text)) if matches!(text.as_str(), "on" | "yes" | "true" | "y") => Ok(Some(true)),
+            Some(Value::String(text)) if matches!(text.as_str(), "on" | "yes" | "true" | "y") => {
+                Ok(Some(true))
+            }
             Some(Value::String(text)) if matches!(text.as_str(), "off" | "no" | "false" | "n") => {
                 Ok(Some(false))
             }
@@ -56,7 +58,8 @@ impl Flat {
     /// Takes all names that start with `prefix`, without it.
     pub(super) fn take_prefix(&mut self, prefix: &str) -> Self {
         let mut taken = Self::default();
-        let names: Vec<String> = self.entries.keys().filter(|name| name.starts_with(prefix)).cloned().collect();
+        let names: Vec<String> =
+            self.entries.keys().filter(|name| name.starts_with(prefix)).cloned().collect();
         for name in names {
             if let Some(value) = self.entries.remove(&name) {
                 taken.entries.insert(name[prefix.len()..].to_owned(), value);
@@ -104,7 +107,9 @@ fn flatten(prefix: &str, value: Value, depth: usize, flat: &mut Flat) -> Result<
     }
     let children: Vec<(String, Value)> = match value {
         Value::Object(members) => members.into_iter().collect(),
-        Value::Array(items) => items.into_iter().enumerate().map(|(at, item)| (at.to_string(), item)).collect(),
+        Value::Array(items) => {
+            items.into_iter().enumerate().map(|(at, item)| (at.to_string(), item)).collect()
+        }
         plain => {
             check_depth(prefix)?;
             if flat.entries.insert(prefix.to_owned(), plain).is_some() {

@@ -91,7 +91,12 @@ impl MergedMap {
             let first = window.partition_point(|extent| extent.end() <= from);
             for extent in window[first..].iter().take_while(|extent| extent.guest_offset < until) {
                 let part = extent.guest_offset.max(from)..extent.end().min(until);
-                push_from(extents, part.clone(), extent.depth, extent.place.advanced(part.start - extent.guest_offset));
+                push_from(
+                    extents,
+                    part.clone(),
+                    extent.depth,
+                    extent.place.advanced(part.start - extent.guest_offset),
+                );
             }
             from = until;
         }
@@ -99,9 +104,7 @@ impl MergedMap {
     }
 
     fn window(&self, index: u64) -> Result<Window> {
-        if let Some(kept) =
-            self.windows.read().unwrap_or_else(PoisonError::into_inner).by_index.get(&index)
-        {
+        if let Some(kept) = self.windows.read().unwrap_or_else(PoisonError::into_inner).by_index.get(&index) {
             kept.used.store(self.clock.load(Ordering::Relaxed), Ordering::Relaxed);
             return Ok(Arc::clone(&kept.window));
         }
@@ -142,7 +145,9 @@ impl MergedMap {
             let mut next = 0;
             let past_end = hull.end.saturating_sub(hull.start.max(size));
             let beyond = (past_end > 0).then_some((past_end, Place::Zero { reserved: None }));
-            for (len_bytes, place) in answers.iter().map(|answer| (answer.len_bytes, answer.place)).chain(beyond) {
+            for (len_bytes, place) in
+                answers.iter().map(|answer| (answer.len_bytes, answer.place)).chain(beyond)
+            {
                 let end = at + len_bytes;
                 while let Some(range) = open.get(next)
                     && range.start < end

@@ -18,7 +18,6 @@ mod write;
 
 pub(crate) use host::data_file_path;
 pub use name::ImageName;
-pub(crate) use open::probe;
 pub use open::{CacheMode, OpenOptions, Warning};
 pub use path::full_backing_name;
 
@@ -118,7 +117,12 @@ impl Image {
         let guards_first_sector = !warnings.is_empty();
         let (layers, names): (Vec<_>, Vec<_>) =
             opened.into_iter().map(|opened| (opened.layer, opened.name)).unzip();
-        Self { guards_first_sector, writes_through: cache.writes_through(), warnings, ..Self::over(layers, names) }
+        Self {
+            guards_first_sector,
+            writes_through: cache.writes_through(),
+            warnings,
+            ..Self::over(layers, names)
+        }
     }
 
     /// A disk of layers that the caller opened, top first: images in memory, for tests and fuzzers.
@@ -149,17 +153,6 @@ impl Image {
             guards_first_sector: false,
             writes_through: false,
         }
-    }
-
-    /// A disk of layers that the caller opened, top first: images in memory, for tests and fuzzers.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`](crate::Error::Invalid) without any layer.
-    pub fn from_layers(layers: Vec<Arc<dyn Layer>>) -> Result<Self> {
-        if layers.is_empty() {
-            return Err(crate::Error::Invalid("a disk has at least one layer".to_owned()));
-        }
-        Ok(Self { layers })
     }
 
     /// The layers, top first.
@@ -251,7 +244,10 @@ impl Image {
 
     fn host_file(&self, depth: usize, file: HostFile) -> Result<&Arc<dyn Storage>> {
         self.layers[depth].file(file).ok_or_else(|| {
-            Error::Invalid(format!("{}: the map names host file {} that is not open", self.names[depth], file.0))
+            Error::Invalid(format!(
+                "{}: the map names host file {} that is not open",
+                self.names[depth], file.0
+            ))
         })
     }
 }

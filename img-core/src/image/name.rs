@@ -89,6 +89,14 @@ impl ImageName {
         self.node.display()
     }
 
+    /// The host path of an image that is to be made: structured names cannot say that.
+    pub(crate) fn path_to_create(&self) -> Result<&str> {
+        match protocol(&self.text) {
+            Some("json") => Err(Error::Invalid("Unknown protocol 'json'".to_owned())),
+            _ => Ok(&self.node.path),
+        }
+    }
+
     pub(super) fn node(&self) -> &Node {
         &self.node
     }
@@ -193,7 +201,9 @@ impl Node {
                     flat
                 })?;
                 if inner.options != OptionSet::new() {
-                    return Err(Error::Invalid("a window of a raw image as 'file' is not supported".to_owned()));
+                    return Err(Error::Invalid(
+                        "a window of a raw image as 'file' is not supported".to_owned(),
+                    ));
                 }
                 return Ok(Self { driver: None, ..inner });
             }

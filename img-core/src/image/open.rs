@@ -161,8 +161,7 @@ fn open_layer(pending: &Pending, seen: &mut Vec<Identity>) -> Result<OpenedLayer
         Some(driver) => driver,
         None => probe(&*storage)?,
     };
-    let open_file =
-        |name: &str, mode: OpenMode| access.open_named(&node.path, identity, name, mode);
+    let open_file = |name: &str, mode: OpenMode| access.open_named(&node.path, identity, name, mode);
     let context = OpenContext { mode: access.mode, options: &node.options, open_file: &open_file };
     let layer = driver.open(storage, &context)?;
     Ok(OpenedLayer { layer, name: node.display(), probed: named.is_none() })
@@ -201,7 +200,7 @@ fn driver_called(name: &str) -> Result<&'static dyn Driver> {
 }
 
 /// The format that the first bytes speak for.
-pub(crate) fn probe(storage: &dyn Storage) -> Result<&'static dyn Driver> {
+fn probe(storage: &dyn Storage) -> Result<&'static dyn Driver> {
     let file_bytes = usize::try_from(storage.len_bytes()?).unwrap_or(usize::MAX);
     let mut head = [0; registry::PROBE_BYTES];
     let head = &mut head[..file_bytes.min(registry::PROBE_BYTES)];

@@ -103,9 +103,24 @@ impl Image {
                 match place {
                     Place::Zero { .. } | Place::Unallocated => bytes.fill(0),
                     Place::Data { file, at, .. } => plain.push(Piece { depth, file, at: at.0, bytes }),
-                    Place::Encoded { file, at: HostOffset(at), stored_bytes, decoded_bytes, skip_bytes, how } => {
-                        let piece =
-                            EncodedPiece { depth, file, at, stored_bytes, decoded_bytes, skip_bytes, how, bytes };
+                    Place::Encoded {
+                        file,
+                        at: HostOffset(at),
+                        stored_bytes,
+                        decoded_bytes,
+                        skip_bytes,
+                        how,
+                    } => {
+                        let piece = EncodedPiece {
+                            depth,
+                            file,
+                            at,
+                            stored_bytes,
+                            decoded_bytes,
+                            skip_bytes,
+                            how,
+                            bytes,
+                        };
                         encoded.push(piece);
                     }
                 }
@@ -129,8 +144,8 @@ impl Image {
             slices.clear();
             slices.push(IoSliceMut::new(first.bytes));
             while slices.len() < MAX_SLICES
-                && let Some(next) = pieces
-                    .next_if(|next| (next.depth, next.file, next.at) == (first.depth, first.file, end))
+                && let Some(next) =
+                    pieces.next_if(|next| (next.depth, next.file, next.at) == (first.depth, first.file, end))
             {
                 end += next.bytes.len() as u64;
                 slices.push(IoSliceMut::new(next.bytes));

@@ -10,7 +10,6 @@ use super::{Image, ImageExtent};
 use crate::{
     Error, Result,
     format::{HostFile, LayerWriter, PreparedWrite, registry},
-    storage::Storage,
 };
 
 /// A disk whose format was guessed to be raw is guarded here.

@@ -33,7 +33,9 @@ impl RawLayer {
     pub(super) fn open(storage: Arc<dyn Storage>, mode: OpenMode, options: &OptionSet) -> Result<Self> {
         for (name, _) in options.iter() {
             if !matches!(name, "offset" | "size") {
-                return Err(Error::Invalid(format!("Block format 'raw' does not support the option '{name}'")));
+                return Err(Error::Invalid(format!(
+                    "Block format 'raw' does not support the option '{name}'"
+                )));
             }
         }
         let file_bytes = storage.len_bytes()?;
