@@ -24,6 +24,7 @@ mod memory;
 mod model_tests;
 mod space;
 mod sys;
+pub mod testing;
 mod transfer;
 
 pub use file::{FileOptions, FileStorage};
