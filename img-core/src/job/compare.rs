@@ -1,7 +1,28 @@
 //! Whether two disks read the same.
+//!
+//! Both maps are walked side by side; what is zero in both, or is the same run of bytes of the same host file,
+//! is equal unread. The rest is shared out to threads in pieces, and the lowest piece with something to say
+//! decides, so that the answer does not depend on who was faster.
 
-use super::Progress;
-use crate::{Result, image::Image};
+use std::{ops::Range, sync::Mutex};
+
+use super::{
+    Progress, cores,
+    ordered::{Done, First, lock},
+    status::{Status, Walk},
+    zeroes::is_zero,
+};
+use crate::{Error, JobStep, Result, format::Place, image::Image};
+
+/// Bytes of each image that a thread holds: what the reference reads at once, which decides where it starts
+/// to count sectors anew.
+const PIECE_BYTES: u64 = 2 << 20;
+
+/// How much that needs no reading is taken at once: little enough to notice that the job was cancelled.
+const UNREAD_PIECE_BYTES: u64 = 16 << 30;
+
+/// The unit in which differences are located.
+const SECTOR_BYTES: u64 = 512;
 
 /// What to compare how.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,13 +44,344 @@ pub enum Comparison {
     SizeDiffers,
 }
 
-/// Compares, calling `size_warning` once where sizes differ and `strict` is off.
+/// Compares, calling `size_warning` once where sizes differ and `strict` is off, after the part that both have
+/// was found equal.
+///
+/// # Errors
+/// [`Error::Job`] that says which image could not be mapped or read; [`Error::Cancelled`].
 pub fn compare(
     images: [&Image; 2],
     options: CompareOptions,
     size_warning: &mut dyn FnMut(),
     progress: &dyn Progress,
 ) -> Result<Comparison> {
-    let _ = (images, options, size_warning, progress);
-    todo!()
+    let sizes = images.map(Image::virtual_size_bytes);
+    let (common, total) = (sizes[0].min(sizes[1]), sizes[0].max(sizes[1]));
+    progress.advance(0, total);
+    if options.strict && sizes[0] != sizes[1] {
+        return Ok(Comparison::SizeDiffers);
+    }
+    let pairs = Pairs {
+        images,
+        walks: [0, 1].map(|input| Walk::new(images[input], input, 0, common)),
+        heads: [None, None],
+        sizes,
+        strict: options.strict,
+    };
+    if let Some(difference) = run(images, Feed::Both(Box::new(pairs)), 0, progress, total)? {
+        return Ok(difference);
+    }
+    if common < total {
+        size_warning();
+        let longer = usize::from(sizes[1] > sizes[0]);
+        let walk = Walk::new(images[longer], longer, common, total);
+        if let Some(difference) = run(images, Feed::Rest(longer, Box::new(walk)), common, progress, total)? {
+            return Ok(difference);
+        }
+    }
+    Ok(Comparison::Identical)
+}
+
+/// What to do with a run of guest bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Check {
+    /// Known to be equal.
+    Nothing,
+    /// Read both.
+    Both,
+    /// This one must read as zeroes.
+    IsZero(usize),
+}
+
+/// Where pieces come from.
+enum Feed<'a> {
+    Both(Box<Pairs<'a>>),
+    Rest(usize, Box<Walk<'a>>),
+}
+
+/// The two maps, cut where either changes.
+struct Pairs<'a> {
+    images: [&'a Image; 2],
+    walks: [Walk<'a>; 2],
+    heads: [Option<Status>; 2],
+    sizes: [u64; 2],
+    strict: bool,
+}
+
+/// A run, or an answer that needs no reading.
+enum Found {
+    Run { start: u64, len: u64, check: Check },
+    Answer(Comparison),
+}
+
+impl Feed<'_> {
+    fn next(&mut self) -> Result<Option<Found>> {
+        match self {
+            Self::Both(pairs) => pairs.next(),
+            Self::Rest(input, walk) => Ok(walk.next()?.map(|status| Found::Run {
+                start: status.start,
+                len: status.len,
+                check: if status.zero { Check::Nothing } else { Check::IsZero(*input) },
+            })),
+        }
+    }
+}
+
+impl Pairs<'_> {
+    fn next(&mut self) -> Result<Option<Found>> {
+        for (head, walk) in self.heads.iter_mut().zip(&mut self.walks) {
+            if head.is_none() {
+                *head = walk.next()?;
+            }
+        }
+        let [Some(first), Some(second)] = self.heads else { return Ok(None) };
+        if self.strict {
+            // The reference also compares whether a run reaches the end of its disk.
+            let reach = [self.reaches_end(0)?, self.reaches_end(1)?];
+            let [Some(first), Some(second)] = self.heads else { return Ok(None) };
+            if self.visible(0, &first) != self.visible(1, &second) || reach[0] != reach[1] {
+                return Ok(Some(Found::Answer(Comparison::AllocationDiffers(first.start))));
+            }
+        }
+        let len = first.len.min(second.len);
+        let check = self.check(&first, &second);
+        for head in &mut self.heads {
+            *head = head.and_then(|status| status.advanced(len));
+        }
+        Ok(Some(Found::Run { start: first.start, len, check }))
+    }
+
+    fn check(&self, first: &Status, second: &Status) -> Check {
+        if first.zero && second.zero {
+            return Check::Nothing;
+        }
+        match (self.is_allocated(0, first), self.is_allocated(1, second)) {
+            (true, false) => Check::IsZero(0),
+            (false, true) => Check::IsZero(1),
+            _ if self.is_same_host_run(first, second) => Check::Nothing,
+            _ => Check::Both,
+        }
+    }
+
+    /// Whether some layer has the last word: a backing file that ends early has it with zeroes.
+    fn is_allocated(&self, input: usize, status: &Status) -> bool {
+        status.present || status.depth + 1 < self.images[input].layers().len()
+    }
+
+    /// All that the reference's strict mode compares, except for the reach.
+    fn visible(&self, input: usize, status: &Status) -> [bool; 6] {
+        [
+            status.data,
+            status.zero,
+            status.host().is_some(),
+            self.is_allocated(input, status),
+            status.is_compressed(),
+            status.looked_through,
+        ]
+    }
+
+    /// Whether the run at the head goes on to the end of its disk. Pulls what continues it into the head.
+    fn reaches_end(&mut self, input: usize) -> Result<bool> {
+        let Some(mut head) = self.heads[input] else { return Ok(false) };
+        let limit = self.run_limit(input, &head);
+        let size = self.sizes[input];
+        while head.end() < size.min(limit) {
+            match self.walks[input].peek()? {
+                Some(next) if head.continues(&next) => {
+                    self.walks[input].next()?;
+                    head.len += next.len;
+                }
+                _ => break,
+            }
+        }
+        self.heads[input] = Some(head);
+        Ok(head.end().min(limit) >= size)
+    }
+
+    /// The reference maps a layer with tables one 4 KiB slice of a table at a time (less where a cluster is
+    /// smaller), and a run ends with its slice.
+    fn run_limit(&self, input: usize, status: &Status) -> u64 {
+        let top = &self.images[input].layers()[0];
+        match top.cluster_size_bytes() {
+            None => u64::MAX,
+            Some(cluster) => {
+                let slice = u64::from(cluster.min(4096) / 8) * u64::from(cluster);
+                (status.start / slice + 1).saturating_mul(slice)
+            }
+        }
+    }
+
+    fn is_same_host_run(&self, first: &Status, second: &Status) -> bool {
+        let file_of = |input: usize, status: &Status| {
+            let file = match status.place {
+                Place::Data { file, .. } | Place::Encoded { file, .. } => file,
+                Place::Zero { .. } | Place::Unallocated => return None,
+            };
+            self.images[input].layers()[status.depth].file(file)?.identity()
+        };
+        let is_same_place = match (first.place, second.place) {
+            (Place::Data { at, .. }, Place::Data { at: other, .. }) => at == other,
+            (
+                Place::Encoded { at, decoded_bytes, skip_bytes, how, .. },
+                Place::Encoded {
+                    at: other_at,
+                    decoded_bytes: other_decoded,
+                    skip_bytes: other_skip,
+                    how: other_how,
+                    ..
+                },
+            ) => (at, decoded_bytes, skip_bytes, how) == (other_at, other_decoded, other_skip, other_how),
+            _ => false,
+        };
+        is_same_place && file_of(0, first).is_some_and(|file| file_of(1, second) == Some(file))
+    }
+}
+
+/// Cuts what a feed says into numbered pieces of at most [`PIECE_BYTES`], joining small ones.
+struct Pieces<'a> {
+    feed: Feed<'a>,
+    ahead: Option<Result<Option<Found>>>,
+    next_ticket: u64,
+}
+
+impl Pieces<'_> {
+    fn next_found(&mut self) -> Result<Option<Found>> {
+        self.ahead.take().unwrap_or_else(|| self.feed.next())
+    }
+
+    /// The next piece with its ticket, the end, or an answer.
+    fn claim(&mut self) -> (u64, Result<Option<Found>>) {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        let (start, mut len, check) = match self.next_found() {
+            Ok(Some(Found::Run { start, len, check })) => (start, len, check),
+            other => return (ticket, other),
+        };
+        let most = if check == Check::Nothing { UNREAD_PIECE_BYTES } else { PIECE_BYTES };
+        if len > most {
+            self.ahead = Some(Ok(Some(Found::Run { start: start + most, len: len - most, check })));
+            len = most;
+        }
+        // Join what follows while sectors go on being counted from the same start.
+        while len < most && len.is_multiple_of(SECTOR_BYTES) {
+            match self.next_found() {
+                Ok(Some(Found::Run { len: more, check: next, .. }))
+                    if next == check && len + more <= most =>
+                {
+                    len += more;
+                }
+                other => {
+                    self.ahead = Some(other);
+                    break;
+                }
+            }
+        }
+        (ticket, Ok(Some(Found::Run { start, len, check })))
+    }
+}
+
+/// Works a feed off on all cores. `done_before` bytes of `total` are behind us already.
+fn run(
+    images: [&Image; 2],
+    feed: Feed<'_>,
+    done_before: u64,
+    progress: &dyn Progress,
+    total: u64,
+) -> Result<Option<Comparison>> {
+    let pieces = Mutex::new(Pieces { feed, ahead: None, next_ticket: 0 });
+    let (first, done) = (First::new(), Done::default());
+    let work = || {
+        let mut buffers = [Vec::new(), Vec::new()];
+        loop {
+            let (ticket, claimed) = lock(&pieces).claim();
+            if first.is_before(ticket) {
+                return;
+            }
+            if progress.is_cancelled() {
+                first.offer(ticket, Err(Error::Cancelled));
+                return;
+            }
+            let (start, len, check) = match claimed {
+                Ok(None) => return,
+                Ok(Some(Found::Run { start, len, check })) => (start, len, check),
+                Ok(Some(Found::Answer(answer))) => {
+                    first.offer(ticket, Ok(answer));
+                    return;
+                }
+                Err(error) => {
+                    first.offer(ticket, Err(error));
+                    return;
+                }
+            };
+            match difference(images, start, len, check, &mut buffers) {
+                Ok(None) => {}
+                Ok(Some(at)) => {
+                    first.offer(ticket, Ok(Comparison::ContentDiffers(at)));
+                    return;
+                }
+                Err(error) => {
+                    first.offer(ticket, Err(error));
+                    return;
+                }
+            }
+            done.add(ticket, len, |sum| progress.advance(done_before + sum, total));
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..cores() {
+            scope.spawn(work);
+        }
+        work();
+    });
+    first.into_inner().transpose()
+}
+
+/// The first sector of `start..start + len` that breaks `check`.
+fn difference(
+    images: [&Image; 2],
+    start: u64,
+    len: u64,
+    check: Check,
+    buffers: &mut [Vec<u8>; 2],
+) -> Result<Option<u64>> {
+    let mut read = |input: usize| {
+        let buffer = &mut buffers[input];
+        let len = usize::try_from(len).expect("a piece is at most 2 MiB");
+        if buffer.len() < len {
+            buffer.resize(len, 0);
+        }
+        images[input].read_at(&mut buffer[..len], start).map_err(|error| Error::Job {
+            step: JobStep::Read,
+            input,
+            at_bytes: start,
+            source: Box::new(error),
+        })?;
+        Ok::<_, Error>(len)
+    };
+    let at = match check {
+        Check::Nothing => None,
+        Check::IsZero(input) => {
+            let len = read(input)?;
+            first_sector(len, |sector| is_zero(&buffers[input][sector]))
+        }
+        Check::Both => {
+            read(0)?;
+            let len = read(1)?;
+            let [first, second] = buffers;
+            if first[..len] == second[..len] {
+                None
+            } else {
+                first_sector(len, |sector| first[sector.clone()] == second[sector])
+            }
+        }
+    };
+    Ok(at.map(|at| start + at))
+}
+
+/// Where the first sector of `len` bytes begins that is not `good`.
+fn first_sector(len: usize, good: impl Fn(Range<usize>) -> bool) -> Option<u64> {
+    (0..len)
+        .step_by(SECTOR_BYTES as usize)
+        .find(|at| !good(*at..len.min(at + SECTOR_BYTES as usize)))
+        .map(|at| at as u64)
 }

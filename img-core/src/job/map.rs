@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::status::{Status, Walk};
 use crate::{Result, image::Image};
 
 /// One row of `map --output=json`, after the reference's merging.
@@ -27,13 +28,70 @@ pub struct MapEntry {
     pub file: Option<PathBuf>,
 }
 
-/// Calls `row` for each entry of `start..start + length` (cut at the end of the disk), in order.
+/// Calls `row` for each entry of `start..start + length` (cut at the end of the disk), in order. Where that
+/// is no byte at all, one entry of no length is shown, as the reference does.
+///
+/// # Errors
+/// [`Error::Job`](crate::Error::Job) when tables cannot be read, and whatever `row` returns.
 pub fn map(
     image: &Image,
     start_bytes: u64,
     length_bytes: Option<u64>,
     row: &mut dyn FnMut(&MapEntry) -> Result<()>,
 ) -> Result<()> {
-    let _ = (image, start_bytes, length_bytes, row);
-    todo!()
+    let end = length_bytes.map_or(u64::MAX, |length| start_bytes.saturating_add(length));
+    let mut walk = Walk::new(image, 0, start_bytes, end);
+    let Some(mut current) = walk.next()? else { return row(&nothing_at(start_bytes)) };
+    while let Some(next) = walk.next()? {
+        if current.merges_with(&next) {
+            current.len += next.len;
+        } else {
+            row(&entry(image, &current))?;
+            current = next;
+        }
+    }
+    row(&entry(image, &current))
+}
+
+impl Status {
+    /// The reference shows two neighbours as one when all it prints of them agrees.
+    fn merges_with(&self, next: &Self) -> bool {
+        let shown = |s: &Self| (s.depth, s.present, s.zero, s.data, s.is_compressed());
+        let place = match (self.host(), next.host()) {
+            (None, None) => true,
+            (Some((file, at)), Some((next_file, next_at))) => file == next_file && at + self.len == next_at,
+            _ => false,
+        };
+        shown(self) == shown(next) && place
+    }
+}
+
+fn entry(image: &Image, status: &Status) -> MapEntry {
+    let host = status.host();
+    let storage = host.and_then(|(file, _)| image.layers()[status.depth].file(file));
+    MapEntry {
+        start_bytes: status.start,
+        length_bytes: status.len,
+        depth: status.depth,
+        present: status.present,
+        zero: status.zero,
+        data: status.data,
+        compressed: status.is_compressed(),
+        offset_bytes: host.map(|(_, at)| at),
+        file: storage.map(|storage| storage.path().to_owned()),
+    }
+}
+
+fn nothing_at(start_bytes: u64) -> MapEntry {
+    MapEntry {
+        start_bytes,
+        length_bytes: 0,
+        depth: 0,
+        present: false,
+        zero: false,
+        data: false,
+        compressed: false,
+        offset_bytes: None,
+        file: None,
+    }
 }

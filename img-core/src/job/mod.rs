@@ -1,13 +1,24 @@
 //! Whole-image work: convert, compare, map; with progress and cancellation.
+//!
+//! Each job is one walk over an image's map (`status`) whose pieces are shared out to plain threads. What must
+//! come out the same at any number of threads goes through `ordered`. `zeroes` finds zeroes in memory,
+//! `compress` makes compressed clusters. Nothing here knows a format or a command line.
 
 pub mod compare;
 pub mod convert;
 pub mod create;
 pub mod map;
 
+mod compress;
+mod ordered;
+mod status;
+mod zeroes;
+
+use std::num::NonZero;
+
 /// Where a running job tells how far it is and asks whether to stop. Called from several threads.
 pub trait Progress: Sync {
-    /// `done` of `total` units are behind us. `total` may change.
+    /// `done` of `total` bytes are behind us. `total` may change.
     fn advance(&self, done: u64, total: u64);
 
     /// Whether the job should stop with [`Error::Cancelled`](crate::Error::Cancelled).
@@ -22,4 +33,13 @@ pub struct Unwatched;
 
 impl Progress for Unwatched {
     fn advance(&self, _done: u64, _total: u64) {}
+}
+
+/// The most threads a job starts, however many cores there are: the reference's bound on `-m`, and what
+/// keeps the buffers of a job below their limit.
+const MAX_THREADS: usize = 16;
+
+/// How many cores this process may use, at most [`MAX_THREADS`].
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get).min(MAX_THREADS)
 }

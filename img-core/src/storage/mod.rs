@@ -24,7 +24,6 @@ mod memory;
 mod model_tests;
 mod space;
 mod sys;
-pub mod testing;
 mod transfer;
 
 pub use file::{FileOptions, FileStorage};

@@ -7,7 +7,6 @@
 
 mod alloc;
 mod cache;
-mod compressed;
 mod create;
 mod create_layout;
 mod entry;
@@ -23,10 +22,8 @@ mod options;
 mod overlap;
 mod places;
 mod refcount;
-mod resize;
 mod runtime;
 mod write;
-mod zero;
 
 #[cfg(test)]
 mod heart_tests;

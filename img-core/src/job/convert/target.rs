@@ -1,0 +1,188 @@
+//! The target: reserving in order, moving bytes in parallel, committing.
+
+use std::{io::IoSlice, ops::Range};
+
+use crate::{
+    Error, JobStep, Result,
+    format::{Codec, HostFile, Layer, LayerWriter, PreparedWrite, WritePlan},
+    image::Image,
+    storage::{Preallocation, Storage},
+};
+
+/// The top layer of the target, as the job writes it.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    image: &'a Image,
+    layer: &'a dyn Layer,
+    writer: &'a dyn LayerWriter,
+    /// Writes that begin in the same block of this size exclude each other between prepare and commit.
+    pub(super) cluster_bytes: u64,
+    /// What is written as a whole or not at all.
+    pub(super) unit_bytes: u64,
+}
+
+/// Reserved, and where in the buffer its bytes are.
+pub(super) struct Reserved<'a> {
+    write: PreparedWrite<'a>,
+    bytes: Range<usize>,
+}
+
+impl<'a> Target<'a> {
+    /// # Errors
+    /// [`Error::ReadOnly`] when the target was not opened for writing.
+    pub(super) fn new(image: &'a Image) -> Result<Self> {
+        let layer = image.layers()[0].as_ref();
+        let storage = layer.file(HostFile::IMAGE).expect("every layer has its image file");
+        let Some(writer) = layer.writer() else {
+            return Err(Error::ReadOnly { file: storage.path().to_owned() });
+        };
+        let (cluster_bytes, unit_bytes) = match layer.cluster_size_bytes() {
+            None => (1, 1),
+            Some(cluster) => (u64::from(cluster), writer.zero_granularity_bytes()),
+        };
+        Ok(Self { image, layer, writer, cluster_bytes, unit_bytes })
+    }
+
+    /// Whether reserving takes new places, so that the order in which it happens can be seen in the file.
+    pub(super) fn allocates(&self) -> bool {
+        self.layer.cluster_size_bytes().is_some()
+    }
+
+    /// How it compresses.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when it does not.
+    pub(super) fn compression(&self) -> Result<Codec> {
+        self.layer.compression().ok_or_else(|| {
+            let file = self.layer.file(HostFile::IMAGE).expect("every layer has its image file");
+            Error::unsupported(file.path(), "writing compressed clusters")
+        })
+    }
+
+    pub(super) fn image(&self) -> &'a Image {
+        self.image
+    }
+
+    /// Reserves the places of `guest_bytes`, whose first byte is at `at` in the buffer.
+    pub(super) fn reserve(
+        &self,
+        guest_bytes: Range<u64>,
+        at: usize,
+        reserved: &mut Vec<Reserved<'a>>,
+    ) -> Result<()> {
+        let (mut from, mut at) = (guest_bytes.start, at);
+        while from < guest_bytes.end {
+            let write =
+                self.writer.prepare_write(from..guest_bytes.end).map_err(|error| write_error(from, error))?;
+            let covered = write.plan().guest_bytes.end - from;
+            from += covered;
+            let end = at + usize::try_from(covered).expect("inside the buffer");
+            reserved.push(Reserved { write, bytes: at..end });
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Reserves the place of the compressed form, at `bytes` in the buffer, of the cluster at `guest_offset`.
+    pub(super) fn reserve_compressed(&self, guest_offset: u64, bytes: Range<usize>) -> Result<Reserved<'a>> {
+        let stored = u32::try_from(bytes.len()).expect("less than a cluster");
+        let write = self
+            .writer
+            .prepare_compressed(guest_offset, stored)
+            .map_err(|error| write_error(guest_offset, error))?;
+        Ok(Reserved { write, bytes })
+    }
+
+    /// Moves the bytes of `buf` to where they were reserved, neighbours on the host at once, and commits.
+    pub(super) fn write(&self, buf: &[u8], reserved: &mut Vec<Reserved<'a>>) -> Result<()> {
+        let mut from = 0;
+        while from < reserved.len() {
+            let mut to = from + 1;
+            while to < reserved.len() && reserved[to].stands_behind(&reserved[to - 1]) {
+                to += 1;
+            }
+            let (first, last) = (reserved[from].plan(), reserved[to - 1].plan());
+            self.write_run(&buf[reserved[from].bytes.start..reserved[to - 1].bytes.end], first, last)
+                .map_err(|error| write_error(first.guest_bytes.start, error))?;
+            from = to;
+        }
+        Self::commit(reserved)
+    }
+
+    /// Writes `bytes` where `first` begins, with the fill before it and the one behind `last`.
+    fn write_run(&self, bytes: &[u8], first: &WritePlan, last: &WritePlan) -> Result<()> {
+        let before =
+            self.fill(first.guest_bytes.start, first.fill_before_bytes, first.fill_is_zeroed, true)?;
+        let after = self.fill(last.guest_bytes.end, last.fill_after_bytes, last.fill_is_zeroed, false)?;
+        let start = first.at.0 - before.len() as u64;
+        let slices = [IoSlice::new(&before), IoSlice::new(bytes), IoSlice::new(&after)];
+        self.file(first)?.write_vectored_at(&slices, start)
+    }
+
+    /// What the guest reads now in the `len` bytes before or behind `at`; nothing when that is there already.
+    fn fill(&self, at: u64, len: u64, is_zeroed: bool, before: bool) -> Result<Vec<u8>> {
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        let mut bytes = vec![0; usize::try_from(len).expect("less than a cluster")];
+        let from = if before { at - len } else { at };
+        // A cluster may reach past the end of the disk; what is there is written as zeroes.
+        let in_disk = self.image.virtual_size_bytes().saturating_sub(from).min(len);
+        self.image.read_at(&mut bytes[..usize::try_from(in_disk).expect("at most len")], from)?;
+        if is_zeroed && bytes.iter().all(|byte| *byte == 0) {
+            bytes.clear();
+        }
+        Ok(bytes)
+    }
+
+    /// Makes the map point at what was written.
+    pub(super) fn commit(reserved: &mut Vec<Reserved<'a>>) -> Result<()> {
+        for Reserved { write, .. } in reserved.drain(..) {
+            let at = write.plan().guest_bytes.start;
+            write.commit().map_err(|error| write_error(at, error))?;
+        }
+        Ok(())
+    }
+
+    /// Ends the image file on a sector, as the reference does behind compressed clusters.
+    pub(super) fn pad_to_sector(&self) -> Result<()> {
+        let file = self.layer.file(HostFile::IMAGE).expect("every layer has its image file");
+        let len_bytes = file.len_bytes()?;
+        if len_bytes.is_multiple_of(512) {
+            return Ok(());
+        }
+        file.resize(len_bytes.next_multiple_of(512), Preallocation::Off)
+    }
+
+    pub(super) fn file(&self, plan: &WritePlan) -> Result<&'a dyn Storage> {
+        match self.layer.file(plan.file) {
+            Some(file) => Ok(file.as_ref()),
+            None => Err(Error::Invalid(format!("the target has no host file {}", plan.file.0))),
+        }
+    }
+}
+
+impl Reserved<'_> {
+    pub(super) fn plan(&self) -> &WritePlan {
+        self.write.plan()
+    }
+
+    pub(super) fn bytes(&self) -> Range<usize> {
+        self.bytes.clone()
+    }
+
+    /// Whether one write can move both: nothing lies between them on the host or in the buffer.
+    fn stands_behind(&self, previous: &Self) -> bool {
+        let (plan, before) = (self.plan(), previous.plan());
+        plan.file == before.file
+            && before.fill_after_bytes == 0
+            && plan.fill_before_bytes == 0
+            && previous.bytes.end == self.bytes.start
+            && before.at.0.checked_add(previous.bytes.len() as u64) == Some(plan.at.0)
+    }
+}
+
+/// An error of writing guest bytes at `at_bytes`.
+pub(super) fn write_error(at_bytes: u64, error: Error) -> Error {
+    Error::Job { step: JobStep::Write, input: 0, at_bytes, source: Box::new(error) }
+}
