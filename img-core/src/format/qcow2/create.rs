@@ -398,7 +398,7 @@ mod tests {
     use super::*;
     use crate::format::{
         Backing,
-        qcow2::oracle::{assert_same_bytes, file, qemu_img, try_qemu_img},
+        qcow2::oracle::{self, assert_same_bytes, file, qemu_img, try_qemu_img},
     };
 
     /// Makes an image with our code from `-o` options, `backing_file` and `backing_fmt` among them.
@@ -417,7 +417,7 @@ mod tests {
 
     /// Ours and the reference's image are the same bytes, and data files have the same length.
     fn same(size: u64, options: &str) {
-        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (ours, theirs) = (oracle::directory(), oracle::directory());
         let what = format!("size {size}, {options:?}");
         create_ours(ours.path(), "x", size, options).unwrap_or_else(|error| panic!("{what}: {error}"));
         let size = size.to_string();
@@ -545,7 +545,7 @@ mod tests {
             "cluster_size=512,size=129G",
             "size=4096P",
         ] {
-            let directory = tempfile::tempdir().unwrap();
+            let directory = oracle::directory();
             let (options_without, size) =
                 match options.rsplit_once("size=").filter(|(rest, _)| !rest.ends_with('_')) {
                     Some((rest, size)) => (rest.trim_end_matches(','), size),
@@ -565,7 +565,7 @@ mod tests {
 
     #[test]
     fn encryption_is_refused_by_name() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = oracle::directory();
         for options in ["encryption=on", "encrypt.format=luks", "encrypt.iter-time=10"] {
             let error = create_ours(directory.path(), "x", 1 << 20, options).expect_err(options);
             assert!(matches!(error, Error::Unsupported { .. }), "{error:?}");

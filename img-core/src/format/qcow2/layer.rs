@@ -317,7 +317,7 @@ impl Layer for Qcow2Layer {
     }
 
     fn details(&self) -> Result<Option<Value>> {
-        Ok(None)
+        super::details::details(self.image_file(), &self.header()).map(Some)
     }
 
     fn is_dirty(&self) -> bool {

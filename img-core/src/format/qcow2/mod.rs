@@ -6,9 +6,12 @@
 //! go, `flush` the order that keeps every crash harmless, `snapshot`, `bitmap`, `create`, `check` the rest.
 
 mod alloc;
+mod bitmap;
 mod cache;
 mod create;
 mod create_layout;
+mod details;
+mod details_luks;
 mod entry;
 mod extension;
 mod feature;

@@ -35,6 +35,13 @@ fn run(tool: &str, directory: &Path, arguments: &[&str]) -> (bool, String, Strin
     (output.status.success(), text(output.stdout), text(output.stderr))
 }
 
+/// A directory in memory where there is one: the reference syncs a lot.
+pub(super) fn directory() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    let made = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+    made.expect("a temporary directory")
+}
+
 /// Opens a file for reading and writing.
 pub(super) fn file(path: &Path) -> std::sync::Arc<dyn Storage> {
     let open = FileOptions::new().write(true).create(true).open(path);
