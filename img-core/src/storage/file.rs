@@ -17,7 +17,8 @@ use rustix::{
 };
 
 use super::{
-    CacheMode, Flush, Identity, Limits, Preallocation, Storage, block, direct::Direct, lock, space, transfer,
+    CacheMode, Flush, Identity, Limits, Preallocation, Storage, block, direct::Direct, lock, offload, space,
+    transfer,
 };
 use crate::{Error, Result};
 
@@ -501,6 +502,26 @@ impl Storage for FileStorage {
 
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.fd.as_fd())
+    }
+
+    fn copy_from(
+        &self,
+        source: &dyn Storage,
+        source_at_bytes: u64,
+        at_bytes: u64,
+        len_bytes: u64,
+    ) -> Result<u64> {
+        let end = at_bytes.saturating_add(len_bytes);
+        self.check_change("copy", &(at_bytes..end))?;
+        let Some(source_fd) = source.as_fd() else { return Ok(0) };
+        // Past the page cache the kernel has no shorter way than reading and writing.
+        if self.kind != Kind::Regular || self.direct.is_some() || source_at_bytes > transfer::MAX_LEN_BYTES {
+            return Ok(0);
+        }
+        let copied = offload::copy(source_fd, source_at_bytes, self.fd.as_fd(), at_bytes, len_bytes)
+            .map_err(self.failed("copy", at_bytes))?;
+        self.settle()?;
+        Ok(copied)
     }
 
     fn lock(&self, wanted: lock::Use) -> Result<()> {

@@ -22,6 +22,7 @@ pub mod lock;
 mod memory;
 #[cfg(test)]
 mod model_tests;
+mod offload;
 mod space;
 mod sys;
 mod transfer;
@@ -161,6 +162,20 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The descriptor, where there is one, for copy offload between files and for a data plane.
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    /// Copies up to `len_bytes` from `source` without taking them through this process, and returns how
+    /// many were copied, counted from the front. Fewer, or none, where the host cannot do it or the source
+    /// ends: the caller reads and writes the rest.
+    fn copy_from(
+        &self,
+        source: &dyn Storage,
+        source_at_bytes: u64,
+        at_bytes: u64,
+        len_bytes: u64,
+    ) -> Result<u64> {
+        let _ = (source, source_at_bytes, at_bytes, len_bytes);
+        Ok(0)
     }
 
     /// Takes up changed wishes towards other processes (QEMU's byte-range locks); see

@@ -289,6 +289,69 @@ fn neighbours_in_a_block_lose_nothing_to_each_other() {
     }
 }
 
+/// A loop device over a new file of that length, taken down when dropped.
+struct LoopDevice {
+    _dir: tempfile::TempDir,
+    path: String,
+}
+
+impl LoopDevice {
+    /// `None` where the machine gives out no loop devices (without privileges, in most containers).
+    fn new(len_bytes: u64) -> Option<Self> {
+        let (dir, file) = new_file(CacheMode::Writeback);
+        let file = file.expect("a new file");
+        file.resize(len_bytes, Preallocation::Off).expect("room");
+        let output =
+            std::process::Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output();
+        let output = output.ok().filter(|output| output.status.success())?;
+        let path = String::from_utf8(output.stdout).expect("a device name").trim().to_owned();
+        Some(Self { _dir: dir, path })
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let status = std::process::Command::new("losetup").args(["--detach", &self.path]).status();
+        assert!(status.is_ok_and(|status| status.success()), "{} stays", self.path);
+    }
+}
+
+#[test]
+fn a_block_device_equals_a_flat_vector() -> Result<()> {
+    const LEN_BYTES: u64 = 1 << 20;
+    let Some(device) = LoopDevice::new(LEN_BYTES) else { return Ok(()) };
+    for cache in [CacheMode::Writeback, CacheMode::None] {
+        let disk = FileOptions::new().write(true).cache(cache).open(&device.path)?;
+        let mut model = vec![0; index(LEN_BYTES)];
+        assert_eq!(disk.len_bytes()?, LEN_BYTES);
+        write(&disk, &(0..LEN_BYTES), 0, &[], 5)?;
+        model.iter_mut().enumerate().for_each(|(at, byte)| *byte = 5 ^ (at % 251) as u8);
+        let mut change = |range: Range<u64>, act: &dyn Fn(Range<u64>) -> Result<()>| -> Result<()> {
+            act(range.clone())?;
+            model[index(range.start)..index(range.end)].fill(0);
+            Ok(())
+        };
+        change(4096..8192, &|range| disk.punch_hole(range))?;
+        change(10_000..30_001, &|range| disk.punch_hole(range))?;
+        change(40_001..40_002, &|range| disk.punch_hole(range))?;
+        change(50_000..50_600, &|range| disk.write_zeroes(range, false))?;
+        change(60_001..90_000, &|range| disk.write_zeroes(range, true))?;
+        change(LEN_BYTES - 777..LEN_BYTES, &|range| disk.write_zeroes(range, true))?;
+        write(&disk, &(65_001..65_107), 1, &[50], 8)?;
+        (0..106).for_each(|at| model[65_001 + at] = 8 ^ (at % 251) as u8);
+        let bytes = read(&disk, &(0..LEN_BYTES + 100), 0, &[])?;
+        assert!(bytes == padded(&model, &(0..LEN_BYTES + 100)), "{cache:?}");
+        disk.flush(Flush::All)?;
+        for past in [disk.write_at(b"x", LEN_BYTES), disk.write_zeroes(0..LEN_BYTES + 1, true)] {
+            assert_eq!(past.expect_err("a device does not grow").raw_os_error(), Some(28));
+        }
+        assert!(disk.resize(LEN_BYTES + 1, Preallocation::Off).is_err());
+        disk.resize(LEN_BYTES, Preallocation::Off)?;
+        assert_eq!(disk.next_allocated(5)?, Some(5..LEN_BYTES));
+    }
+    Ok(())
+}
+
 #[test]
 fn two_openings_of_a_file_agree_on_its_end() -> Result<()> {
     let Some((dir, direct)) = direct_file(CacheMode::None) else { return Ok(()) };

@@ -111,3 +111,36 @@ fn space_is_given_and_taken() -> Result<()> {
     assert_eq!(buf, [7; 4096]);
     Ok(())
 }
+
+#[test]
+fn the_kernel_copies_between_files() -> Result<()> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let source = new_file(&dir)?;
+    let target = FileOptions::new().create_new(true).open(dir.path().join("copy"))?;
+    let bytes: Vec<u8> = (0..300_000u32).map(|at| (at % 253) as u8).collect();
+    source.write_at(&bytes, 0)?;
+    let copied = target.copy_from(&source, 1000, 77, 299_000)?;
+    if copied > 0 {
+        assert_eq!(copied, 299_000);
+        let mut back = vec![0; 299_000];
+        target.read_at(&mut back, 77)?;
+        assert!(back == bytes[1000..]);
+        assert_eq!(target.copy_from(&source, 290_000, 0, 1 << 20)?, 10_000, "up to the end of the source");
+    }
+    assert_eq!(target.copy_from(&crate::storage::MemoryStorage::new("m"), 0, 0, 5)?, 0);
+    assert!(source.copy_from(&target, 0, u64::MAX - 5, 5).is_err());
+    Ok(())
+}
+
+#[test]
+fn a_failed_flush_is_not_forgotten() -> Result<()> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = new_file(&dir)?;
+    file.flush(Flush::Data)?;
+    file.failed_flush.store(Errno::IO.raw_os_error(), Ordering::Relaxed);
+    assert_eq!(
+        file.flush(Flush::Data).expect_err("lost pages").raw_os_error(),
+        Some(Errno::IO.raw_os_error())
+    );
+    Ok(())
+}
