@@ -2,11 +2,14 @@
 //!
 //! The promises themselves are the files of `tests/tests/`, one each, named as a sentence. Here is what they
 //! run with: the built `img` and the reference tools ([`command`]), recognisable guest data ([`pattern`]),
-//! hand-made images whose every byte is under control ([`craft`]).
+//! hand-made images whose every byte is under control ([`craft`]), the same command lines in two
+//! directories ([`twin`]).
 
 pub mod command;
 pub mod craft;
 pub mod pattern;
+pub mod scenario;
+pub mod twin;
 
 use std::path::Path;
 
