@@ -24,23 +24,6 @@ pub(crate) struct FormatArgs {
     pub(crate) image_opts: bool,
 }
 
-impl FormatArgs {
-    /// # Errors
-    /// When both are given.
-    pub(crate) fn check(&self) -> Result<(), Failure> {
-        exclusive(self.image_opts, self.format.is_some())
-    }
-}
-
-/// # Errors
-/// When an image is described in full and has its format named beside.
-pub(crate) fn exclusive(image_opts: bool, format: bool) -> Result<(), Failure> {
-    if image_opts && format {
-        return Err(Failure::new("--image-opts and --format are mutually exclusive"));
-    }
-    Ok(())
-}
-
 /// Objects that images may refer to.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ObjectArgs {
@@ -264,6 +247,9 @@ impl<'a> Opening<'a> {
 
     /// Opens it, printing what is worth a warning.
     pub(crate) fn open(&self, context: &Context) -> Result<Image, Failure> {
+        if self.image_opts && self.format.is_some() {
+            return Err(Failure::new("--image-opts and --format are mutually exclusive"));
+        }
         let name = self.image_name()?;
         let image = Image::open(&name, &self.options()?).map_err(|error| Failure::open(self.name, &error))?;
         print_warnings(&image, context);

@@ -2,7 +2,7 @@
 
 use img_core::format::SnapshotInfo;
 
-use crate::error::Failure;
+use crate::{context::Context, error::Failure};
 
 /// The snapshot that is asked for.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub(crate) enum Wanted {
 
 /// # Errors
 /// For an unknown `snapshot.…`.
-pub(crate) fn parse(text: &str) -> Result<Wanted, Failure> {
+pub(crate) fn parse(text: &str, context: &Context) -> Result<Wanted, Failure> {
     if !text.starts_with("snapshot.") {
         return Ok(Wanted::Either(text.to_owned()));
     }
@@ -31,9 +31,8 @@ pub(crate) fn parse(text: &str) -> Result<Wanted, Failure> {
             Some(("snapshot.name", value)) => name = Some(value.to_owned()),
             other => {
                 let key = other.map_or(part, |(key, _)| key);
-                return Err(Failure::new(format!(
-                    "Invalid parameter '{key}'\nqemu-img: Failed in parsing snapshot param '{text}'"
-                )));
+                context.error(&format!("Invalid parameter '{key}'"));
+                return Err(Failure::new(format!("Failed in parsing snapshot param '{text}'")));
             }
         }
     }
@@ -59,6 +58,7 @@ impl Wanted {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::output::Out;
 
     fn snapshot(id: &str, name: &str) -> SnapshotInfo {
         SnapshotInfo {
@@ -75,10 +75,11 @@ mod tests {
     #[test]
     fn ids_come_before_names() {
         let list = [snapshot("1", "2"), snapshot("2", "a")];
-        let find = |text| parse(text).unwrap().find(&list).map(|found| found.id.clone());
+        let context = Context::new("img".to_owned(), Out::memory());
+        let find = |text| parse(text, &context).unwrap().find(&list).map(|found| found.id.clone());
         assert_eq!(find("2").as_deref(), Some("2"));
         assert_eq!(find("snapshot.name=2").as_deref(), Some("1"));
         assert_eq!(find("snapshot.id=2,snapshot.name=2"), None);
-        assert!(parse("snapshot.foo=1").is_err());
+        assert!(parse("snapshot.foo=1", &context).is_err());
     }
 }

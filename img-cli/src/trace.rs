@@ -25,8 +25,11 @@ pub(crate) fn accept(trace: &str, context: &Context) -> Result<(), Failure> {
                 });
             }
             Some(("enable", pattern)) => unknown(pattern, context),
-            // Where traces would be written to: there are none to write.
-            Some(("file", _)) => {}
+            Some(("file", file)) => {
+                // There is nothing to trace, so the file stays empty, as the reference leaves it then.
+                fs::File::create(file)
+                    .map_err(|error| Failure::new(format!("could not open '{file}': {}", os_text(&error))))?;
+            }
             Some((name, _)) => return Err(Failure::new(format!("Invalid parameter '{name}'"))),
             None if index == 0 => unknown(part, context),
             None => return Err(Failure::new(format!("Invalid parameter '{part}'"))),

@@ -28,7 +28,9 @@ fn the_program() {
 fn options_of_all_commands() {
     let mut twins = Twins::new(&[]);
     for command in ["check", "compare", "convert", "create", "info", "map", "resize", "snapshot"] {
-        for words in ["", "-Z", "a b c d", "-f", "--bogus=1", "--bogus", "-fraw -q=", "-- -f", "--object", "-"] {
+        for words in
+            ["", "-Z", "a b c d", "-f", "--bogus=1", "--bogus", "-fraw -q=", "-- -f", "--object", "-"]
+        {
             // `-q` is not an option of all; `-` is a file name.
             twins.line(&format!("qemu-img {command} {words}"));
         }

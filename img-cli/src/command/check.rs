@@ -23,6 +23,7 @@ const NOT_SUPPORTED: u8 = 63;
 /// Exit codes: 0 no errors (left), 1 the check could not be made, 2 errors, 3 leaked clusters only,
 /// 63 images of this format cannot be checked.
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "img check [OPTIONS] FILENAME", after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Print nothing but what is wrong
     #[arg(short, long)]
@@ -49,6 +50,12 @@ pub(crate) struct Args {
     file: FileArg,
 }
 
+/// Shown below the help.
+const EXAMPLES: &str = "\
+Examples:
+  img check disk.qcow2
+  img check -r leaks disk.qcow2";
+
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let repair = match args.repair.as_deref() {
@@ -62,7 +69,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let layout = args.output.layout()?;
     args.objects.check()?;
     let file = args.file.one()?;
-    args.formats.check()?;
     let repairs = repair != Repair::Nothing;
     let opening = Opening {
         cache: source_cache(args.cache.as_deref())?,

@@ -8,7 +8,7 @@ use img_core::{
 };
 
 use crate::{
-    args::{ObjectArgs, Opening, ShareArgs, exclusive, source_cache},
+    args::{ObjectArgs, Opening, ShareArgs, source_cache},
     context::Context,
     error::{Failure, Outcome},
     progress::{Reporter, Style},
@@ -23,6 +23,7 @@ const UNREADABLE: u8 = 4;
 ///
 /// Exit codes: 0 the same, 1 different, 2 an image could not be opened, 3 and 4 one could not be read.
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "img compare [OPTIONS] FILENAME1 FILENAME2", after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Print nothing: the exit code is the answer
     #[arg(short, long)]
@@ -62,14 +63,18 @@ pub(crate) struct Args {
     files: Vec<String>,
 }
 
+/// Shown below the help.
+const EXAMPLES: &str = "\
+Examples:
+  img compare disk.raw disk.qcow2
+  img compare -q -s a.qcow2 b.qcow2 && echo the same";
+
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     args.objects.check()?;
     let [a, b] = args.files.as_slice() else {
         return Err(Failure::usage("Expecting two image file names"));
     };
-    exclusive(args.image_opts, args.a_format.is_some() || args.b_format.is_some())
-        .map_err(|failure| failure.with_code(TROUBLE))?;
     let style = match (args.progress, args.quiet) {
         (true, false) => Style::Percent,
         _ => Style::Hidden,

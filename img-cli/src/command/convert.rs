@@ -9,7 +9,7 @@ use img_core::{
 };
 
 use crate::{
-    args::{ObjectArgs, Opening, ShareArgs, cache_mode, exclusive, print_warnings, source_cache},
+    args::{ObjectArgs, Opening, ShareArgs, cache_mode, print_warnings, source_cache},
     command::create,
     context::Context,
     created::Created,
@@ -24,6 +24,7 @@ use crate::{
 /// A run that fails or is interrupted removes the files it made. A target that existed before is kept, with
 /// whatever was written to it until then: the reference truncates it at the start, and so does this.
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "img convert [OPTIONS] SRC_FILENAME... TGT_FILENAME", after_help = EXAMPLES)]
 #[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
 pub(crate) struct Args {
     /// Print nothing
@@ -103,10 +104,6 @@ pub(crate) struct Args {
     #[arg(long)]
     bitmaps: bool,
 
-    /// Leave out bitmaps that are not consistent
-    #[arg(long)]
-    skip_broken_bitmaps: bool,
-
     #[command(flatten)]
     share: ShareArgs,
 
@@ -125,6 +122,10 @@ pub(crate) struct Args {
     /// Put zeroes in place of what cannot be read, and say so
     #[arg(long)]
     salvage: bool,
+
+    /// Leave out bitmaps that are not consistent
+    #[arg(long)]
+    skip_broken_bitmaps: bool,
 
     /// Write out of order: faster for some targets
     #[arg(short = 'W', long)]
@@ -176,11 +177,19 @@ impl Numbers {
     }
 }
 
+/// Shown below the help.
+const EXAMPLES: &str = "\
+Examples:
+  img convert -O qcow2 disk.raw disk.qcow2
+  img convert -c -O qcow2 -o compression_type=zstd --level 9 disk.raw disk.qcow2
+  img convert -l before-upgrade disk.qcow2 old.raw
+  img convert -p -n disk.qcow2 /dev/vg/lv";
+
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let list = option_list::join(&args.options)?;
     let numbers = Numbers::read(args)?;
-    let snapshot = args.snapshot.as_deref().map(snapshot_param::parse).transpose()?;
+    let snapshot = args.snapshot.as_deref().map(|text| snapshot_param::parse(text, context)).transpose()?;
     args.objects.check()?;
     check_combination(args, list.is_some())?;
     let (target, sources) = match args.files.split_last() {
@@ -246,8 +255,6 @@ fn check_combination(args: &Args, has_options: bool) -> Result<(), Failure> {
     if args.skip_broken_bitmaps && !args.bitmaps {
         return refuse("Use of --skip-broken-bitmaps requires --bitmaps");
     }
-    exclusive(args.source_image_opts, args.source_format.is_some())?;
-    exclusive(args.target_image_opts, args.output_format.is_some())?;
     if args.target_image_opts && !args.no_create {
         return refuse("--target-image-opts requires use of -n flag");
     }

@@ -17,6 +17,7 @@ use crate::{
 
 /// Make a new image
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "img create [OPTIONS] FILENAME [SIZE]", after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Print nothing
     #[arg(short, long)]
@@ -49,6 +50,13 @@ pub(crate) struct Args {
     #[arg(value_name = "FILENAME", value_hint = ValueHint::FilePath)]
     operands: Vec<String>,
 }
+
+/// Shown below the help.
+const EXAMPLES: &str = "\
+Examples:
+  img create -f qcow2 disk.qcow2 20G
+  img create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
+  img create -f qcow2 -o help disk.qcow2";
 
 /// Runs the command. Operands: FILENAME [SIZE].
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
@@ -238,7 +246,7 @@ pub(crate) fn make(
         }
         None => None,
     };
-    let name = ImageName::parse(file).map_err(|error| Failure::from(&error))?;
+    let name = ImageName::from_path(names::path(file));
     let request = CreateImage { name: &name, driver, virtual_size_bytes: size_bytes, backing, options };
     create(&request).map_err(|error| refusal(driver, known, &error))
 }

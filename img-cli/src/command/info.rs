@@ -4,8 +4,7 @@ use std::{collections::HashSet, fmt::Write as _, fs, os::unix::fs::FileTypeExt a
 
 use img_core::{
     format::{HostFile, OpenMode, SnapshotInfo},
-    image::Image,
-    storage::Storage,
+    storage::Identity,
 };
 use serde_json::{Map, Value, json};
 
@@ -20,6 +19,7 @@ use crate::{
 
 /// Describe an image
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "img info [OPTIONS] FILENAME", after_help = EXAMPLES)]
 pub(crate) struct Args {
     #[command(flatten)]
     formats: FormatArgs,
@@ -38,12 +38,17 @@ pub(crate) struct Args {
     file: FileArg,
 }
 
+/// Shown below the help.
+const EXAMPLES: &str = "\
+Examples:
+  img info disk.qcow2
+  img info --backing-chain --output json overlay.qcow2";
+
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let layout = args.output.layout()?;
     args.objects.check()?;
     let file = args.file.one()?;
-    args.formats.check()?;
     let mut opening = Opening {
         force_share: args.share.force_share,
         backing: false,
@@ -53,7 +58,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         chain(opening, context)?
     } else {
         opening.backing = false;
-        vec![Facts::gather(&opening.open(context)?)?]
+        vec![Facts::gather(&opening, context)?.0]
     };
     match layout {
         Layout::Human => {
@@ -89,14 +94,11 @@ fn chain(top: Opening<'_>, context: &Context) -> Result<Vec<Facts>, Failure> {
         if !names.insert(name.clone()) {
             return Err(endless());
         }
-        let image = opening.open(context)?;
+        let (facts, identity) = Facts::gather(&opening, context)?;
         // A loop whose names grow with every turn is found by the file itself.
-        if let Some(identity) = image_file(&image).and_then(Storage::identity)
-            && !files.insert(identity)
-        {
+        if identity.is_some_and(|identity| !files.insert(identity)) {
             return Err(endless());
         }
-        let facts = Facts::gather(&image)?;
         if let Some(backing) = &facts.backing {
             let name = backing.full_name.clone().map_err(Failure::new)?;
             next = Some((name, backing.format.clone()));
@@ -104,10 +106,6 @@ fn chain(top: Opening<'_>, context: &Context) -> Result<Vec<Facts>, Failure> {
         all.push(facts);
     }
     Ok(all)
-}
-
-fn image_file(image: &Image) -> Option<&dyn Storage> {
-    image.layers()[0].file(HostFile::IMAGE).map(|storage| &**storage)
 }
 
 /// What is told about one image.
@@ -138,17 +136,19 @@ struct BackingFacts {
 }
 
 impl Facts {
-    fn gather(image: &Image) -> Result<Self, Failure> {
+    /// Opens an image and asks it everything. The identity of its file comes beside.
+    fn gather(opening: &Opening<'_>, context: &Context) -> Result<(Self, Option<Identity>), Failure> {
+        let image = opening.open(context)?;
         let layer = &image.layers()[0];
-        let storage = image_file(image).ok_or_else(|| Failure::new("The image has no file"))?;
+        let storage = layer.file(HostFile::IMAGE).ok_or_else(|| Failure::new("The image has no file"))?;
         let file_name = storage.path().display().to_string();
-        let name = file_name.clone();
+        let name = opening.image_name()?.display();
         let backing = layer.backing().map(|backing| BackingFacts {
-            full_name: names::full_backing_name(&name, &backing.name),
+            full_name: names::full_backing_name(&file_name, &backing.name),
             name: backing.name.clone(),
             format: backing.format.clone(),
         });
-        Ok(Self {
+        let facts = Self {
             format: layer.driver().name(),
             virtual_size_bytes: layer.virtual_size_bytes(),
             actual_size_bytes: storage.allocated_bytes().ok(),
@@ -162,7 +162,8 @@ impl Facts {
             details: layer.details()?,
             name,
             file_name,
-        })
+        };
+        Ok((facts, storage.identity()))
     }
 
     fn human(&self) -> String {

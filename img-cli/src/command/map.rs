@@ -15,6 +15,7 @@ use crate::{
 
 /// Show where the data of an image lives
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "img map [OPTIONS] FILENAME", after_help = EXAMPLES)]
 pub(crate) struct Args {
     #[command(flatten)]
     formats: FormatArgs,
@@ -37,6 +38,12 @@ pub(crate) struct Args {
     file: FileArg,
 }
 
+/// Shown below the help.
+const EXAMPLES: &str = "\
+Examples:
+  img map disk.qcow2
+  img map --output json --start-offset 1G --max-length 64M disk.qcow2";
+
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let bytes = |what, text: &Option<String>| match text {
@@ -48,7 +55,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let layout = args.output.layout()?;
     args.objects.check()?;
     let file = args.file.one()?;
-    args.formats.check()?;
     let opening =
         Opening { force_share: args.share.force_share, ..Opening::new(file, &args.formats, OpenMode::Read) };
     let image = opening.open(context)?;

@@ -12,6 +12,7 @@ use crate::{
 
 /// Change the size of an image
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "img resize [OPTIONS] FILENAME [+-]SIZE", after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Print nothing
     #[arg(short, long)]
@@ -43,6 +44,12 @@ enum Change {
     Less(u64),
 }
 
+/// Shown below the help.
+const EXAMPLES: &str = "\
+Examples:
+  img resize disk.qcow2 +10G
+  img resize --shrink disk.qcow2 5G";
+
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let preallocation = preallocation(args.preallocation.as_deref())?;
@@ -52,7 +59,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         [] | [_] => return Err(Failure::usage("Expecting image file name and size")),
         _ => return Err(Failure::usage("Extra argument(s) in command line")),
     };
-    args.formats.check()?;
     let change = change(text)?;
     let image = Opening::new(file, &args.formats, OpenMode::Write).open(context)?;
     let old = image.virtual_size_bytes();

@@ -13,6 +13,7 @@ use crate::{
 
 /// List, take, apply and delete the snapshots inside an image
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "img snapshot [OPTIONS] FILENAME", after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Print nothing
     #[arg(short, long)]
@@ -45,6 +46,13 @@ pub(crate) struct Args {
     file: FileArg,
 }
 
+/// Shown below the help.
+const EXAMPLES: &str = "\
+Examples:
+  img snapshot -c before-upgrade disk.qcow2
+  img snapshot -l disk.qcow2
+  img snapshot -a before-upgrade disk.qcow2";
+
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let asked = usize::from(args.list) + args.create.len() + args.apply.len() + args.delete.len();
@@ -53,7 +61,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     }
     args.objects.check()?;
     let file = args.file.one()?;
-    args.formats.check()?;
     let changes = !(args.create.is_empty() && args.apply.is_empty() && args.delete.is_empty());
     let mode = if changes { OpenMode::Write } else { OpenMode::Read };
     let opening = Opening { force_share: args.share.force_share, ..Opening::new(file, &args.formats, mode) };

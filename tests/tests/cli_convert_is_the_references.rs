@@ -1,0 +1,187 @@
+//! `convert`: every option, the targets made, and the refusals.
+
+use img_tests::twin::Twins;
+
+const SETUP: &[&str] = &[
+    "qemu-img create -q -f qcow2 c1 16M",
+    "qemu-io -c 'write -P 1 0 1M' -c 'write -P 2 5M 100k' -c 'write -z 2M 1M' c1 >/dev/null",
+    "qemu-img snapshot -c s1 c1 && qemu-io -c 'write -P 3 64k 64k' c1 >/dev/null",
+    "cp c1 c2 && qemu-io -c 'write -P 3 3M 64k' c2 >/dev/null",
+    "qemu-img create -q -f qcow2 -b c1 -F qcow2 over && qemu-io -c 'write -P 7 3M 192k' over >/dev/null",
+    "qemu-img create -q r 4M && qemu-io -f raw -c 'write -P 5 1M 64k' -c 'write -P 0 2M 64k' r >/dev/null",
+    "printf hello > odd",
+    "qemu-img create -q -f qcow2 bm 1M && qemu-img bitmap --add bm b0",
+    "qemu-img convert -O qcow2 -c c1 zc",
+    "qemu-img convert -O qcow2 -c -o compression_type=zstd c1 zz",
+    "mkdir d",
+];
+
+#[test]
+fn formats_and_options() {
+    let mut twins = Twins::new(SETUP);
+    for line in [
+        "c1 o",
+        "-O raw c1 o",
+        "-O qcow2 c1 o",
+        "-O qcow2 r o",
+        "-f raw -O qcow2 r o",
+        "r o",
+        "-O qcow2 odd o",
+        "odd o",
+        "-O qcow2 c1 c2 o",
+        "c1 r odd o",
+        "over o",
+        "-O qcow2 over o",
+        "zc o",
+        "zz o",
+        "-O qcow2 zc o",
+        "-S 0 -O qcow2 c1 o",
+        "-S 0 c1 o",
+        "-S 64k c1 o",
+        "-S 16M c1 o",
+        "-S 512 -O qcow2 r o",
+        "-m 1 c1 o",
+        "-m 16 -W -O qcow2 c1 o",
+        "-r 1G c1 o",
+        "-r 0 c1 o",
+        "-C c1 o",
+        "-C r o",
+        "-C -O qcow2 r o",
+        "-t none c1 o",
+        "-t writethrough -T none -O qcow2 c1 o",
+        "-t directsync c1 o",
+        "-T unsafe -t writeback c1 o",
+        "-U c1 o",
+        "-q c1 o",
+        "--salvage c1 o",
+        "-l s1 c1 o",
+        "-l 1 -O qcow2 c1 o",
+        "-l snapshot.id=1 c1 o",
+        "-l snapshot.name=s1 c1 o",
+        "-l snapshot.id=1,snapshot.name=s1 c1 o",
+        "-l snapshot.id=2,snapshot.name=s1 c1 o",
+        "-l nope c1 o",
+        "-l s1 r o",
+        "-O qcow2 -o cluster_size=4k c1 o",
+        "-O qcow2 -o compat=0.10 c1 o",
+        "-O qcow2 -o extended_l2=on c1 o",
+        "-O qcow2 -o preallocation=metadata c1 o",
+        "-O qcow2 -o preallocation=full c1 o",
+        "-o preallocation=full c1 o",
+        "-o preallocation=falloc c1 o",
+        "-O qcow2 -o data_file=o.data c1 o",
+        "-O qcow2 -o data_file=o.data,data_file_raw=on c1 o",
+        "-O qcow2 -o size=1M c1 o",
+        "-o size=200M c1 o",
+        "-O qcow2 -o lazy_refcounts=on c1 o",
+        "-O qcow2 -o refcount_bits=1 c1 o",
+        "--bitmaps -O qcow2 c1 o",
+        "--image-opts driver=qcow2,file.filename=c1 o",
+        "-B c1 -F qcow2 -O qcow2 c2 o",
+        "-B c1 -F qcow2 -O qcow2 over o",
+        "-o backing_file=c1,backing_fmt=qcow2 -O qcow2 c2 o",
+        "-B r -F raw -O qcow2 c1 o",
+        "-B ../c1 -F qcow2 -O qcow2 over d/o",
+        "--target-format qcow2 c1 o",
+    ] {
+        // Left by the line before.
+        twins.line("rm -f o o.data d/o");
+        twins.line(&format!("qemu-img convert {line}"));
+    }
+    twins.agree();
+}
+
+#[test]
+fn compressed_targets() {
+    let mut twins = Twins::new(SETUP);
+    for line in [
+        "-c -O qcow2 c1 o",
+        "-c -W -O qcow2 c1 o",
+        "-c -O qcow2 -o compression_type=zstd c1 o",
+        "-c -O qcow2 -o cluster_size=4k r o",
+        "-c -O qcow2 odd o",
+        "-c -B c1 -F qcow2 -O qcow2 over o",
+    ] {
+        // Codecs differ: what is compared is what the target reads as.
+        twins.line(&format!(
+            "rm -f o; qemu-img convert {line}; qemu-img compare -f qcow2 o -F raw r; \
+             qemu-img convert o plain; rm o"
+        ));
+    }
+    twins.agree();
+}
+
+#[test]
+fn existing_targets() {
+    Twins::new(SETUP)
+        .lines(&[
+            "qemu-img create -q t 20M && qemu-io -f raw -c 'write -P 9 0 20M' t >/dev/null",
+            "qemu-img convert -n c1 t",
+            "qemu-img convert -n --target-is-zero r t",
+            "qemu-img create -q -f qcow2 q 20M && qemu-io -c 'write -P 9 0 20M' q >/dev/null",
+            "qemu-img convert -n -O qcow2 c1 q",
+            "qemu-img convert -n -O qcow2 c1 t",
+            "qemu-img convert -n c1 nofile",
+            "qemu-img convert -n c1 odd",
+            "qemu-img convert --target-image-opts -n c1 driver=raw,file.filename=t",
+            "qemu-img convert -O qcow2 c1 t",
+            "qemu-img convert c1 c1",
+            "qemu-img convert -O qcow2 c1 c1",
+            "qemu-img convert -n -B r -F raw -O qcow2 c1 q",
+        ])
+        .agree();
+}
+
+#[test]
+fn refusals() {
+    let mut twins = Twins::new(SETUP);
+    for line in [
+        "-O nope c1 o",
+        "-f nope c1 o",
+        "-f raw -O qcow2 none o",
+        "-O qcow2 c1 nodir/o",
+        "-B c1 c1 c2 o",
+        "-B c1 -O qcow2 c2 o",
+        "-B none -F raw -O qcow2 c2 o",
+        "-c c1 o",
+        "-c -O raw c1 o",
+        "-t foo c1 o",
+        "--bitmaps c1 o",
+        "-o foo=1 c1 o",
+        "-o cluster_size=1 -O qcow2 c1 o",
+        "-o cluster_size=foo -O qcow2 c1 o",
+        "-F qcow2 c1 o",
+        "-F qcow2 -O qcow2 c1 o",
+        "-B '' -O qcow2 c1 o",
+        "-o backing_file=c1 -O qcow2 c1 o",
+        "-B c1 -O raw c1 o",
+        "-O qcow2 -c -o preallocation=metadata c1 o",
+        "-O qcow2 -c -o data_file=o.data c1 o",
+        "-O qcow2 -c -o compat=0.10,preallocation=full c1 o",
+        "'' o",
+        "c1 ''",
+        "c1 .",
+        "-O qcow2 -B c1 -F qcow2 c1 c2 o",
+        "c1 -O qcow2 nope:o",
+        "-p -l nope c1 o",
+        "-p -n c1 odd",
+        "-p -q c1 o",
+        "-f qcow2 r o",
+    ] {
+        twins.line(&format!("qemu-img convert {line}"));
+        twins.line("rm -f o o.data");
+    }
+    twins.agree();
+}
+
+/// Steps in between depend on how the work is cut; the first and the last do not.
+#[test]
+fn progress() {
+    Twins::new(SETUP)
+        .lines(&[
+            "qemu-img convert -p c1 o > p; tr '\\r' '\\n' < p | sed -n '1p;$p'; tail -c 42 p | od -c; rm p",
+            "qemu-img convert -p -O qcow2 r o > p; tail -c 42 p | od -c; rm p",
+            "qemu-img compare -p c1 c1 > p; tail -c 42 p | od -c; rm p",
+        ])
+        .agree();
+}
