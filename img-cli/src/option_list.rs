@@ -2,11 +2,7 @@
 
 use img_core::format::{Driver, FILE_OPTIONS, OptionDescription, OptionKind, OptionSet};
 
-use crate::{
-    error::Failure,
-    output::Out,
-    size::{self, SizeError},
-};
+use crate::{error::Failure, output::Out};
 
 /// Joins the lists of several `-o`.
 ///
@@ -124,7 +120,10 @@ fn checked(option: &OptionDescription, value: &str) -> Result<String, String> {
             "on" | "yes" | "true" | "y" | "off" | "no" | "false" | "n" => Ok(value.to_owned()),
             _ => Err(format!("Parameter '{name}' expects 'on' or 'off'")),
         },
-        OptionKind::Number => number(name, value),
+        // Shown as a signed number: -1 is read as 2^64 - 1.
+        OptionKind::Number => {
+            one(name, value, OptionSet::number).map(|number| number.cast_signed().to_string())
+        }
         OptionKind::Size => size(name, value).map(|bytes| bytes.to_string()),
     }
 }
@@ -134,37 +133,18 @@ fn checked(option: &OptionDescription, value: &str) -> Result<String, String> {
 /// # Errors
 /// When it is none, in the reference's words.
 pub(crate) fn size(name: &str, value: &str) -> Result<u64, String> {
-    size::parse(value).map_err(|error| match error {
-        SizeError::Range => format!("Value '{value}' is out of range for parameter '{name}'"),
-        SizeError::Syntax => format!(
-            "Parameter '{name}' expects a non-negative number below 2^64\n\
-             Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
-             and exabytes, respectively."
-        ),
-    })
+    one(name, value, OptionSet::size)
 }
 
-/// A number as C reads it: decimal, octal or hexadecimal; a negative one wraps and is shown negative.
-fn number(name: &str, value: &str) -> Result<String, String> {
-    let (negative, digits) = match value.strip_prefix('-') {
-        Some(digits) => (true, digits),
-        None => (false, value.strip_prefix('+').unwrap_or(value)),
-    };
-    let (digits, radix) = if let Some(hex) = digits.strip_prefix("0x").or(digits.strip_prefix("0X")) {
-        (hex, 16)
-    } else if digits.len() > 1 && digits.starts_with('0') {
-        (&digits[1..], 8)
-    } else {
-        (digits, 10)
-    };
-    if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
-        return Err(format!("Parameter '{name}' expects a number"));
-    }
-    match u64::from_str_radix(digits, radix) {
-        Ok(number) if negative => Ok(number.wrapping_neg().cast_signed().to_string()),
-        Ok(number) => Ok(number.to_string()),
-        Err(_) => Err(format!("Value '{value}' is too large for parameter '{name}'")),
-    }
+/// Reads the value of one option as the library does.
+fn one(
+    name: &str,
+    value: &str,
+    read: impl Fn(&OptionSet, &str) -> img_core::Result<Option<u64>>,
+) -> Result<u64, String> {
+    let mut set = OptionSet::new();
+    set.set(name, value);
+    read(&set, name).map(Option::unwrap_or_default).map_err(|error| error.to_string())
 }
 
 /// The options as `create` announces them: ` name=value` each, defaults included, in the order of `known`.

@@ -2,83 +2,14 @@
 
 use std::fmt;
 
+use img_core::format::{SizeError, parse_size};
+
 /// The largest size that the reference accepts from the command line.
 pub(crate) const MAX_BYTES: u64 = i64::MAX as u64;
 
-/// Why a text is not a number of bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SizeError {
-    /// Not a number with an optional suffix.
-    Syntax,
-    /// Negative, or more than 64 bits.
-    Range,
-}
-
-/// Reads a number of bytes: decimal, possibly with a fraction, or hexadecimal; then one of the suffixes
-/// `bkKmMgGtTpPeE` (not `b` after a fraction, none but `b` after hexadecimal digits, where it is a digit).
-pub(crate) fn parse(text: &str) -> Result<u64, SizeError> {
-    let text = text.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
-    if let Some(digits) = text.strip_prefix('-') {
-        // Well-formed but negative is out of range, except for zero.
-        return match parse_unsigned(digits)? {
-            0 => Ok(0),
-            _ => Err(SizeError::Range),
-        };
-    }
-    parse_unsigned(text.strip_prefix('+').unwrap_or(text))
-}
-
-fn parse_unsigned(text: &str) -> Result<u64, SizeError> {
-    if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        if hex.is_empty() || !hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Err(SizeError::Syntax);
-        }
-        return u64::from_str_radix(hex, 16).map_err(|_| SizeError::Range);
-    }
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (whole, mut rest) = text.split_at(end);
-    let mut fraction = "";
-    if let Some(behind) = rest.strip_prefix('.') {
-        let end = behind.find(|c: char| !c.is_ascii_digit()).unwrap_or(behind.len());
-        (fraction, rest) = behind.split_at(end);
-    }
-    if whole.is_empty() && fraction.is_empty() {
-        return Err(SizeError::Syntax);
-    }
-    let shift = match rest {
-        "" | "b" | "B" => 0,
-        "k" | "K" => 10,
-        "m" | "M" => 20,
-        "g" | "G" => 30,
-        "t" | "T" => 40,
-        "p" | "P" => 50,
-        "e" | "E" => 60,
-        _ => return Err(SizeError::Syntax),
-    };
-    let has_fraction = fraction.bytes().any(|digit| digit != b'0');
-    if has_fraction && shift == 0 {
-        return Err(SizeError::Syntax);
-    }
-    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| SizeError::Range)? };
-    let bytes = whole.checked_mul(1 << shift).ok_or(SizeError::Range)?;
-    bytes.checked_add(fraction_bytes(fraction, shift)).ok_or(SizeError::Range)
-}
-
-/// `0.fraction × 2^shift`, rounded to the nearest byte.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    clippy::cast_precision_loss,
-    reason = "a fraction below one times at most 2^60 is a small non-negative number"
-)]
-fn fraction_bytes(fraction: &str, shift: u32) -> u64 {
-    let value: f64 = format!("0.{fraction}0").parse().unwrap_or(0.0);
-    (value * (1u64 << shift) as f64 + 0.5) as u64
-}
-
 /// A command line number with the reference's complaints: `what` is for example `image size`.
 pub(crate) fn argument(what: &str, text: &str, max: u64) -> Result<u64, String> {
-    ranged(what, text, parse(text), 0, max)
+    ranged(what, text, parse_size(text), 0, max)
 }
 
 /// A plain count between `min` and `max`: decimal or hexadecimal, no suffix.
@@ -87,15 +18,15 @@ pub(crate) fn count(what: &str, text: &str, min: u64, max: u64) -> Result<u64, S
     let fraction = text.contains('.');
     let hex = text.starts_with("0x");
     let suffix = !hex && text.ends_with(|c: char| !c.is_ascii_digit());
-    let value = if plain && !fraction && !suffix { parse(text) } else { Err(SizeError::Syntax) };
+    let value = if plain && !fraction && !suffix { parse_size(text) } else { Err(SizeError::Malformed) };
     ranged(what, text, value, min, max)
 }
 
 fn ranged(what: &str, text: &str, value: Result<u64, SizeError>, min: u64, max: u64) -> Result<u64, String> {
     match value {
         Ok(value) if (min..=max).contains(&value) => Ok(value),
-        Err(SizeError::Syntax) => Err(format!("Invalid {what} specified: '{text}'.")),
-        Ok(_) | Err(SizeError::Range) => {
+        Err(SizeError::Malformed) => Err(format!("Invalid {what} specified: '{text}'.")),
+        Ok(_) | Err(SizeError::OutOfRange) => {
             Err(format!("Invalid {what} specified. Must be between {min} and {max}."))
         }
     }
@@ -139,30 +70,6 @@ fn strip_zeroes(text: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_are_read_as_the_reference_reads_them() {
-        for (text, bytes) in [
-            ("1.5G", 1_610_612_736),
-            ("0x10000", 65536),
-            (".5k", 512),
-            ("1.k", 1024),
-            (" 1k", 1024),
-            ("+1k", 1024),
-            ("1000b", 1000),
-            ("0x1B", 27),
-            ("010", 10),
-            ("7E", 7 << 60),
-        ] {
-            assert_eq!(parse(text), Ok(bytes), "{text}");
-        }
-        for text in ["", "abc", "1e3", "1kb", "1KiB", "0x1.5", "0x10k", "1.1b", "1Z", ".", "-", "k"] {
-            assert_eq!(parse(text), Err(SizeError::Syntax), "{text}");
-        }
-        for text in ["16E", "-1", "99999999999999999999"] {
-            assert_eq!(parse(text), Err(SizeError::Range), "{text}");
-        }
-    }
 
     #[test]
     fn sizes_are_shown_with_three_digits() {
