@@ -8,7 +8,6 @@
 pub mod command;
 pub mod craft;
 pub mod pattern;
-pub mod scenario;
 pub mod twin;
 
 use std::path::Path;
