@@ -1,17 +1,37 @@
 //! What users hold: an opened chain of layers, read and written as one disk.
+//!
+//! `name` and `open` turn names into layers; `merged` keeps the map of the layers that do not change; `read`
+//! and `write` move guest bytes over the map, `codec` decodes, and `gate` holds requests back while the whole
+//! image changes (`whole`: resize, snapshots, close).
 
+mod codec;
+mod flat;
+mod gate;
+mod host;
+mod merged;
 mod name;
 mod open;
+mod path;
+mod read;
+mod whole;
+mod write;
 
+pub(crate) use host::data_file_path;
 pub use name::ImageName;
 pub use open::{CacheMode, OpenOptions, Warning};
+pub use path::full_backing_name;
 
 use std::{ops::Range, sync::Arc};
 
+use codec::DecodedUnits;
+use gate::Gate;
+use merged::MergedMap;
+use open::OpenedLayer;
+
 use crate::{
-    Result,
-    format::{CheckReport, Finding, Layer, Place, Repair},
-    storage::Preallocation,
+    Error, Result,
+    format::{CheckReport, Extent, Finding, HostFile, Layer, Place, Repair},
+    storage::Storage,
 };
 
 /// The deepest chain that is opened: far beyond what people build, far below what exhausts descriptors.
@@ -21,6 +41,17 @@ pub const MAX_CHAIN_DEPTH: usize = 1000;
 #[derive(Debug)]
 pub struct Image {
     layers: Vec<Arc<dyn Layer>>,
+    /// As the reference prints them, one a layer.
+    names: Vec<String>,
+    warnings: Vec<Warning>,
+    /// The layers that do not change: all, or all but a writable top.
+    frozen: MergedMap,
+    decoded: DecodedUnits,
+    gate: Gate,
+    /// Nobody said that the top is raw: its first sector must not begin to look like another format.
+    guards_first_sector: bool,
+    /// Every write is flushed before it returns.
+    writes_through: bool,
 }
 
 /// A run of guest bytes and the layer that holds it.
@@ -32,31 +63,96 @@ pub struct ImageExtent {
     pub len_bytes: u64,
     /// Index into [`Image::layers`] of the layer that answers; the top is 0. For `Unallocated`, see `place`.
     pub depth: usize,
-    /// Where in that layer. [`Place::Unallocated`] when no layer says anything (reads as zeroes).
+    /// Where in that layer. [`Place::Unallocated`] when no layer says anything (reads as zeroes; `depth` is
+    /// then the lowest layer).
     pub place: Place,
+}
+
+impl ImageExtent {
+    /// The guest byte behind it.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.guest_offset.saturating_add(self.len_bytes)
+    }
+
+    /// Whether it reads as zeroes without looking at any bytes.
+    #[must_use]
+    pub fn reads_as_zeroes(&self) -> bool {
+        matches!(self.place, Place::Zero { .. } | Place::Unallocated)
+    }
+
+    /// Appends `self` to `extents`, merging it with the last one where it continues it.
+    fn push_to(self, extents: &mut Vec<Self>) {
+        if let Some(last) = extents.last_mut()
+            && last.depth == self.depth
+            && last.end() == self.guest_offset
+            && last.place.continues(last.len_bytes, self.place)
+        {
+            last.len_bytes += self.len_bytes;
+            return;
+        }
+        extents.push(self);
+    }
 }
 
 impl Image {
     /// Opens the disk called `name` with its chain.
+    ///
+    /// # Errors
+    /// [`Error::Open`] around what went wrong; one [`Error::Backing`] for each step down the chain.
     pub fn open(name: &ImageName, options: &OpenOptions) -> Result<Self> {
         open::open(name, options)
     }
 
     /// Like [`Self::open`], from an internal snapshot of the top layer, read-only.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; [`Error::NoSuchSnapshot`] and [`Error::Unsupported`] without [`Error::Open`]
+    /// around them.
     pub fn open_snapshot(name: &ImageName, options: &OpenOptions, id_or_name: &str) -> Result<Self> {
-        let _ = (name, options, id_or_name);
-        todo!()
+        open::open_snapshot(name, options, id_or_name)
+    }
+
+    fn new(opened: Vec<OpenedLayer>, warnings: Vec<Warning>, cache: CacheMode) -> Self {
+        let guards_first_sector = !warnings.is_empty();
+        let (layers, names): (Vec<_>, Vec<_>) =
+            opened.into_iter().map(|opened| (opened.layer, opened.name)).unzip();
+        Self {
+            guards_first_sector,
+            writes_through: cache.writes_through(),
+            warnings,
+            ..Self::over(layers, names)
+        }
     }
 
     /// A disk of layers that the caller opened, top first: images in memory, for tests and fuzzers.
     ///
     /// # Errors
-    /// [`Error::Invalid`](crate::Error::Invalid) without any layer.
+    /// [`Error::Invalid`] without any layer.
     pub fn from_layers(layers: Vec<Arc<dyn Layer>>) -> Result<Self> {
         if layers.is_empty() {
-            return Err(crate::Error::Invalid("a disk has at least one layer".to_owned()));
+            return Err(Error::Invalid("a disk has at least one layer".to_owned()));
         }
-        Ok(Self { layers })
+        let name = |layer: &Arc<dyn Layer>| {
+            layer.file(HostFile::IMAGE).map_or(String::new(), |file| file.path().display().to_string())
+        };
+        let names = layers.iter().map(name).collect();
+        Ok(Self::over(layers, names))
+    }
+
+    /// `layers` is not empty.
+    fn over(layers: Vec<Arc<dyn Layer>>, names: Vec<String>) -> Self {
+        let first_frozen = usize::from(layers[0].writer().is_some());
+        Self {
+            frozen: MergedMap::new(&layers[first_frozen..], first_frozen),
+            layers,
+            names,
+            warnings: Vec::new(),
+            decoded: DecodedUnits::default(),
+            gate: Gate::default(),
+            guards_first_sector: false,
+            writes_through: false,
+        }
     }
 
     /// The layers, top first.
@@ -65,10 +161,17 @@ impl Image {
         &self.layers
     }
 
+    /// What to call the layer at `depth`, as the reference prints it: the host file's name, or `json:{…}`
+    /// where that would not say it all.
+    #[must_use]
+    pub fn layer_name(&self, depth: usize) -> &str {
+        &self.names[depth]
+    }
+
     /// What was worth a warning at open, for the caller to print.
     #[must_use]
     pub fn warnings(&self) -> &[Warning] {
-        todo!()
+        &self.warnings
     }
 
     /// Guest-visible size.
@@ -77,79 +180,74 @@ impl Image {
         self.layers[0].virtual_size_bytes()
     }
 
-    /// Fills `buf` with guest bytes. The range lies inside the disk.
-    pub fn read_at(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
-        let _ = (buf, guest_offset);
-        todo!()
-    }
-
-    /// Writes guest bytes. The range lies inside the disk.
-    pub fn write_at(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
-        let _ = (buf, guest_offset);
-        todo!()
-    }
-
-    /// Stores the compressed form of one whole cluster (shorter only at the end of the disk).
-    pub fn write_compressed(&self, stored: &[u8], guest_offset: u64) -> Result<()> {
-        let _ = (stored, guest_offset);
-        todo!()
-    }
-
-    /// Makes a range read as zeroes; with `may_unmap` its space may be given back.
-    pub fn write_zeroes(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
-        let _ = (guest_bytes, may_unmap);
-        todo!()
-    }
-
-    /// Gives space back where whole clusters are covered; what is not covered stays as it is.
-    pub fn discard(&self, guest_bytes: Range<u64>) -> Result<()> {
-        let _ = guest_bytes;
-        todo!()
-    }
-
     /// The extents that cover `guest_bytes`, merged over all layers, appended to `extents`.
+    ///
+    /// The answer holds as long as nobody writes; who moves bytes by it while others write keeps a
+    /// [lease](Layer::pin) of the top layer, taken before.
+    ///
+    /// # Errors
+    /// When tables cannot be read or are damaged, or the range is not inside the disk.
     pub fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<ImageExtent>) -> Result<()> {
-        let _ = (guest_bytes, extents);
-        todo!()
+        let _pass = self.gate.enter();
+        self.check_inside(&guest_bytes)?;
+        let _lease = self.layers[0].pin();
+        self.map_inside(guest_bytes, extents)
     }
 
-    /// Makes everything written durable.
-    pub fn flush(&self) -> Result<()> {
-        todo!()
-    }
-
-    /// Changes the guest-visible size; what is new reads as zeroes even over a longer backing file.
-    pub fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
-        let _ = (virtual_size_bytes, preallocation);
-        todo!()
-    }
-
-    /// Takes, applies and deletes internal snapshots with all requests drained.
-    pub fn snapshot_create(&self, name: &str, date: (u32, u32)) -> Result<()> {
-        let _ = (name, date);
-        todo!()
-    }
-
-    /// See [`Self::snapshot_create`].
-    pub fn snapshot_apply(&self, id_or_name: &str) -> Result<()> {
-        let _ = id_or_name;
-        todo!()
-    }
-
-    /// See [`Self::snapshot_create`].
-    pub fn snapshot_delete(&self, id_or_name: &str) -> Result<()> {
-        let _ = id_or_name;
-        todo!()
+    /// [`Self::map_range`] for who holds a pass and a lease.
+    fn map_inside(&self, guest_bytes: Range<u64>, extents: &mut Vec<ImageExtent>) -> Result<()> {
+        let Some(_) = self.layers[0].writer() else {
+            return self.frozen.map_range(guest_bytes, extents);
+        };
+        let mut top: Vec<Extent> = Vec::new();
+        self.layers[0].map_range(guest_bytes.clone(), &mut top)?;
+        let mut guest_offset = guest_bytes.start;
+        for Extent { len_bytes, place } in top {
+            let end = guest_offset + len_bytes;
+            if place == Place::Unallocated && self.layers.len() > 1 {
+                self.frozen.map_range(guest_offset..end, extents)?;
+            } else {
+                ImageExtent { guest_offset, len_bytes, depth: 0, place }.push_to(extents);
+            }
+            guest_offset = end;
+        }
+        Ok(())
     }
 
     /// Audits the top layer; see [`Layer::check`].
+    ///
+    /// # Errors
+    /// When the format has no audit, or the audit cannot go on.
     pub fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
+        let _alone = self.gate.drain();
+        self.decoded.begin_generation();
         self.layers[0].check(repair, findings)
     }
 
-    /// Flushes and marks the image clean. An image that is dropped instead is as after a crash: nothing
-    /// flushed is lost, nothing else is promised.
-    pub fn close(self) -> Result<()> {
-        todo!()
+    fn check_inside(&self, guest_bytes: &Range<u64>) -> Result<()> {
+        let size = self.virtual_size_bytes();
+        if guest_bytes.start <= guest_bytes.end && guest_bytes.end <= size {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "{}: bytes {}..{} are not inside the disk of {size} bytes",
+            self.names[0], guest_bytes.start, guest_bytes.end
+        )))
+    }
+
+    /// The range of `length` bytes from `start`, checked.
+    fn range_inside(&self, start: u64, length: usize) -> Result<Range<u64>> {
+        let end = u64::try_from(length).ok().and_then(|length| start.checked_add(length)).unwrap_or(u64::MAX);
+        self.check_inside(&(start..end))?;
+        Ok(start..end)
+    }
+
+    fn host_file(&self, depth: usize, file: HostFile) -> Result<&Arc<dyn Storage>> {
+        self.layers[depth].file(file).ok_or_else(|| {
+            Error::Invalid(format!(
+                "{}: the map names host file {} that is not open",
+                self.names[depth], file.0
+            ))
+        })
     }
 }

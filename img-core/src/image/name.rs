@@ -1,28 +1,381 @@
 //! How images are named: plain paths, `file:`, `json:{…}` and option strings.
+//!
+//! All of them become a [`Node`]: which host file, which format, which options. `flat` turns the two
+//! structured forms into names with dots; this file gives the names their meaning.
 
-use crate::Result;
+use serde_json::Value;
+
+use super::{flat, flat::Flat, path::protocol};
+use crate::{Error, Result, format::OptionSet, format::parse_size};
 
 /// An image as the user, or another image, names it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImageName {
     /// As given, for messages and output.
     text: String,
+    node: Node,
+}
+
+/// What a name says.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Node {
+    /// The host file.
+    pub(super) path: String,
+    /// The format, where the name fixes it.
+    pub(super) driver: Option<String>,
+    /// Options for the format's driver.
+    pub(super) options: OptionSet,
+    pub(super) backing: BackingChoice,
+    pub(super) read_only: bool,
+    pub(super) force_share: bool,
+    /// `cache.direct` and `cache.no-flush`, where given.
+    pub(super) direct: Option<bool>,
+    pub(super) no_flush: Option<bool>,
+    /// `locking=off`: no locks.
+    pub(super) unlocked: bool,
+}
+
+/// Which backing file an image gets.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum BackingChoice {
+    /// The one it names.
+    Recorded,
+    /// None.
+    Nothing,
+    /// Another one.
+    Node(Box<Node>),
 }
 
 impl ImageName {
     /// A file name argument: a path, `file:PATH` or `json:{…}`.
+    ///
+    /// # Errors
+    /// [`Error::Open`] when it cannot name an image: unknown protocols, malformed JSON, unknown options.
     pub fn parse(text: &str) -> Result<Self> {
-        Ok(Self { text: text.to_owned() })
+        Self::with_node(text, Node::parse(text))
     }
 
     /// An `--image-opts` string: `driver=qcow2,file.filename=…`.
+    ///
+    /// # Errors
+    /// As [`Self::parse`].
     pub fn parse_options(text: &str) -> Result<Self> {
-        Ok(Self { text: text.to_owned() })
+        Self::with_node(text, Node::parse_options(text))
+    }
+
+    /// A plain host path, whatever characters it has.
+    #[must_use]
+    pub fn from_path(path: &str) -> Self {
+        Self { text: path.to_owned(), node: Node::file(path) }
+    }
+
+    fn with_node(text: &str, node: Result<Node>) -> Result<Self> {
+        match node {
+            Ok(node) => Ok(Self { text: text.to_owned(), node }),
+            Err(source) => Err(Error::Open { name: text.to_owned(), source: Box::new(source) }),
+        }
     }
 
     /// As given.
     #[must_use]
     pub fn text(&self) -> &str {
         &self.text
+    }
+
+    /// As the reference prints it once the image is open: the host file's name where that says it all,
+    /// else `json:{…}`.
+    #[must_use]
+    pub fn display(&self) -> String {
+        self.node.display()
+    }
+
+    /// The host path of an image that is to be made: structured names cannot say that.
+    pub(crate) fn path_to_create(&self) -> Result<&str> {
+        match protocol(&self.text) {
+            Some("json") => Err(Error::Invalid("Unknown protocol 'json'".to_owned())),
+            _ => Ok(&self.node.path),
+        }
+    }
+
+    pub(super) fn node(&self) -> &Node {
+        &self.node
+    }
+}
+
+impl Node {
+    /// A host file, everything else left open.
+    pub(super) fn file(path: &str) -> Self {
+        Self {
+            path: path.to_owned(),
+            driver: None,
+            options: OptionSet::new(),
+            backing: BackingChoice::Recorded,
+            read_only: false,
+            force_share: false,
+            direct: None,
+            no_flush: None,
+            unlocked: false,
+        }
+    }
+
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        match protocol(text) {
+            Some("json") => Self::from_flat(flat::parse_json(text)?),
+            Some("file") => Self::non_empty(&text["file:".len()..]),
+            Some(other) => Err(Error::Invalid(format!("Unknown protocol '{other}'"))),
+            None => Self::non_empty(text),
+        }
+    }
+
+    pub(super) fn parse_options(text: &str) -> Result<Self> {
+        Self::from_flat(flat::parse_list(text)?)
+    }
+
+    fn non_empty(path: &str) -> Result<Self> {
+        if path.is_empty() {
+            return Err(Error::Invalid("The 'file' block driver requires a file name".to_owned()));
+        }
+        if path.contains('\0') {
+            return Err(Error::Invalid("A file name cannot contain a zero byte".to_owned()));
+        }
+        Ok(Self::file(path))
+    }
+
+    fn from_flat(mut flat: Flat) -> Result<Self> {
+        let driver = flat.take_text("driver")?;
+        if matches!(driver.as_deref(), Some("file" | "host_device")) {
+            // A protocol where a format is expected: the bytes as they are.
+            let mut node = Self::file_node(flat)?;
+            node.driver = Some("raw".to_owned());
+            return Ok(node);
+        }
+        let file = match flat.take("file") {
+            Some(Value::String(name)) => {
+                return Err(Error::Invalid(format!("Cannot find device='{name}' nor node-name='{name}'")));
+            }
+            Some(other) => return Err(Error::Invalid(format!("Invalid value for 'file': {other}"))),
+            None => flat.take_prefix("file."),
+        };
+        if file.is_empty() {
+            return Err(Error::Invalid(match driver {
+                None => "Must specify either driver or file".to_owned(),
+                Some(driver) if crate::format::registry::by_name(&driver).is_none() => {
+                    format!("Unknown driver '{driver}'")
+                }
+                Some(_) => "A block device must be specified for \"file\"".to_owned(),
+            }));
+        }
+        let mut node = Self::file_node(file)?;
+        node.driver = driver;
+        node.take_common(&mut flat)?;
+        node.backing = match flat.take("backing") {
+            Some(Value::Null) => BackingChoice::Nothing,
+            Some(Value::String(text)) if text.is_empty() => BackingChoice::Nothing,
+            Some(Value::String(name)) => {
+                return Err(Error::Invalid(format!("Cannot find device='{name}' nor node-name='{name}'")));
+            }
+            Some(other) => return Err(Error::Invalid(format!("Invalid value for 'backing': {other}"))),
+            None => {
+                let backing = flat.take_prefix("backing.");
+                if backing.is_empty() {
+                    BackingChoice::Recorded
+                } else {
+                    BackingChoice::Node(Box::new(Self::from_flat(backing)?))
+                }
+            }
+        };
+        for (name, value) in flat.into_entries() {
+            node.options.set(name, flat::text(&value));
+        }
+        Ok(node)
+    }
+
+    /// The options of the protocol `file`.
+    fn file_node(mut flat: Flat) -> Result<Self> {
+        match flat.take_text("driver")?.as_deref() {
+            None | Some("file" | "host_device") => {}
+            Some("raw") => {
+                // A raw node without a window adds nothing to the file below it.
+                let inner = Self::from_flat({
+                    flat.put("driver", Value::String("raw".to_owned()));
+                    flat
+                })?;
+                if inner.options != OptionSet::new() {
+                    return Err(Error::Invalid(
+                        "a window of a raw image as 'file' is not supported".to_owned(),
+                    ));
+                }
+                return Ok(Self { driver: None, ..inner });
+            }
+            Some(other) => return Err(Error::Invalid(format!("Unknown driver '{other}'"))),
+        }
+        let path = match flat.take("filename") {
+            Some(Value::String(path)) => path,
+            _ => String::new(),
+        };
+        let mut node = Self::non_empty(&path)?;
+        node.take_common(&mut flat)?;
+        if let Some(locking) = flat.take_text("locking")? {
+            node.unlocked = match locking.as_str() {
+                "off" => true,
+                "on" | "auto" => false,
+                other => return Err(Error::Invalid(format!("invalid parameter value: {other}"))),
+            };
+        }
+        if let Some(aio) = flat.take_text("aio")? {
+            // All three give the same answers; ours is the plain system call.
+            match aio.as_str() {
+                "threads" | "io_uring" => {}
+                "native" if node.direct == Some(true) => {}
+                "native" => {
+                    return Err(Error::Invalid(
+                        "aio=native was specified, but it requires cache.direct=on, which was not specified."
+                            .to_owned(),
+                    ));
+                }
+                other => return Err(Error::Invalid(format!("invalid parameter value: {other}"))),
+            }
+        }
+        match flat.into_entries().next() {
+            Some((name, _)) => {
+                Err(Error::Invalid(format!("Block protocol 'file' doesn't support the option '{name}'")))
+            }
+            None => Ok(node),
+        }
+    }
+
+    /// Options that every node has.
+    fn take_common(&mut self, flat: &mut Flat) -> Result<()> {
+        if let Some(read_only) = flat.take_switch("read-only")? {
+            self.read_only = read_only;
+        }
+        flat.take_switch("auto-read-only")?;
+        if let Some(force_share) = flat.take_switch("force-share")? {
+            self.force_share = force_share;
+        }
+        if let Some(direct) = flat.take_switch("cache.direct")? {
+            self.direct = Some(direct);
+        }
+        if let Some(no_flush) = flat.take_switch("cache.no-flush")? {
+            self.no_flush = Some(no_flush);
+        }
+        flat.take_text("node-name")?; // nothing here refers to nodes by name
+        match flat.take_text("discard")?.as_deref() {
+            // The tools discard only where a command says so.
+            None | Some("ignore" | "off" | "unmap" | "on") => {}
+            Some(_) => return Err(Error::Invalid("Invalid discard option".to_owned())),
+        }
+        match flat.take_text("detect-zeroes")?.as_deref() {
+            None | Some("off") => Ok(()),
+            Some("on" | "unmap") => Err(Error::Invalid("detect-zeroes is not supported".to_owned())),
+            Some(other) => Err(Error::Invalid(format!("invalid parameter value: {other}"))),
+        }
+    }
+
+    pub(super) fn display(&self) -> String {
+        let number = |name: &str| self.options.get(name).and_then(|text| parse_size(text).ok());
+        let (offset, size) = (number("offset"), number("size"));
+        if self.driver.as_deref() != Some("raw") || (offset.is_none() && size.is_none()) {
+            return self.path.clone();
+        }
+        // In the order of the reference's dictionary.
+        let mut members = Vec::new();
+        members.extend(offset.map(|offset| format!("\"offset\": {offset}")));
+        members.push("\"driver\": \"raw\"".to_owned());
+        members.extend(size.map(|size| format!("\"size\": {size}")));
+        let path = Value::String(self.path.clone());
+        members.push(format!("\"file\": {{\"driver\": \"file\", \"filename\": {path}}}"));
+        format!("json:{{{}}}", members.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        match ImageName::parse(text) {
+            Err(Error::Open { source, .. }) => source.to_string(),
+            other => format!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_form_names_the_same_file() {
+        for text in [
+            "a.qcow2",
+            "file:a.qcow2",
+            r#"json:{"file.filename":"a.qcow2"}"#,
+            r#"json:{"file":{"driver":"file","filename":"a.qcow2"}}"#,
+            r#"json:{"file":{"driver":"raw","file":{"driver":"file","filename":"a.qcow2"}}}"#,
+        ] {
+            assert_eq!(ImageName::parse(text).unwrap().node, Node::file("a.qcow2"), "{text}");
+            assert_eq!(ImageName::parse(text).unwrap().display(), "a.qcow2");
+        }
+        let by_options = ImageName::parse_options("driver=qcow2,file.filename=a,,b").unwrap();
+        assert_eq!(by_options.node.path, "a,b");
+        assert_eq!(by_options.node.driver.as_deref(), Some("qcow2"));
+        assert_eq!(ImageName::parse("./fd:x").unwrap().node.path, "./fd:x");
+    }
+
+    #[test]
+    fn refusals_are_the_reference_s() {
+        for (text, why) in [
+            ("fd:x", "Unknown protocol 'fd'"),
+            ("", "The 'file' block driver requires a file name"),
+            ("json:{", "Could not parse the JSON options: JSON parse error, premature EOI"),
+            ("json:{}", "Must specify either driver or file"),
+            ("json:[1]", "Invalid JSON object given"),
+            (r#"json:{"driver":"foo"}"#, "Unknown driver 'foo'"),
+            (r#"json:{"driver":"qcow2"}"#, "A block device must be specified for \"file\""),
+            (r#"json:{"filename":"a.qcow2"}"#, "Must specify either driver or file"),
+            (r#"json:{"driver":"qcow2","file":"n"}"#, "Cannot find device='n' nor node-name='n'"),
+            (
+                r#"json:{"driver":"raw","file":{"driver":"file","filename":"a","foo":3}}"#,
+                "Block protocol 'file' doesn't support the option 'foo'",
+            ),
+            (r#"json:{"driver":"raw","file":{"driver":"zork"}}"#, "Unknown driver 'zork'"),
+            (
+                r#"json:{"driver":"raw","file":{"driver":"file"}}"#,
+                "The 'file' block driver requires a file name",
+            ),
+            (
+                r#"json:{"driver":"raw","file.filename":"a","read-only":"maybe"}"#,
+                "Parameter 'read-only' expects 'on' or 'off'",
+            ),
+        ] {
+            assert_eq!(refusal(text), why, "{text}");
+        }
+        for (text, why) in [
+            ("a.qcow2", "Cannot find device='a.qcow2' nor node-name='a.qcow2'"),
+            ("", "Must specify either driver or file"),
+            ("driver=raw,file=x", "Cannot find device='x' nor node-name='x'"),
+        ] {
+            assert_eq!(Node::parse_options(text).unwrap_err().to_string(), why, "{text}");
+        }
+    }
+
+    #[test]
+    fn options_go_where_they_belong() {
+        let text = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"o","cache":{"direct":true}},
+            "l2-cache-size":"3M","lazy-refcounts":true,"read-only":true,
+            "backing":{"driver":"raw","offset":512,"file.filename":"b"}}"#;
+        let node = Node::parse(text).unwrap();
+        assert_eq!(node.options.get("l2-cache-size"), Some("3M"));
+        assert_eq!(node.options.get("lazy-refcounts"), Some("on"));
+        assert_eq!((node.read_only, node.direct), (true, Some(true)));
+        let BackingChoice::Node(backing) = &node.backing else { panic!("{:?}", node.backing) };
+        assert_eq!((backing.path.as_str(), backing.options.get("offset")), ("b", Some("512")));
+        let none = Node::parse(r#"json:{"driver":"qcow2","file.filename":"o","backing":null}"#).unwrap();
+        assert_eq!(none.backing, BackingChoice::Nothing);
+    }
+
+    #[test]
+    fn a_window_is_displayed_as_json() {
+        let text = r#"json:{"driver":"raw","offset":512,"size":"1k","file":{"filename":"a.raw"}}"#;
+        assert_eq!(
+            ImageName::parse(text).unwrap().display(),
+            r#"json:{"offset": 512, "driver": "raw", "size": 1024, "file": {"driver": "file", "filename": "a.raw"}}"#
+        );
     }
 }

@@ -1,10 +1,22 @@
 //! Making a new image file, whatever its format.
+//!
+//! The file is made or taken over, locked, emptied, and handed to the format. What this call made is removed
+//! again when it fails; a file that was there before stays, with whatever it holds by then.
+
+use std::{cell::RefCell, path::PathBuf, sync::Arc};
 
 use crate::{
-    Result,
-    format::{Backing, Driver, OptionSet},
-    image::ImageName,
+    Error, Result,
+    format::{Backing, CreateRequest, Driver, OpenMode, OptionSet},
+    image::{ImageName, data_file_path},
+    storage::{FileOptions, FileStorage, Preallocation, Storage, lock::Use},
 };
+
+/// Guest disks are whole sectors.
+const SECTOR_BYTES: u64 = 512;
+
+/// The hint that new files get where the user has no wish: big enough to keep images in few pieces.
+const EXTENT_SIZE_HINT_BYTES: u32 = 1 << 20;
 
 /// What to make.
 #[derive(Debug)]
@@ -22,9 +34,121 @@ pub struct CreateImage<'a> {
     pub options: OptionSet,
 }
 
+/// Files that this call made and that go when it fails.
+#[derive(Debug, Default)]
+struct Made {
+    paths: RefCell<Vec<PathBuf>>,
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in self.paths.get_mut() {
+            // The error that brought us here is the one to tell; a file that is gone already is as well.
+            if std::fs::remove_file(&*path).is_err() {}
+        }
+    }
+}
+
 /// Makes the image, replacing the contents of an existing file. A failure removes the file if this call
 /// made it.
+///
+/// # Errors
+/// [`Error::CreateFile`] when the system refuses the file; [`Error::Locked`] when another process uses it;
+/// [`Error::Invalid`] for options that the format refuses.
 pub fn create(request: &CreateImage<'_>) -> Result<()> {
-    let _ = request;
-    todo!()
+    let path = request.name.path_to_create()?;
+    let virtual_size_bytes = request
+        .virtual_size_bytes
+        .checked_next_multiple_of(SECTOR_BYTES)
+        .filter(|bytes| i64::try_from(*bytes).is_ok())
+        .ok_or_else(|| Error::Invalid("Could not resize image: Image size cannot be negative".to_owned()))?;
+    let mut options = request.options.clone();
+    let wishes = Wishes {
+        nocow: options.switch("nocow")?.unwrap_or(false),
+        extent_size_hint: options.size("extent_size_hint")?,
+    };
+    options.take("nocow");
+    options.take("extent_size_hint");
+
+    let made = Made::default();
+    let storage = take_file(path, wishes, &made)?;
+    if !storage.is_regular() && request.driver.name() == "raw" {
+        check_device(&storage, virtual_size_bytes, &options)?;
+        made.paths.take();
+        return Ok(());
+    }
+    let storage: Arc<dyn Storage> = Arc::new(storage);
+    let open_file = |name: &str, mode: OpenMode| -> Result<Arc<dyn Storage>> {
+        let path = data_file_path(path, name)?;
+        if mode.writes() {
+            let file = take_file(&path, Wishes::default(), &made)?;
+            if file.identity() == storage.identity() {
+                return Err(Error::Invalid(format!("'{path}' cannot be the data file of itself")));
+            }
+            return Ok(Arc::new(file));
+        }
+        let file = FileOptions::new().open(&path)?;
+        file.lock(Use::Read)?;
+        Ok(Arc::new(file))
+    };
+    request.driver.create(
+        &storage,
+        &CreateRequest {
+            virtual_size_bytes,
+            backing: request.backing.clone(),
+            options: &options,
+            open_file: &open_file,
+        },
+    )?;
+    made.paths.take();
+    Ok(())
+}
+
+/// What the user wants of the host file itself.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wishes {
+    nocow: bool,
+    extent_size_hint: Option<u64>,
+}
+
+/// Makes a file, or takes over the one that is there, locked and empty.
+fn take_file(path: &str, wishes: Wishes, made: &Made) -> Result<FileStorage> {
+    let storage = match FileOptions::new().create_new(true).open(path) {
+        Ok(storage) => {
+            made.paths.borrow_mut().push(path.into());
+            storage
+        }
+        Err(Error::CreateFile { source, .. }) if source.kind() == std::io::ErrorKind::AlreadyExists => {
+            FileOptions::new().create(true).open(path)?
+        }
+        Err(error) => return Err(error),
+    };
+    storage.lock(Use::Create)?;
+    if !storage.is_regular() {
+        return Ok(storage);
+    }
+    storage.resize(0, Preallocation::Off)?;
+    if wishes.nocow {
+        // As in the reference a wish that only btrfs can grant, and no error elsewhere.
+        storage.turn_off_copy_on_write().ok();
+    }
+    match wishes.extent_size_hint.map(u32::try_from) {
+        Some(Ok(bytes)) if bytes > 0 => storage.set_extent_size_hint(bytes)?,
+        // Nobody asked: file systems without hints do without.
+        None => drop(storage.set_extent_size_hint(EXTENT_SIZE_HINT_BYTES)),
+        Some(Err(_)) => return Err(Error::Invalid("Extent size hint is too large".to_owned())),
+        Some(Ok(_)) => {} // a new file has none
+    }
+    Ok(storage)
+}
+
+/// A device is as big as it is; a raw image on it needs no writing.
+fn check_device(storage: &FileStorage, virtual_size_bytes: u64, options: &OptionSet) -> Result<()> {
+    if !matches!(options.get("preallocation"), None | Some("off")) {
+        return Err(Error::Invalid("Preallocation can only be used for growing regular files".to_owned()));
+    }
+    if virtual_size_bytes > storage.len_bytes()? {
+        return Err(Error::Invalid("Cannot grow device files".to_owned()));
+    }
+    Ok(())
 }

@@ -204,6 +204,36 @@ impl FileStorage {
         self.cache
     }
 
+    /// Whether this is a file with a length that changes, not a device.
+    pub fn is_regular(&self) -> bool {
+        self.kind == Kind::Regular
+    }
+
+    /// Asks the file system not to copy on write (btrfs). Only works on an empty file.
+    ///
+    /// # Errors
+    /// When the file system has no such attribute.
+    pub fn turn_off_copy_on_write(&self) -> Result<()> {
+        let flags = rustix::fs::ioctl_getflags(&self.fd);
+        flags
+            .and_then(|flags| rustix::fs::ioctl_setflags(&self.fd, flags | rustix::fs::IFlags::NOCOW))
+            .map_err(|errno| Error::io(&self.path, "turn off copy-on-write", errno))
+    }
+
+    /// Asks the file system to give space in pieces of `bytes` (XFS); 0 for no wish.
+    ///
+    /// # Errors
+    /// When the file system has no such hints or not this one.
+    pub fn set_extent_size_hint(&self, bytes: u32) -> Result<()> {
+        super::sys::set_extent_size_hint(self.fd.as_fd(), bytes)
+            .map_err(|errno| Error::io(&self.path, "set extent size hint", errno))
+    }
+
+    /// The extent size hint, where the file system has such hints and there is one.
+    pub fn extent_size_hint(&self) -> Option<u32> {
+        super::sys::extent_size_hint(self.fd.as_fd()).ok().filter(|bytes| *bytes > 0)
+    }
+
     fn failed(&self, operation: &'static str, at_bytes: u64) -> impl Fn(Errno) -> Error + '_ {
         move |errno| Error::io_at(&self.path, operation, at_bytes, errno)
     }

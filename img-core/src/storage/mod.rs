@@ -25,6 +25,7 @@ mod model_tests;
 mod offload;
 mod space;
 mod sys;
+pub mod testing;
 mod transfer;
 
 pub use file::{FileOptions, FileStorage};

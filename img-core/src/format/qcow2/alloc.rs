@@ -105,6 +105,11 @@ impl Qcow2Layer {
     /// [`Self::allocate_clusters`] for those who hold the state.
     pub(super) fn allocate(&self, state: &mut State, count: u64) -> Result<u64> {
         self.before_allocating(state)?;
+        self.allocate_searching(state, count)
+    }
+
+    /// The search itself; see [`Self::before_allocating`].
+    pub(super) fn allocate_searching(&self, state: &mut State, count: u64) -> Result<u64> {
         loop {
             let first = self.find_free(state, count)?;
             let host = self.host_range(first, count)?;

@@ -10,7 +10,7 @@ use std::{
     io::IoSlice,
     ops::Range,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -259,4 +259,9 @@ impl SliceCache {
 /// Locks a mutex whose data stays sound when a thread panics while holding it.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for a notification, giving the lock up meanwhile.
+pub(super) fn lock_wait<'a, T>(landed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    landed.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }

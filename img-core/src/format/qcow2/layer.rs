@@ -339,6 +339,6 @@ impl Layer for Qcow2Layer {
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {
-        None
+        (self.mode == OpenMode::Write).then_some(self as &dyn LayerWriter)
     }
 }

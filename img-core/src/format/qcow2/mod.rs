@@ -8,6 +8,7 @@
 mod alloc;
 mod bitmap;
 mod cache;
+mod compressed;
 mod create;
 mod create_layout;
 mod details;
@@ -25,8 +26,10 @@ mod options;
 mod overlap;
 mod places;
 mod refcount;
+mod resize;
 mod runtime;
 mod write;
+mod zero;
 
 #[cfg(test)]
 mod heart_tests;

@@ -1,6 +1,29 @@
 //! Guest writes: prepare (where the bytes will live), commit (the map points there), abort.
+//!
+//! A write to clusters that may be overwritten in place changes no table: it takes no lock but those of the
+//! caches, and holds a lease until it ends, so that a discard meanwhile does not give the clusters to
+//! someone else. Any other write is prepared under the state lock: its clusters are allocated, its guest
+//! range is in flight, and whoever wants one of those clusters waits until it has landed.
 
 use std::ops::Range;
+
+use super::{
+    alloc::{Freed, State},
+    cache::lock_wait,
+    entry::{COPIED, Cluster, L2Entry},
+    layer::Qcow2Layer,
+    map::Found,
+    overlap::Kind,
+    refcount::usize_of,
+};
+use crate::{
+    Result,
+    format::{HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken},
+    storage::Preallocation,
+};
+
+/// Tokens with this bit are writes in place; the others bits are the epoch of their lease.
+const IN_PLACE: u64 = 1 << 63;
 
 /// A prepared write that changes the map when it is committed.
 #[derive(Clone, Debug)]
@@ -22,4 +45,509 @@ pub(super) enum WriteKind {
     Reuse { first: u32, last: u32 },
     /// One cluster becomes a compressed one of so many bytes.
     Compressed { stored_bytes: u32 },
+}
+
+/// How one guest cluster can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Over what is there.
+    InPlace(u64),
+    /// In the cluster that is there, which does not count in full yet.
+    Reuse(u64),
+    /// Somewhere else.
+    Fresh,
+}
+
+impl Qcow2Layer {
+    pub(super) fn prepare(&self, guest: Range<u64>) -> Result<(WriteToken, WritePlan)> {
+        self.check_writable()?;
+        self.know_places()?;
+        let pin = self.epochs.pin();
+        if let Some(plan) = self.in_place(&guest)? {
+            return Ok((WriteToken(IN_PLACE | pin.into_epoch()), plan));
+        }
+        drop(pin);
+        let mut state = self.state();
+        let cluster = self.geometry.cluster_bytes();
+        let first = self.geometry.cluster_start(guest.start);
+        while state.is_in_flight(first..first + cluster) {
+            state = lock_wait(&self.landed, state);
+        }
+        // Someone else's write may have made it writable meanwhile.
+        let pin = self.epochs.pin();
+        if let Some(plan) = self.in_place(&guest)? {
+            return Ok((WriteToken(IN_PLACE | pin.into_epoch()), plan));
+        }
+        drop(pin);
+        self.make_room(&mut state)?;
+        self.prepare_locked(&mut state, guest)
+    }
+
+    /// The plan of a write over what is there; `None` when the first cluster cannot be written so.
+    fn in_place(&self, guest: &Range<u64>) -> Result<Option<WritePlan>> {
+        let geometry = self.geometry;
+        let root = self.root();
+        let mut start = None;
+        let mut at = guest.start;
+        while at < guest.end {
+            let end = (geometry.cluster_start(at) + geometry.cluster_bytes()).min(guest.end);
+            let Some(found) = self.map.l2_entry(root, at)? else { break };
+            let Way::InPlace(host) = self.way(found, &(at..end))? else { break };
+            let host = host + geometry.in_cluster(at);
+            if host != *start.get_or_insert(host) + (at - guest.start) {
+                break;
+            }
+            at = end;
+        }
+        let Some(host) = start.filter(|_| at > guest.start) else { return Ok(None) };
+        let guest_bytes = guest.start..at;
+        self.check_data_write(&(host..host + (at - guest.start)))?;
+        Ok(Some(WritePlan {
+            guest_bytes,
+            file: self.map.data_file(),
+            at: HostOffset(host),
+            fill_before_bytes: 0,
+            fill_after_bytes: 0,
+            fill_is_zeroed: false,
+        }))
+    }
+
+    fn check_data_write(&self, host: &Range<u64>) -> Result<()> {
+        if self.geometry.external_data { Ok(()) } else { self.check_overlap(host, None) }
+    }
+
+    /// How the part `guest` of one cluster can be written, by its entry.
+    fn way(&self, found: Found, guest: &Range<u64>) -> Result<Way> {
+        let cluster = self.map.checked(found, self.geometry.cluster_start(guest.start))?;
+        let copied = found.entry.is_copied();
+        Ok(match cluster {
+            Cluster::Standard { at } if copied => Way::InPlace(at),
+            Cluster::Zero { reserved: Some(at) } if copied => Way::Reuse(at),
+            Cluster::Subclusters { at: Some(at), allocated, .. } if copied => {
+                let touched = self.subclusters_of(guest);
+                if allocated & touched == touched { Way::InPlace(at) } else { Way::Reuse(at) }
+            }
+            _ => Way::Fresh,
+        })
+    }
+
+    /// The subclusters that a range inside one cluster touches.
+    pub(super) fn subclusters_of(&self, guest: &Range<u64>) -> u32 {
+        let sub = self.geometry.subcluster_bytes();
+        let start = self.geometry.cluster_start(guest.start);
+        mask((guest.start - start) / sub..(guest.end - start).div_ceil(sub))
+    }
+
+    /// Prepares a write whose first cluster is not in flight and cannot be written in place.
+    fn prepare_locked(&self, state: &mut State, guest: Range<u64>) -> Result<(WriteToken, WritePlan)> {
+        let geometry = self.geometry;
+        let cluster = geometry.cluster_bytes();
+        self.before_allocating(state)?;
+        let table = self.table_for_writing(state, geometry.l1_index(guest.start))?;
+
+        // The longest prefix that can be treated alike.
+        let first = geometry.cluster_start(guest.start);
+        let table_end = (geometry.l1_index(first) + 1).saturating_mul(geometry.l2_span_bytes());
+        let limit = guest.end.min(table_end);
+        let mut way = None;
+        let mut at = guest.start;
+        let mut last_entry = None;
+        while at < limit {
+            let start = geometry.cluster_start(at);
+            let end = (start + cluster).min(limit);
+            if state.is_in_flight(start..start + cluster) {
+                break;
+            }
+            let found = self.map.entry_at(table, geometry.l2_index(start))?;
+            let here = self.way(found, &(at..end))?;
+            let expected = match way.get_or_insert(here) {
+                Way::Reuse(host) => Way::Reuse(*host + (start - first)),
+                other => *other,
+            };
+            if here != expected {
+                break;
+            }
+            last_entry = Some(found);
+            at = end;
+        }
+        let end = at;
+        let clusters = first..geometry.cluster_start(end - 1) + cluster;
+        let count = (clusters.end - clusters.start) / cluster;
+        let is_fresh = way == Some(Way::Fresh);
+        let first_entry = self.map.entry_at(table, geometry.l2_index(first))?;
+        let last_entry = last_entry.expect("the first cluster is not in flight");
+
+        // What has to be filled, in the first and in the last cluster.
+        let first_end = end.min(first + cluster);
+        let last_start = guest.start.max(clusters.end - cluster);
+        let first_fill = self.filled(first_entry, &(guest.start..first_end), is_fresh)?;
+        let last_fill = self.filled(last_entry, &(last_start..end), is_fresh)?;
+        let fill_before_bytes = guest.start.saturating_sub(first_fill.start);
+        let fill_after_bytes = last_fill.end.saturating_sub(end);
+
+        let host = match way {
+            Some(Way::Reuse(host)) => {
+                self.check_data_write(&(host..host + count * cluster))?;
+                host
+            }
+            _ if geometry.external_data => first,
+            _ => self.allocate_searching(state, count)?,
+        };
+        let data = if geometry.external_data {
+            self.data_file.as_ref().expect("opened for writing")
+        } else {
+            self.storage()
+        };
+        let fills = fill_before_bytes + fill_after_bytes > 0;
+        let fill_is_zeroed = fills && is_fresh && host >= data.len_bytes()?;
+        let first_mask = self.subclusters_of(&first_fill);
+        let last_mask = self.subclusters_of(&last_fill);
+        let (first_mask, last_mask) = if count == 1 {
+            let both = first_mask | last_mask;
+            (both, both)
+        } else {
+            (first_mask, last_mask)
+        };
+        let kind = if is_fresh {
+            WriteKind::Fresh { first: first_mask, last: last_mask }
+        } else {
+            WriteKind::Reuse { first: first_mask, last: last_mask }
+        };
+        let token = state.begin(Write { clusters, host, kind });
+        let plan = WritePlan {
+            guest_bytes: guest.start..end,
+            file: self.map.data_file(),
+            at: HostOffset(host + (guest.start - first)),
+            fill_before_bytes,
+            fill_after_bytes,
+            fill_is_zeroed,
+        };
+        Ok((token, plan))
+    }
+
+    /// The part of a cluster that stands written after a write of `guest` in it: fills included.
+    fn filled(&self, found: Found, guest: &Range<u64>, is_fresh: bool) -> Result<Range<u64>> {
+        let geometry = self.geometry;
+        let start = geometry.cluster_start(guest.start);
+        let whole = start..start + geometry.cluster_bytes();
+        if !geometry.extended_l2 {
+            return Ok(whole);
+        }
+        let sub = geometry.subcluster_bytes();
+        let touched = (guest.start - start) / sub..(guest.end - start).div_ceil(sub);
+        let cluster = self.map.checked(found, start)?;
+        let (allocated, is_compressed) = match cluster {
+            Cluster::Standard { .. } => (u32::MAX, false),
+            Cluster::Subclusters { allocated, .. } => (allocated, false),
+            Cluster::Compressed { .. } => (0, true),
+            Cluster::Unallocated | Cluster::Zero { .. } => (0, false),
+        };
+        if is_compressed {
+            return Ok(whole);
+        }
+        let (mut first, mut last) = (touched.start, touched.end);
+        if is_fresh {
+            // What was allocated moves along.
+            if allocated != 0 {
+                first = first.min(u64::from(allocated.trailing_zeros()));
+                last = last.max(u64::from(32 - allocated.leading_zeros()));
+            }
+            return Ok(start + first * sub..start + last * sub);
+        }
+        // A subcluster that is there needs no filling.
+        let is_there = |index: u64| allocated >> index & 1 == 1;
+        let from = if is_there(first) { guest.start } else { start + first * sub };
+        let to = if is_there(last - 1) { guest.end } else { start + last * sub };
+        Ok(from..to)
+    }
+
+    /// Host offset of the L2 table of an L1 index, which nobody else refers to: made or copied where needed.
+    pub(super) fn table_for_writing(&self, state: &mut State, l1_index: u64) -> Result<u64> {
+        let geometry = self.geometry;
+        let cluster = geometry.cluster_bytes();
+        let root = self.root();
+        let entry = self.map.l1_entry(root, l1_index)?;
+        let old = self.map.checked_table(root, l1_index, entry)?;
+        if let Some(table) = old
+            && entry.is_copied()
+        {
+            return Ok(table);
+        }
+        let table = self.allocate_searching(state, 1)?;
+        let result = self.fill_table(table, old).and_then(|()| {
+            self.map.l1.update(self.image_file(), root.l1_offset + l1_index * 8, |bytes, within| {
+                bytes[within..within + 8].copy_from_slice(&(table | COPIED).to_be_bytes());
+            })
+        });
+        if let Err(error) = result {
+            self.map.l2.forget(table..table + cluster);
+            self.unallocate(state, table..table + cluster)?;
+            return Err(error);
+        }
+        state.new_tables.insert(table);
+        self.note_place(Kind::ActiveL2, table..table + cluster);
+        if let Some(old) = old {
+            self.forget_place(Kind::ActiveL2, old..old + cluster);
+            state.free(Freed::clusters(old..old + cluster, self.runtime.discard_other));
+        }
+        Ok(table)
+    }
+
+    /// Puts the entries of `old`, or none, into a new table.
+    fn fill_table(&self, table: u64, old: Option<u64>) -> Result<()> {
+        let cluster = self.geometry.cluster_bytes();
+        let l2 = &self.map.l2;
+        l2.forget(table..table + cluster);
+        l2.fill_with_zeroes(table..table + cluster);
+        let Some(old) = old else { return Ok(()) };
+        let mut bytes = Vec::new();
+        self.map.read_table(old, &mut bytes)?;
+        for (index, piece) in bytes.chunks_exact(usize_of(l2.slice_bytes())).enumerate() {
+            let at = table + index as u64 * l2.slice_bytes();
+            l2.update(self.image_file(), at, |slice, _| slice.copy_from_slice(piece))?;
+        }
+        Ok(())
+    }
+
+    /// Changes the entry of a guest cluster in its table.
+    pub(super) fn set_entry(&self, table: u64, guest: u64, entry: L2Entry) -> Result<()> {
+        let geometry = self.geometry;
+        let at = table + geometry.l2_index(guest) * geometry.l2_entry_bytes();
+        self.map.l2.update(self.image_file(), at, |bytes, within| {
+            entry.write(bytes, within / usize_of(geometry.l2_entry_bytes()), geometry);
+        })
+    }
+
+    /// Gives up what an entry referred to.
+    pub(super) fn free_entry(&self, state: &mut State, cluster: Cluster, punch: bool) {
+        let (host, in_data_file) = match cluster {
+            Cluster::Unallocated
+            | Cluster::Zero { reserved: None }
+            | Cluster::Subclusters { at: None, .. } => return,
+            Cluster::Standard { at }
+            | Cluster::Zero { reserved: Some(at) }
+            | Cluster::Subclusters { at: Some(at), .. } => {
+                (at..at + self.geometry.cluster_bytes(), self.geometry.external_data)
+            }
+            Cluster::Compressed { at, stored_bytes } => {
+                let touched = self.clusters_of(&(at..at + u64::from(stored_bytes)));
+                let bits = self.geometry.cluster_bits;
+                (touched.start << bits..touched.end << bits, false)
+            }
+        };
+        state.free(Freed { host, in_data_file, punch });
+    }
+
+    /// Drains before so much is changed or freed in memory that the bounds of the caches are passed.
+    pub(super) fn make_room(&self, state: &mut State) -> Result<()> {
+        let l2_full = self.map.l2.dirty_bytes() >= self.runtime.l2_cache_bytes / 2;
+        let counts_full = self.refcount_blocks.dirty_bytes() >= self.runtime.refcount_cache_bytes;
+        if l2_full || counts_full || state.is_full() {
+            self.drain_locked(state)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn commit(&self, token: WriteToken) -> Result<()> {
+        if token.0 & IN_PLACE != 0 {
+            self.epochs.unpin(token.0 & !IN_PLACE);
+            return Ok(());
+        }
+        let mut state = self.state();
+        let write = state.end(token);
+        let result = self.check_writable().and_then(|()| self.link(&mut state, &write));
+        let result = match result {
+            Ok(()) => Ok(()),
+            Err(error) => self.take_back(&mut state, &write).and(Err(error)),
+        };
+        self.landed.notify_all();
+        result
+    }
+
+    pub(super) fn abort(&self, token: WriteToken) {
+        if token.0 & IN_PLACE != 0 {
+            self.epochs.unpin(token.0 & !IN_PLACE);
+            return;
+        }
+        let mut state = self.state();
+        let write = state.end(token);
+        // A count that cannot be taken back stays too high: a leak, which is what a crash here leaves too.
+        if self.take_back(&mut state, &write).is_err() {
+            state.free_index = state.free_index.max(write.host >> self.geometry.cluster_bits);
+        }
+        self.landed.notify_all();
+    }
+
+    /// Frees what was allocated for a write that does not happen.
+    fn take_back(&self, state: &mut State, write: &Write) -> Result<()> {
+        let cluster = self.geometry.cluster_bytes();
+        match write.kind {
+            WriteKind::Reuse { .. } => Ok(()),
+            WriteKind::Fresh { .. } if self.geometry.external_data => Ok(()),
+            WriteKind::Fresh { .. } => {
+                let bytes = write.clusters.end - write.clusters.start;
+                debug_assert_eq!(bytes % cluster, 0);
+                self.unallocate(state, write.host..write.host + bytes)
+            }
+            WriteKind::Compressed { stored_bytes } => {
+                self.unallocate(state, write.host..write.host + u64::from(stored_bytes))
+            }
+        }
+    }
+
+    /// Makes the map point at the bytes of a write.
+    fn link(&self, state: &mut State, write: &Write) -> Result<()> {
+        let geometry = self.geometry;
+        let cluster = geometry.cluster_bytes();
+        let root = self.root();
+        let l1_index = geometry.l1_index(write.clusters.start);
+        let entry = self.map.l1_entry(root, l1_index)?;
+        let table = self.map.checked_table(root, l1_index, entry)?;
+        let table = table.filter(|_| entry.is_copied()).expect("made when the write was prepared");
+        // Everything is read before anything is changed.
+        let mut old = Vec::new();
+        for guest in write.clusters.clone().step_by(usize_of(cluster)) {
+            let found = self.map.entry_at(table, geometry.l2_index(guest))?;
+            old.push((found.entry, self.map.checked(found, guest)?));
+        }
+        let last = old.len() - 1;
+        state.barrier = true;
+        for (index, (old, was)) in old.into_iter().enumerate() {
+            let guest = write.clusters.start + index as u64 * cluster;
+            let host = write.host + index as u64 * cluster;
+            let mask_of = |first: u32, last_mask: u32| {
+                if index == 0 {
+                    first
+                } else if index == last {
+                    last_mask
+                } else {
+                    u32::MAX
+                }
+            };
+            let (entry, frees) = match write.kind {
+                WriteKind::Fresh { first, last } => {
+                    (moved(was, host, mask_of(first, last), geometry.extended_l2), true)
+                }
+                WriteKind::Reuse { first, last } => {
+                    (begun(old, was, mask_of(first, last), geometry.extended_l2), false)
+                }
+                WriteKind::Compressed { stored_bytes } => {
+                    (L2Entry::for_compressed(host, stored_bytes, geometry), true)
+                }
+            };
+            self.set_entry(table, guest, entry)?;
+            // In an external data file the cluster has its one place and stays there.
+            if frees && (!geometry.external_data || matches!(was, Cluster::Compressed { .. })) {
+                self.free_entry(state, was, self.runtime.discard_other);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The entry of a cluster that moved to `host`, with the subclusters of `written` in it.
+fn moved(was: Cluster, host: u64, written: u32, extended: bool) -> L2Entry {
+    let bitmap = if extended {
+        let zero = match was {
+            Cluster::Zero { .. } => u32::MAX,
+            Cluster::Subclusters { zero, .. } => zero,
+            _ => 0,
+        };
+        bitmap(written, zero & !written)
+    } else {
+        0
+    };
+    L2Entry { word: host | COPIED, bitmap }
+}
+
+/// The entry of a cluster that stays, with the subclusters of `written` in use from now on.
+fn begun(old: L2Entry, was: Cluster, written: u32, extended: bool) -> L2Entry {
+    if !extended {
+        return L2Entry { word: old.word & !super::entry::ZERO, bitmap: 0 };
+    }
+    let (allocated, zero) = match was {
+        Cluster::Zero { .. } => (0, u32::MAX),
+        Cluster::Subclusters { allocated, zero, .. } => (allocated, zero),
+        _ => (u32::MAX, 0),
+    };
+    L2Entry { word: old.word, bitmap: bitmap(allocated | written, zero & !written) }
+}
+
+/// A subcluster bitmap.
+pub(super) fn bitmap(allocated: u32, zero: u32) -> u64 {
+    u64::from(zero) << 32 | u64::from(allocated)
+}
+
+/// Bits `range` of a word.
+pub(super) fn mask(range: Range<u64>) -> u32 {
+    let below = |bits: u64| if bits >= 32 { u32::MAX } else { (1 << bits) - 1 };
+    below(range.end) & !below(range.start)
+}
+
+impl State {
+    /// Whether a prepared write covers a part of `guest`, in whole clusters.
+    pub(super) fn is_in_flight(&self, guest: Range<u64>) -> bool {
+        self.in_flight.range(..guest.end).next_back().is_some_and(|(_, &end)| end > guest.start)
+    }
+
+    /// Notes a prepared write.
+    pub(super) fn begin(&mut self, write: Write) -> WriteToken {
+        let token = self.next_token;
+        self.next_token += 1;
+        self.in_flight.insert(write.clusters.start, write.clusters.end);
+        self.writes.insert(token, write);
+        WriteToken(token)
+    }
+
+    fn end(&mut self, token: WriteToken) -> Write {
+        let write = self.writes.remove(&token.0).expect("each prepared write ends once");
+        self.in_flight.remove(&write.clusters.start);
+        write
+    }
+}
+
+impl LayerWriter for Qcow2Layer {
+    fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>> {
+        let (token, plan) = self.guard(self.prepare(guest_bytes))?;
+        Ok(PreparedWrite::new(self, token, plan))
+    }
+
+    fn prepare_compressed(&self, guest_offset: u64, stored_bytes: u32) -> Result<PreparedWrite<'_>> {
+        let (token, plan) = self.guard(self.prepare_packed(guest_offset, stored_bytes))?;
+        Ok(PreparedWrite::new(self, token, plan))
+    }
+
+    fn commit_write(&self, token: WriteToken) -> Result<()> {
+        self.guard(self.commit(token))
+    }
+
+    fn abort_write(&self, token: WriteToken) {
+        self.abort(token);
+    }
+
+    fn zero_granularity_bytes(&self) -> u64 {
+        self.geometry.subcluster_bytes()
+    }
+
+    fn write_zeroes(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<bool> {
+        self.guard(self.zero(guest_bytes, may_unmap))
+    }
+
+    fn discard(&self, guest_bytes: Range<u64>) -> Result<()> {
+        self.guard(self.discard_range(guest_bytes))
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.drain()
+    }
+
+    fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
+        self.guard(self.change_size(virtual_size_bytes, preallocation))
+    }
+
+    fn close(&self) -> Result<()> {
+        let mut state = self.state();
+        let result = self.finish(&mut state);
+        self.guard(result)
+    }
 }

@@ -1,9 +1,22 @@
 //! Raw: guest bytes stand in the file at their own offsets.
+//!
+//! There is nothing to parse: the map is one extent, the whole file. Holes are the storage's affair. A
+//! window of the file can be picked with the runtime options `offset` and `size`.
+//! `layer` answers, `write` changes.
+
+mod layer;
+mod write;
 
 use std::{path::Path, sync::Arc};
 
-use super::{CreateRequest, Driver, Layer, OpenContext, OptionDescription, OptionKind};
-use crate::{Result, storage::Storage};
+use super::{CreateRequest, Driver, Layer, OpenContext, OptionDescription, OptionKind, OptionSet};
+use crate::{
+    Error, Result,
+    storage::{Flush, Preallocation, Storage},
+};
+
+/// Guest disks are whole sectors.
+pub(super) const SECTOR_BYTES: u64 = 512;
 
 /// The raw format.
 #[derive(Debug)]
@@ -22,14 +35,22 @@ impl Driver for Raw {
         const { &[OptionDescription::new("size", OptionKind::Size, "Virtual disk size")] }
     }
 
+    /// `preallocation` is obeyed here; `nocow` and `extent_size_hint` were set on the file by who made it.
     fn create(&self, storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()> {
-        let _ = (storage, request);
-        todo!()
+        if request.backing.is_some() {
+            return Err(Error::Invalid("Backing file not supported for file format 'raw'".to_owned()));
+        }
+        let preallocation = preallocation(request.options)?;
+        request.options.check_names(&[super::FILE_OPTIONS])?;
+        storage.resize(request.virtual_size_bytes, preallocation)?;
+        if preallocation == Preallocation::Full {
+            storage.flush(Flush::Data)?;
+        }
+        Ok(())
     }
 
     fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>> {
-        let _ = (storage, context);
-        todo!()
+        Ok(Arc::new(layer::RawLayer::open(storage, context.mode, context.options)?))
     }
 
     fn has_backing(&self) -> bool {
@@ -42,5 +63,16 @@ impl Driver for Raw {
 
     fn can_check(&self) -> bool {
         false
+    }
+}
+
+/// The option `preallocation` of a new file.
+fn preallocation(options: &OptionSet) -> Result<Preallocation> {
+    match options.get("preallocation") {
+        None | Some("off") => Ok(Preallocation::Off),
+        Some("falloc") => Ok(Preallocation::Falloc),
+        Some("full") => Ok(Preallocation::Full),
+        Some("metadata") => Err(Error::Invalid("Unsupported preallocation mode: metadata".to_owned())),
+        Some(other) => Err(Error::Invalid(format!("invalid parameter value: {other}"))),
     }
 }

@@ -1,0 +1,261 @@
+//! Changing the virtual size.
+//!
+//! Growing: (1) a larger L1 table is written in a new place, its counts durable, sync; (2) the header, sync;
+//! (3) the old table is freed; (4) the new part is preallocated as asked. Shrinking: (1) what lies behind
+//! the new end is forgotten and its space freed, drain; (2) the header, sync; (3) the file is cut behind the
+//! last cluster in use.
+
+use std::{ops::Range, sync::atomic::Ordering};
+
+use super::{
+    alloc::{Freed, State},
+    entry::{COPIED, L2Entry},
+    geometry::refcount_get,
+    header::MAX_L1_BYTES,
+    layer::Qcow2Layer,
+    overlap::Kind,
+    refcount::usize_of,
+};
+use crate::{
+    Error, Result,
+    format::Layer,
+    storage::{Flush, Preallocation},
+};
+
+impl Qcow2Layer {
+    pub(super) fn change_size(&self, bytes: u64, preallocation: Preallocation) -> Result<()> {
+        self.check_writable()?;
+        self.know_places()?;
+        let old = self.virtual_size_bytes();
+        if self.geometry.version < 3 && self.header().snapshot_count != 0 {
+            return Err(Error::Invalid("Can't resize a v2 image which has snapshots".to_owned()));
+        }
+        if bytes < old {
+            if preallocation != Preallocation::Off {
+                return Err(Error::Invalid("Preallocation can't be used for shrinking an image".to_owned()));
+            }
+            return self.shrink(bytes, old);
+        }
+        let entries = self.geometry.l1_entries_for(bytes);
+        if entries * 8 > MAX_L1_BYTES {
+            return Err(Error::Invalid("Failed to grow the L1 table: File too large".to_owned()));
+        }
+        {
+            let mut state = self.state();
+            self.drain_locked(&mut state)?;
+            if entries > u64::from(self.header().l1_entries) {
+                self.grow_l1(&mut state, entries)?;
+            }
+        }
+        if let Some(data) = &self.data_file
+            && (self.is_raw_data() || data.len_bytes()? < bytes)
+        {
+            data.resize(bytes, preallocation)?;
+        }
+        self.update_header(|header| header.virtual_size_bytes = bytes)?;
+        if preallocation != Preallocation::Off || self.is_raw_data() {
+            self.preallocate(old.next_multiple_of(self.geometry.cluster_bytes())..bytes, preallocation)?;
+        }
+        self.drain()
+    }
+
+    fn grow_l1(&self, state: &mut State, entries: u64) -> Result<()> {
+        let cluster = self.geometry.cluster_bytes();
+        let (old_offset, old_entries) = {
+            let header = self.header();
+            (header.l1_offset, u64::from(header.l1_entries))
+        };
+        let clusters = (entries * 8).div_ceil(cluster);
+        let table = self.allocate(state, clusters)?;
+        let host = table..table + clusters * cluster;
+        self.map.l1.forget(host.clone());
+        self.map.l1.fill_with_zeroes(host.clone());
+        let mut at = 0;
+        while at < old_entries * 8 {
+            let (slice, _) = self.map.l1.get(self.image_file(), old_offset + at)?;
+            let used = usize_of((old_entries * 8 - at).min(self.map.l1.slice_bytes()));
+            let bytes = slice.read()[..used].to_vec();
+            self.map
+                .l1
+                .update(self.image_file(), table + at, |new, _| new[..used].copy_from_slice(&bytes))?;
+            at += self.map.l1.slice_bytes();
+        }
+        self.note_place(Kind::ActiveL1, host);
+        // (1) Counts, the table, and their order are those of a drain: L1 is its last step.
+        self.drain_locked(state)?;
+        // (2)
+        self.update_header(|header| {
+            header.l1_offset = table;
+            header.l1_entries = u32::try_from(entries).expect("at most 32 MiB of entries");
+        })?;
+        // (3)
+        let old = old_offset..old_offset + old_entries * 8;
+        self.map.l1.forget(old.start..old.end.next_multiple_of(self.map.l1.slice_bytes()));
+        self.forget_place(Kind::ActiveL1, old.clone());
+        if old_entries > 0 {
+            state.free(Freed::clusters(old, self.runtime.discard_other));
+        }
+        Ok(())
+    }
+
+    /// Maps the clusters of a guest range, none of which is allocated, to new ones that read as zeroes.
+    fn preallocate(&self, guest: Range<u64>, how: Preallocation) -> Result<()> {
+        let geometry = self.geometry;
+        let cluster = geometry.cluster_bytes();
+        let mut at = guest.start;
+        while at < guest.end {
+            let table_end = (geometry.l1_index(at) + 1).saturating_mul(geometry.l2_span_bytes());
+            let end = guest.end.min(table_end);
+            let count = (end - at).div_ceil(cluster);
+            let mut state = self.state();
+            self.make_room(&mut state)?;
+            self.before_allocating(&mut state)?;
+            let table = self.table_for_writing(&mut state, geometry.l1_index(at))?;
+            let host = if geometry.external_data {
+                at
+            } else {
+                // Behind the end, where the file has never held anything.
+                let file_end = self.clusters_of(&(0..self.end_bytes.load(Ordering::Relaxed))).end;
+                let index = state.free_index;
+                state.free_index = index.max(file_end);
+                let host = self.allocate_searching(&mut state, count);
+                state.free_index = index;
+                let host = host?;
+                self.set_aside(host..host + count * cluster, how)?;
+                host
+            };
+            for index in 0..count {
+                let entry = L2Entry::standard(host + index * cluster, true, geometry);
+                debug_assert_ne!(entry.word & COPIED, 0);
+                self.set_entry(table, at + index * cluster, entry)?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn set_aside(&self, host: Range<u64>, how: Preallocation) -> Result<()> {
+        let file = self.image_file();
+        let old_end = file.len_bytes()?;
+        if host.start < old_end {
+            // A block device, or another writer's data behind the clusters in use.
+            file.write_zeroes(host.start..host.end.min(old_end), how == Preallocation::Off)?;
+        }
+        if how == Preallocation::Off {
+            if host.end > old_end && self.storage().identity().is_none_or(|identity| identity.inode != 0) {
+                file.resize(host.end, Preallocation::Off)?;
+            }
+            return Ok(());
+        }
+        file.preallocate(host, how)
+    }
+
+    fn shrink(&self, bytes: u64, old: u64) -> Result<()> {
+        let geometry = self.geometry;
+        // (1)
+        let start = bytes.next_multiple_of(geometry.cluster_bytes());
+        if start < old {
+            self.forget_range(start..old)?;
+        }
+        {
+            let mut state = self.state();
+            self.cut_l1(&mut state, geometry.l1_entries_for(bytes))?;
+            self.drain_locked(&mut state)?;
+        }
+        // (2)
+        if let Some(data) = &self.data_file
+            && self.is_raw_data()
+        {
+            data.resize(bytes, Preallocation::Off)?;
+        }
+        self.update_header(|header| header.virtual_size_bytes = bytes)?;
+        // (3)
+        let mut state = self.state();
+        self.cut_refcount_blocks(&mut state)?;
+        self.cut_file()
+    }
+
+    /// Frees the L2 tables of L1 entries from `entries` on.
+    fn cut_l1(&self, state: &mut State, entries: u64) -> Result<()> {
+        let root = self.root();
+        let cluster = self.geometry.cluster_bytes();
+        for index in entries..root.l1_entries {
+            let entry = self.map.l1_entry(root, index)?;
+            let Some(table) = self.map.checked_table(root, index, entry)? else { continue };
+            self.map.l1.update(self.image_file(), root.l1_offset + index * 8, |bytes, within| {
+                bytes[within..within + 8].fill(0);
+            })?;
+            self.map.l2.forget(table..table + cluster);
+            state.new_tables.remove(&table);
+            self.forget_place(Kind::ActiveL2, table..table + cluster);
+            state.free(Freed::clusters(table..table + cluster, self.runtime.discard_other));
+        }
+        Ok(())
+    }
+
+    /// Takes refcount blocks that count nothing but themselves out of the refcount table.
+    fn cut_refcount_blocks(&self, state: &mut State) -> Result<()> {
+        let per_block = self.geometry.refcounts_per_block();
+        let cluster = self.geometry.cluster_bytes();
+        let table = self.header().refcount_table_offset;
+        let entries = u64::from(self.header().refcount_table_clusters) * cluster / 8;
+        for index in 0..entries {
+            let at = table + index * 8;
+            let (slice, within) = self.refcount_table.get(self.image_file(), at)?;
+            let word = slice.word(within);
+            let Some(block) = self.checked_refcount_block(at, word)? else { continue };
+            let own = block >> self.geometry.cluster_bits;
+            let (mut used, order) = (0, self.geometry.refcount_order);
+            self.visit_refcounts(index * per_block..(index + 1) * per_block, |clusters, counts| {
+                if let Some((bytes, first)) = counts {
+                    used += clusters
+                        .enumerate()
+                        .filter(|&(at, cluster)| {
+                            cluster != own && refcount_get(bytes, order, first + at) != 0
+                        })
+                        .count();
+                }
+                used == 0
+            })?;
+            if used > 0 {
+                continue;
+            }
+            self.refcount_table.update(self.image_file(), at, |bytes, within| {
+                bytes[within..within + 8].fill(0);
+            })?;
+            self.refcount_blocks.forget(block..block + cluster);
+            self.forget_place(Kind::RefcountBlock, block..block + cluster);
+            if own / per_block != index {
+                state.free(Freed::clusters(block..block + cluster, self.runtime.discard_other));
+            } else {
+                self.cluster_is_free(state, own);
+            }
+        }
+        self.drain_locked(state)
+    }
+
+    /// Cuts the file behind the last cluster in use.
+    fn cut_file(&self) -> Result<()> {
+        let len = self.image_file().len_bytes()?;
+        let clusters = self.clusters_of(&(0..len)).end;
+        let order = self.geometry.refcount_order;
+        let mut end = 0;
+        self.visit_refcounts(0..clusters, |clusters, counts| {
+            if let Some((bytes, first)) = counts {
+                for (at, cluster) in clusters.enumerate() {
+                    if refcount_get(bytes, order, first + at) != 0 {
+                        end = cluster + 1;
+                    }
+                }
+            }
+            true
+        })?;
+        let end_bytes = end << self.geometry.cluster_bits;
+        if end_bytes != 0 && end_bytes < len {
+            self.image_file().resize(end_bytes, Preallocation::Off)?;
+            self.image_file().flush(Flush::All)?;
+            self.end_bytes.store(end_bytes, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,117 @@
+//! An opened raw image, or a window of one.
+
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use serde_json::Value;
+
+use super::{Raw, SECTOR_BYTES};
+use crate::{
+    Error, Result,
+    format::{Backing, Driver, Extent, HostFile, HostOffset, Layer, LayerWriter, OpenMode, OptionSet, Place},
+    storage::Storage,
+};
+
+/// A raw image: guest byte `g` stands at `start_bytes + g`.
+#[derive(Debug)]
+pub(super) struct RawLayer {
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) start_bytes: u64,
+    /// Whole sectors; the last may reach past the end of the file, where bytes read as zeroes.
+    pub(super) virtual_size_bytes: AtomicU64,
+    /// Whether the option `size` fixed the size.
+    pub(super) fixed_size: bool,
+    writable: bool,
+}
+
+impl RawLayer {
+    pub(super) fn open(storage: Arc<dyn Storage>, mode: OpenMode, options: &OptionSet) -> Result<Self> {
+        for (name, _) in options.iter() {
+            if !matches!(name, "offset" | "size") {
+                return Err(Error::Invalid(format!(
+                    "Block format 'raw' does not support the option '{name}'"
+                )));
+            }
+        }
+        let file_bytes = storage.len_bytes()?;
+        let start_bytes = options.size("offset")?.unwrap_or(0);
+        let given_bytes = options.size("size")?;
+        let rest_bytes = file_bytes.checked_sub(start_bytes).ok_or_else(|| {
+            Error::Invalid(format!(
+                "Offset ({start_bytes}) cannot be greater than size of the containing file ({file_bytes})"
+            ))
+        })?;
+        if let Some(size) = given_bytes {
+            if size > rest_bytes {
+                return Err(Error::Invalid(format!(
+                    "The sum of offset ({start_bytes}) and size ({size}) has to be smaller or equal to the  \
+                     actual size of the containing file ({file_bytes})"
+                )));
+            }
+            if !size.is_multiple_of(SECTOR_BYTES) {
+                return Err(Error::Invalid(format!("Specified size is not multiple of {SECTOR_BYTES}")));
+            }
+        }
+        let virtual_size_bytes = given_bytes.unwrap_or(rest_bytes);
+        let virtual_size_bytes = virtual_size_bytes
+            .checked_next_multiple_of(SECTOR_BYTES)
+            .ok_or_else(|| Error::unsupported(storage.path(), "a file of 2^64 bytes"))?;
+        let writable = mode.writes() && storage.is_writable();
+        Ok(Self {
+            storage,
+            start_bytes,
+            virtual_size_bytes: AtomicU64::new(virtual_size_bytes),
+            fixed_size: given_bytes.is_some(),
+            writable,
+        })
+    }
+}
+
+impl Layer for RawLayer {
+    fn driver(&self) -> &'static dyn Driver {
+        &Raw
+    }
+
+    fn virtual_size_bytes(&self) -> u64 {
+        self.virtual_size_bytes.load(Ordering::Relaxed)
+    }
+
+    fn cluster_size_bytes(&self) -> Option<u32> {
+        None
+    }
+
+    fn file(&self, file: HostFile) -> Option<&Arc<dyn Storage>> {
+        (file == HostFile::IMAGE).then_some(&self.storage)
+    }
+
+    fn backing(&self) -> Option<&Backing> {
+        None
+    }
+
+    fn has_sparse_data(&self) -> bool {
+        true
+    }
+
+    fn details(&self) -> Result<Option<Value>> {
+        Ok(None)
+    }
+
+    fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
+        let Some(len_bytes) = guest_bytes.end.checked_sub(guest_bytes.start).filter(|len| *len > 0) else {
+            return Ok(());
+        };
+        let at = HostOffset(self.start_bytes + guest_bytes.start); // inside the file, checked at open
+        let place = Place::Data { file: HostFile::IMAGE, at, writable: self.writable };
+        Extent { len_bytes, place }.push_to(extents);
+        Ok(())
+    }
+
+    fn writer(&self) -> Option<&dyn LayerWriter> {
+        self.writable.then_some(self)
+    }
+}

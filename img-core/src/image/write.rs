@@ -1,0 +1,280 @@
+//! Changing guest bytes: prepare, move bytes, commit.
+
+use std::{
+    io::{self, IoSlice},
+    ops::Range,
+    path::Path,
+};
+
+use super::{Image, ImageExtent};
+use crate::{
+    Error, Result,
+    format::{HostFile, LayerWriter, PreparedWrite, registry},
+};
+
+/// A disk whose format was guessed to be raw is guarded here.
+const FIRST_SECTOR_BYTES: usize = 512;
+
+/// Zeroes are written in pieces of this size where the map cannot say them.
+const ZERO_WRITE_BYTES: usize = 1 << 20;
+
+impl Image {
+    /// Writes guest bytes. The range lies inside the disk.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`]; when tables or data cannot be read or written, or a rule of the format is
+    /// broken; when the range is not inside the disk. What was written before the error stays.
+    pub fn write_at(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
+        let _pass = self.gate.enter();
+        self.range_inside(guest_offset, buf.len())?;
+        self.write_inside(buf, guest_offset)?;
+        self.after_write()
+    }
+
+    /// Stores the compressed form of one whole cluster (shorter only at the end of the disk).
+    ///
+    /// # Errors
+    /// As [`Self::write_at`]; [`Error::Unsupported`] when the image cannot hold compressed clusters.
+    pub fn write_compressed(&self, stored: &[u8], guest_offset: u64) -> Result<()> {
+        let _pass = self.gate.enter();
+        self.range_inside(guest_offset, 0)?;
+        let stored_bytes = u32::try_from(stored.len())
+            .map_err(|_| Error::Invalid("a compressed cluster of 4 GiB or more".to_owned()))?;
+        let prepared = self.writer()?.prepare_compressed(guest_offset, stored_bytes)?;
+        let plan = prepared.plan();
+        self.host_file(0, plan.file)?.write_at(stored, plan.at.0)?;
+        // Before the map points there; see `DecodedUnits`.
+        self.decoded.begin_generation();
+        prepared.commit()?;
+        self.after_write()
+    }
+
+    /// Makes a range read as zeroes; with `may_unmap` its space may be given back.
+    ///
+    /// # Errors
+    /// As [`Self::write_at`].
+    pub fn write_zeroes(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
+        let (head, middle, tail) = {
+            let _pass = self.gate.enter();
+            self.check_inside(&guest_bytes)?;
+            let (head, middle, tail) = self.split_at_granules(&guest_bytes)?;
+            if !middle.is_empty() {
+                self.zero_granules(middle.clone(), may_unmap)?;
+            }
+            (head, middle, tail)
+        };
+        debug_assert!(head.end <= middle.start || middle.is_empty());
+        for edge in [head, tail] {
+            self.zero_edge(edge, may_unmap)?;
+        }
+        let _pass = self.gate.enter();
+        self.after_write()
+    }
+
+    /// Gives space back where whole clusters are covered; what is not covered stays as it is.
+    ///
+    /// # Errors
+    /// As [`Self::write_at`].
+    pub fn discard(&self, guest_bytes: Range<u64>) -> Result<()> {
+        let _pass = self.gate.enter();
+        self.check_inside(&guest_bytes)?;
+        let (_, middle, _) = self.split_at_granules(&guest_bytes)?;
+        if middle.is_empty() {
+            return Ok(());
+        }
+        self.writer()?.discard(middle)?;
+        self.after_write()
+    }
+
+    /// Makes everything written durable.
+    ///
+    /// # Errors
+    /// When metadata or data cannot be written or flushed.
+    pub fn flush(&self) -> Result<()> {
+        let _pass = self.gate.enter();
+        self.layers[0].writer().map_or(Ok(()), LayerWriter::flush)
+    }
+
+    pub(super) fn writer(&self) -> Result<&dyn LayerWriter> {
+        self.layers[0].writer().ok_or_else(|| Error::ReadOnly { file: self.names[0].clone().into() })
+    }
+
+    fn after_write(&self) -> Result<()> {
+        if self.writes_through { self.writer()?.flush() } else { Ok(()) }
+    }
+
+    /// [`Self::write_at`] for who holds a pass or has the image alone.
+    pub(super) fn write_inside(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
+        let writer = self.writer()?;
+        if self.guards_first_sector && guest_offset < FIRST_SECTOR_BYTES as u64 {
+            self.check_first_sector(buf, guest_offset)?;
+        }
+        let end = guest_offset + buf.len() as u64; // inside the disk
+        let (mut rest, mut at) = (buf, guest_offset);
+        while !rest.is_empty() {
+            let prepared = writer.prepare_write(at..end)?;
+            let covered = prepared.plan().guest_bytes.end - at;
+            let (now, later) = rest.split_at(usize::try_from(covered).unwrap_or(rest.len()).min(rest.len()));
+            if now.is_empty() {
+                return Err(Error::Invalid(format!("{}: a prepared write covers nothing", self.names[0])));
+            }
+            self.write_prepared(now, prepared)?;
+            (rest, at) = (later, at + covered);
+        }
+        Ok(())
+    }
+
+    /// Moves the bytes of one prepared write, with what its clusters held around them, in one system call.
+    fn write_prepared(&self, bytes: &[u8], prepared: PreparedWrite<'_>) -> Result<()> {
+        let plan = prepared.plan();
+        let Range { start, end } = plan.guest_bytes;
+        let storage = self.host_file(0, plan.file)?;
+        if plan.fill_before_bytes == 0 && plan.fill_after_bytes == 0 {
+            storage.write_at(bytes, plan.at.0)?;
+            return prepared.commit();
+        }
+        let before = start.checked_sub(plan.fill_before_bytes).ok_or_else(|| {
+            Error::Invalid(format!("{}: a prepared write fills before the start of the disk", self.names[0]))
+        })?;
+        let head = self.fill(before..start, plan.fill_is_zeroed)?;
+        let tail = self.fill(end..end.saturating_add(plan.fill_after_bytes), plan.fill_is_zeroed)?;
+        let at = plan.at.0 - head.len() as u64; // the cluster holds all of it
+        let slices = [IoSlice::new(&head), IoSlice::new(bytes), IoSlice::new(&tail)];
+        storage.write_vectored_at(&slices, at)?;
+        prepared.commit()
+    }
+
+    /// What the guest reads in a range now, behind the end of the disk zeroes. Empty when these are zeroes and
+    /// `is_zeroed` says that nothing has to be written for them.
+    fn fill(&self, guest_bytes: Range<u64>, is_zeroed: bool) -> Result<Vec<u8>> {
+        if guest_bytes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let inside = guest_bytes.start..guest_bytes.end.min(self.virtual_size_bytes()).max(guest_bytes.start);
+        let zeroes = self.reads_as_zeroes(inside.clone())?;
+        if zeroes && is_zeroed {
+            return Ok(Vec::new());
+        }
+        let length = |range: &Range<u64>| usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        let mut bytes = vec![0; length(&guest_bytes)]; // part of one cluster
+        if !zeroes {
+            self.read_inside(&mut bytes[..length(&inside)], inside.start)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Whether the map says that a range reads as zeroes.
+    fn reads_as_zeroes(&self, guest_bytes: Range<u64>) -> Result<bool> {
+        if guest_bytes.is_empty() {
+            return Ok(true);
+        }
+        let _lease = self.layers[0].pin();
+        let mut extents = Vec::new();
+        self.map_inside(guest_bytes, &mut extents)?;
+        Ok(extents.iter().all(ImageExtent::reads_as_zeroes))
+    }
+
+    /// The whole granules inside a range, and what is left before and behind them.
+    fn split_at_granules(&self, range: &Range<u64>) -> Result<(Range<u64>, Range<u64>, Range<u64>)> {
+        let granule = self.writer()?.zero_granularity_bytes().max(1);
+        let start = range.start.checked_next_multiple_of(granule).unwrap_or(u64::MAX);
+        let end = match range.end {
+            end if end == self.virtual_size_bytes() => end,
+            end => end - end % granule,
+        };
+        if start < end {
+            return Ok((range.start..start, start..end, end..range.end));
+        }
+        // Nothing whole: one edge, or two where the range crosses a border.
+        let border = range.end - range.end % granule;
+        let border = if border > range.start { border } else { range.end };
+        Ok((range.start..border, border..border, border..range.end))
+    }
+
+    fn zero_granules(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
+        if self.writer()?.write_zeroes(guest_bytes.clone(), may_unmap)? {
+            return Ok(());
+        }
+        self.write_zero_bytes(guest_bytes)
+    }
+
+    fn write_zero_bytes(&self, guest_bytes: Range<u64>) -> Result<()> {
+        let length = usize::try_from(guest_bytes.end - guest_bytes.start).unwrap_or(usize::MAX);
+        let zeroes = vec![0; length.min(ZERO_WRITE_BYTES)];
+        let mut at = guest_bytes.start;
+        while at < guest_bytes.end {
+            let left = usize::try_from(guest_bytes.end - at).unwrap_or(usize::MAX);
+            let now = &zeroes[..zeroes.len().min(left)];
+            self.write_inside(now, at)?;
+            at += now.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// [`Self::write_zeroes`] for who has the image alone.
+    pub(super) fn zero_alone(&self, guest_bytes: Range<u64>) -> Result<()> {
+        let (head, middle, tail) = self.split_at_granules(&guest_bytes)?;
+        if !middle.is_empty() {
+            self.zero_granules(middle, true)?;
+        }
+        for edge in [head, tail] {
+            if !edge.is_empty() {
+                self.zero_edge_alone(edge, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Zeroes a part of one granule. Where the rest of it reads as zeroes the whole granule becomes a zero
+    /// granule; nobody may write to the rest between the question and the change, so that is done alone.
+    fn zero_edge(&self, edge: Range<u64>, may_unmap: bool) -> Result<()> {
+        if edge.is_empty() {
+            return Ok(());
+        }
+        {
+            let _pass = self.gate.enter();
+            self.check_inside(&edge)?;
+            if !self.rest_reads_as_zeroes(&edge)? {
+                return self.write_zero_bytes(edge);
+            }
+        }
+        let _alone = self.gate.drain();
+        self.check_inside(&edge)?;
+        self.zero_edge_alone(edge, may_unmap)
+    }
+
+    fn zero_edge_alone(&self, edge: Range<u64>, may_unmap: bool) -> Result<()> {
+        if self.rest_reads_as_zeroes(&edge)? {
+            self.zero_granules(self.granule_around(&edge)?, may_unmap)
+        } else {
+            self.write_zero_bytes(edge)
+        }
+    }
+
+    /// Whether all of the granule but `edge` reads as zeroes.
+    fn rest_reads_as_zeroes(&self, edge: &Range<u64>) -> Result<bool> {
+        let whole = self.granule_around(edge)?;
+        Ok(self.reads_as_zeroes(whole.start..edge.start)? && self.reads_as_zeroes(edge.end..whole.end)?)
+    }
+
+    fn granule_around(&self, edge: &Range<u64>) -> Result<Range<u64>> {
+        let granule = self.writer()?.zero_granularity_bytes().max(1);
+        let start = edge.start - edge.start % granule;
+        Ok(start..start.saturating_add(granule).min(self.virtual_size_bytes()).max(edge.end))
+    }
+
+    /// Refuses a write after which the disk would be taken for another format.
+    fn check_first_sector(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
+        let storage = self.host_file(0, HostFile::IMAGE)?;
+        let mut sector = [0; FIRST_SECTOR_BYTES];
+        storage.read_at(&mut sector, 0)?;
+        let at = usize::try_from(guest_offset).unwrap_or(FIRST_SECTOR_BYTES);
+        let changed = buf.len().min(FIRST_SECTOR_BYTES - at);
+        sector[at..at + changed].copy_from_slice(&buf[..changed]);
+        if registry::probe(&sector, Path::new(storage.path())).name() == self.layers[0].driver().name() {
+            return Ok(());
+        }
+        let refused = io::Error::from_raw_os_error(rustix::io::Errno::PERM.raw_os_error());
+        Err(Error::io_at(storage.path(), "write to the guarded first sector", guest_offset, refused))
+    }
+}

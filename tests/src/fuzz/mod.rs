@@ -1,0 +1,33 @@
+//! Fuzz targets as plain functions: the same code runs under cargo-fuzz (`fuzz/`), over the kept seeds, and in a
+//! bounded loop of random inputs in the ordinary tests.
+//!
+//! An input is not the image itself but a [`script`] of what is broken in a valid one, so that mutation goes
+//! where the parsers look instead of drowning in magic numbers. A target returns when all is well and panics
+//! when the library broke a promise; an error from the library is an answer.
+
+mod script;
+mod targets;
+
+pub use targets::{check, map, open, read, repair, write};
+
+use crate::pattern::Random;
+
+/// A target by name, for the seeds' folders and the command line.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: [Target; 6] =
+    [("open", open), ("map", map), ("read", read), ("check", check), ("repair", repair), ("write", write)];
+
+/// The `index`th random input: the length varies, and small numbers are common, as they are in scripts.
+#[must_use]
+pub fn random_input(index: u64) -> Vec<u8> {
+    let mut random = Random::new(index);
+    let len = random.below(160);
+    (0..len)
+        .map(|_| {
+            let byte = random.next().to_le_bytes()[0];
+            if random.below(3) == 0 { byte % 8 } else { byte }
+        })
+        .collect()
+}

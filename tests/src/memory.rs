@@ -1,0 +1,62 @@
+//! qcow2 images in memory: for what would be too slow, or too dangerous, in files.
+
+use std::sync::Arc;
+
+use img_core::{
+    Error, Result,
+    format::{CreateRequest, Driver, OpenContext, OpenMode, OptionSet, registry},
+    image::Image,
+    storage::Storage,
+};
+
+use crate::scenario::Layout;
+
+/// The qcow2 driver.
+///
+/// # Panics
+/// Never: every build has it.
+#[must_use]
+pub fn qcow2() -> &'static dyn Driver {
+    registry::by_name("qcow2").expect("every build has qcow2")
+}
+
+/// The create options of `layout` by name.
+///
+/// # Panics
+/// Never.
+#[must_use]
+pub fn create_options(layout: &Layout) -> OptionSet {
+    let mut options = OptionSet::new();
+    for option in layout.create_options().split(',') {
+        let (name, value) = option.split_once('=').expect("the options are written as NAME=VALUE");
+        options.set(name, value);
+    }
+    options
+}
+
+/// Makes an image on `storage`.
+///
+/// # Errors
+/// As [`Driver::create`].
+pub fn create(storage: &Arc<dyn Storage>, layout: &Layout, virtual_size_bytes: u64) -> Result<()> {
+    let request = CreateRequest {
+        virtual_size_bytes,
+        backing: None,
+        options: &create_options(layout),
+        open_file: &refuse_file,
+    };
+    qcow2().create(storage, &request)
+}
+
+/// Opens the image on `storage`, without what it may name.
+///
+/// # Errors
+/// As [`Driver::open`].
+pub fn open(storage: Arc<dyn Storage>, mode: OpenMode) -> Result<Image> {
+    let context = OpenContext { mode, options: &OptionSet::new(), open_file: &refuse_file };
+    Image::from_layers(vec![qcow2().open(storage, &context)?])
+}
+
+fn refuse_file(name: &str, _mode: OpenMode) -> Result<Arc<dyn Storage>> {
+    Err(Error::Invalid(format!("an image in memory has no other files, and names {name:?}")))
+}

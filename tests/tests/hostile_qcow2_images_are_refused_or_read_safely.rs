@@ -1,0 +1,193 @@
+//! Each rule of the format, broken alone: opening, reading, auditing, repairing and writing end with an answer,
+//! never with a panic, a hang or memory sized by the file; and what fails leaves the image no worse.
+
+use std::{collections::BTreeMap, fs, panic, path::Path};
+
+use img_core::{
+    Result,
+    format::{CheckReport, OpenMode, Repair},
+    image::Image,
+};
+use img_tests::{
+    command::{Bounds, Run, img, img_binary, oracle},
+    craft::{CLUSTER, Crafted, FILL},
+    hostile::{Fate, Hostile, images},
+    open,
+};
+
+/// What a hostile file of a few clusters may cost: the largest tables a header can claim are 32 MiB each.
+const BOUNDS: Bounds = Bounds { memory_bytes: 512 << 20, seconds: 20 };
+
+/// Runs `check` on every hostile image and tells all that fail, not only the first.
+fn for_each(check: impl Fn(&Path, &Hostile) -> std::result::Result<(), String>) {
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let mut failures = BTreeMap::new();
+    for (index, hostile) in images().iter().enumerate() {
+        let path = folder.path().join(format!("hostile-{index}.qcow2"));
+        hostile.image.save(&path);
+        let outcome = panic::catch_unwind(panic::AssertUnwindSafe(|| check(&path, hostile)));
+        if let Err(text) = outcome.unwrap_or_else(|_| Err("panicked, see above".to_owned())) {
+            failures.insert(format!("{index} ({})", hostile.name), text);
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+fn read_first_cluster(image: &Image) -> Result<Vec<u8>> {
+    let mut guest = vec![0; CLUSTER];
+    image.read_at(&mut guest, 0)?;
+    Ok(guest)
+}
+
+fn audit(path: &Path, repair: Repair) -> Result<CheckReport> {
+    let image = open(path, Some("qcow2"), OpenMode::Check { repair: repair != Repair::Nothing })?;
+    let report = image.check(repair, &mut |_| {})?;
+    if repair != Repair::Nothing {
+        image.close()?;
+    }
+    Ok(report)
+}
+
+#[test]
+fn reading_ends_as_the_rules_say() {
+    for_each(|path, hostile| {
+        let read = open(path, Some("qcow2"), OpenMode::Read).map(|image| read_first_cluster(&image));
+        let words_missing = |error: &img_core::Error, words: &str| {
+            let text = error.to_string();
+            let name = path.file_name().expect("a file").to_string_lossy();
+            (!text.to_lowercase().contains(&words.to_lowercase()) || !text.contains(&*name)).then_some(text)
+        };
+        match (hostile.fate, read) {
+            (Fate::Refused(words), Err(error)) | (Fate::Unreadable(words), Ok(Err(error))) => {
+                words_missing(&error, words)
+                    .map_or(Ok(()), |text| Err(format!("no file name or {words:?} in: {text}")))
+            }
+            (Fate::Corrupt, Ok(Ok(_))) => match audit(path, Repair::Nothing) {
+                Ok(report) if report.corruptions > 0 => Ok(()),
+                other => Err(format!("the audit found {other:?}")),
+            },
+            (Fate::Harmless, Ok(_)) => Ok(()),
+            (fate, read) => Err(format!("should be {fate:?}, is {read:?}").chars().take(300).collect()),
+        }
+    });
+}
+
+/// Whatever was read before a failed repair or write is read after it, and the audit finds no more.
+#[test]
+fn repair_and_writes_never_make_it_worse() {
+    for_each(|path, _| {
+        let read =
+            || open(path, Some("qcow2"), OpenMode::Read).and_then(|image| read_first_cluster(&image)).ok();
+        let (guest, before) = (read(), audit(path, Repair::Nothing).ok());
+        let original = fs::read(path).expect("readable");
+
+        let written = open(path, Some("qcow2"), OpenMode::Write)
+            .and_then(|image| image.write_at(&[1; 100], CLUSTER as u64).and_then(|()| image.close()));
+        let worse = |what: &str, failed: bool| {
+            if failed && read() != guest {
+                return Err(format!("a failed {what} changed what the guest reads"));
+            }
+            match (&before, audit(path, Repair::Nothing).ok()) {
+                (Some(before), Some(after)) if after.corruptions > before.corruptions => {
+                    Err(format!("{what}: {before:?} became {after:?}"))
+                }
+                (Some(before), None) => Err(format!("{what}: {before:?} became something no audit opens")),
+                _ => Ok(()),
+            }
+        };
+        worse("write", written.is_err())?;
+
+        for repair in [Repair::Leaks, Repair::All] {
+            fs::write(path, &original).expect("writable");
+            worse(&format!("repair of {repair:?}"), audit(path, repair).is_err())?;
+        }
+        Ok(())
+    });
+}
+
+/// The binary under a memory limit: an exit code of its own, and the same as the reference's where that ends.
+#[test]
+fn the_binary_answers_with_the_exit_code_of_the_reference() {
+    let commands: [&[&str]; 4] = [
+        &["info", "-f", "qcow2", "IMAGE"],
+        &["check", "-f", "qcow2", "IMAGE"],
+        &["map", "-f", "qcow2", "--output=json", "IMAGE"],
+        &["convert", "-f", "qcow2", "-O", "raw", "IMAGE", "OUT"],
+    ];
+    for_each(|path, hostile| {
+        let folder = path.parent().expect("a folder");
+        for command in commands {
+            let arguments = |out: &str| -> Vec<String> {
+                let name = path.file_name().expect("a file").to_string_lossy();
+                command.iter().map(|word| word.replace("IMAGE", &name).replace("OUT", out)).collect()
+            };
+            let ours = Run::new(img_binary(), folder).args(arguments("ours.raw")).within(BOUNDS).output();
+            if !matches!(ours.code, 0..=3) || ours.stderr.contains("panicked") {
+                return Err(format!("{ours}"));
+            }
+            if matches!(hostile.fate, Fate::Refused(_)) && command[0] == "convert" {
+                let name = path.file_name().expect("a file").to_string_lossy();
+                if ours.code != 1 || !ours.stderr.contains(&*name) || ours.stderr.lines().count() > 3 {
+                    return Err(format!("{ours}"));
+                }
+            }
+            let theirs =
+                Run::new(oracle("qemu-img"), folder).args(arguments("theirs.raw")).within(BOUNDS).output();
+            if matches!(theirs.code, 0..=3) && theirs.code != ours.code {
+                return Err(format!("exit codes differ\nours {ours}\ntheirs {theirs}")
+                    .chars()
+                    .take(900)
+                    .collect());
+            }
+        }
+        Ok(())
+    });
+}
+
+/// Cut anywhere, an image is refused or read, and never more than that.
+#[test]
+fn truncated_images_are_refused_or_read() {
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let path = folder.path().join("cut.qcow2");
+    let whole = Crafted::new().backing(b"below.raw", "raw").snapshot(16, b"1", b"one");
+    let lengths = (0..256).chain((256..whole.bytes.len()).step_by(509));
+    for length in lengths {
+        fs::write(&path, &whole.bytes[..length]).expect("writable");
+        for mode in [OpenMode::Inspect, OpenMode::Read, OpenMode::Write, OpenMode::Check { repair: false }] {
+            // Refused or read, both are answers; a panic fails the test.
+            if let Ok(image) = open(&path, Some("qcow2"), mode) {
+                drop((read_first_cluster(&image), image.check(Repair::Nothing, &mut |_| {})));
+            }
+        }
+    }
+}
+
+/// What a hostile image may not do to the image itself: a write that would land in a table is refused, the
+/// image is marked corrupt, and nothing else changes.
+#[test]
+fn a_write_that_would_land_in_a_table_is_refused() {
+    use img_tests::craft::{COPIED, L1, L2, REFCOUNT_BLOCK, REFCOUNT_TABLE, header};
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    for (what, place) in [
+        ("refcount table", REFCOUNT_TABLE),
+        ("refcount block", REFCOUNT_BLOCK),
+        ("L1 table", L1),
+        ("L2 table", L2),
+    ] {
+        let crafted = Crafted::new().u64(L2, COPIED | place as u64);
+        let path = folder.path().join("overlap.qcow2");
+        crafted.save(&path);
+        let image = open(&path, Some("qcow2"), OpenMode::Write).expect("opens");
+        let error = image.write_at(&[FILL; CLUSTER], 0).expect_err("refused").to_string();
+        assert!(error.to_lowercase().contains("corrupt"), "{what}: {error}");
+        let again = image.write_at(&[FILL; CLUSTER], 4 * CLUSTER as u64);
+        assert!(again.is_err(), "{what}: a corrupt image is written no more");
+        drop(image);
+        let marked = crafted.clone().u64(header::INCOMPATIBLE, 1 << 1);
+        assert!(fs::read(&path).expect("readable") == marked.bytes, "{what}: only the corrupt bit changes");
+        let error = open(&path, Some("qcow2"), OpenMode::Write).expect_err("refused").to_string();
+        assert!(error.contains("corrupt"), "{what}: {error}");
+    }
+    let check = img(folder.path(), ["check", "-f", "qcow2", "overlap.qcow2"]).output();
+    assert_eq!(check.code, 2, "{check}");
+}
