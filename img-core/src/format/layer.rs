@@ -206,6 +206,8 @@ pub enum Repair {
 pub struct Finding {
     /// The line, without a newline.
     pub text: String,
+    /// Whether the reference prints its own name and a colon before it.
+    pub with_program_name: bool,
 }
 
 /// The counts of an audit, as `check --output=json` names them.

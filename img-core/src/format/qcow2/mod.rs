@@ -8,6 +8,7 @@
 mod alloc;
 mod bitmap;
 mod cache;
+mod check;
 mod compressed;
 mod create;
 mod create_layout;

@@ -1,0 +1,4 @@
+//! The audit against the reference, against bytes that nobody meant, and against power cuts.
+
+mod differential;
+mod oracle;
