@@ -13,6 +13,10 @@ mod name;
 mod open;
 mod path;
 mod read;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod whole;
 mod write;
 

@@ -43,6 +43,9 @@ impl Driver for Raw {
         let preallocation = preallocation(request.options)?;
         request.options.check_names(&[super::FILE_OPTIONS])?;
         storage.resize(request.virtual_size_bytes, preallocation)?;
+        if preallocation != Preallocation::Full {
+            allocate_first_block(&**storage, request.virtual_size_bytes)?;
+        }
         if preallocation == Preallocation::Full {
             storage.flush(Flush::Data)?;
         }
@@ -63,6 +66,17 @@ impl Driver for Raw {
 
     fn can_check(&self) -> bool {
         false
+    }
+}
+
+/// A file that was empty gets its first block: with bytes there, how a direct reader must be aligned can be
+/// found out by trying. The reference does so, and it shows in the space taken.
+fn allocate_first_block(storage: &dyn Storage, len_bytes: u64) -> Result<()> {
+    let zeroes = [0; 4096];
+    match len_bytes {
+        0 => Ok(()),
+        1..4096 => storage.write_at(&zeroes[..512], 0),
+        4096.. => storage.write_at(&zeroes, 0),
     }
 }
 

@@ -5,7 +5,7 @@ use std::{ops::Range, sync::atomic::Ordering};
 use super::{SECTOR_BYTES, layer::RawLayer};
 use crate::{
     Error, Result,
-    format::{HostFile, HostOffset, Layer, LayerWriter, PreparedWrite, WritePlan, WriteToken},
+    format::{HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken},
     storage::{Flush, Preallocation},
 };
 
@@ -72,9 +72,12 @@ impl LayerWriter for RawLayer {
         let too_big = || Error::Invalid("Disk size too large".to_owned());
         let end = self.start_bytes.checked_add(virtual_size_bytes).ok_or_else(too_big)?;
         let rounded = virtual_size_bytes.checked_next_multiple_of(SECTOR_BYTES).ok_or_else(too_big)?;
+        let was_empty = self.storage.len_bytes()? == 0;
         self.storage.resize(end, preallocation)?;
+        if was_empty && preallocation != Preallocation::Full {
+            super::allocate_first_block(&*self.storage, end)?;
+        }
         self.virtual_size_bytes.store(rounded, Ordering::Relaxed);
-        debug_assert_eq!(self.virtual_size_bytes(), rounded);
         Ok(())
     }
 
