@@ -207,8 +207,9 @@ impl Qcow2Layer {
         Ok(first << bits..(first + count) << bits)
     }
 
-    /// Counts all of `ranges` of host clusters by their deltas of one up (`true`) or down, in a safe order
-    /// and with bounded memory: ups are durable when this returns, downs are pending until the next drain.
+    /// Counts host clusters up (`true`) or down by one each, for every run of bytes. Counting up happens at
+    /// once in memory, where only a bounded part of it stays; counting down is pending until the next drain
+    /// has made everything else durable.
     pub(super) fn change_refcounts(&self, ranges: &[(Range<u64>, bool)]) -> Result<()> {
         self.check_writable()?;
         let mut state = self.state();

@@ -130,27 +130,39 @@ impl Qcow2Layer {
         while next < clusters.end {
             if self.refcount_block_of(next)?.is_none() {
                 self.make_refcount_block(state, next)?;
-                if next > clusters.start {
-                    // The reference takes back what it counted so far, and searches from there again.
-                    state.free_index = clusters.start;
-                }
+                // The search starts over where it was, as the reference's does.
+                state.free_index = state.free_index.min(clusters.start);
                 return Ok(Counted::SearchAgain);
             }
             next = (next / per_block + 1) * per_block;
         }
-        let max = self.geometry.refcount_max();
-        for cluster in clusters.clone() {
-            if self.refcount_of(cluster)? >= max {
-                return Err(Error::Invalid(format!(
-                    "{}: host cluster {cluster} would be referenced more than {max} times, which {}-bit reference counts cannot hold",
-                    self.path().display(),
-                    1 << self.geometry.refcount_order
-                )));
-            }
+        let (max, order) = (self.geometry.refcount_max(), self.geometry.refcount_order);
+        let mut full = None;
+        self.visit_refcounts(clusters.clone(), |run, counts| {
+            let (bytes, first) = counts.expect("every block was made above");
+            full = run.enumerate().find(|(at, _)| refcount_get(bytes, order, first + at) >= max);
+            full.is_none()
+        })?;
+        if let Some((_, cluster)) = full {
+            return Err(Error::Invalid(format!(
+                "{}: host cluster {cluster} would be referenced more than {max} times, which {}-bit reference counts cannot hold",
+                self.path().display(),
+                1 << order
+            )));
         }
-        for cluster in clusters {
-            let block = self.refcount_block_of(cluster)?.expect("made above");
-            self.set_refcount(block, cluster, self.refcount_of(cluster)? + 1)?;
+        let per_slice = (self.refcount_blocks.slice_bytes() * 8) >> order;
+        let mut next = clusters.start;
+        while next < clusters.end {
+            let end = ((next / per_slice + 1) * per_slice).min(clusters.end);
+            let block = self.refcount_block_of(next)?.expect("made above");
+            let (at, first) = self.refcount_place(block, next);
+            self.refcount_blocks.update(self.image_file(), at, |bytes, _| {
+                for index in first..first + usize_of(end - next) {
+                    let count = refcount_get(bytes, order, index);
+                    refcount_set(bytes, order, index, count + 1);
+                }
+            })?;
+            next = end;
         }
         state.barrier = true;
         Ok(Counted::Done)
