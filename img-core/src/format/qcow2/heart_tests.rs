@@ -464,3 +464,28 @@ fn images_are_laid_out_as_the_reference_does() {
         assert_eq!((differs, ours.len()), (None, theirs.len()), "{shape}");
     }
 }
+
+/// A refcount table that is full gives way to a larger one, where the reference puts it.
+#[test]
+fn refcount_table_grows() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for shape in ["cluster_size=512", "cluster_size=512,refcount_bits=64"] {
+        let (theirs, ours) = (dir.path().join("theirs.qcow2"), dir.path().join("ours.qcow2"));
+        reference("qemu-img", &["create", "-q", "-f", "qcow2", "-o", shape, text(&theirs), "20M"]);
+        std::fs::copy(&theirs, &ours).expect("copied");
+        let storage: Arc<dyn Storage> =
+            Arc::new(FileOptions::new().write(true).open(&ours).expect("it opens"));
+        let layer = open(&storage, OpenMode::Write, &OptionSet::new()).expect("it opens");
+        let bytes: Vec<u8> = (0..20 << 20).map(|at: u32| (at >> 12).to_le_bytes()[0]).collect();
+        for at in (0..bytes.len()).step_by(1 << 20) {
+            write(&layer, at as u64, &bytes[at..at + (1 << 20)]).expect("written");
+        }
+        assert!(layer.header().refcount_table_clusters > 1);
+        LayerWriter::close(&layer).expect("closed");
+        drop(layer);
+        audit(&storage);
+        assert_eq!(reference("qemu-img", &["check", "-q", text(&ours)]), "");
+        let layer = open(&storage, OpenMode::Read, &OptionSet::new()).expect("it opens");
+        assert!(read(&layer, 0..20 << 20) == bytes, "{shape}");
+    }
+}
