@@ -26,7 +26,10 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{Backing, Codec, Driver, Extent, HostFile, Layer, LayerWriter, Lease, OpenContext, OpenMode},
+    format::{
+        Backing, CheckReport, Codec, Driver, Extent, Finding, HostFile, Layer, LayerWriter, Lease,
+        OpenContext, OpenMode, Repair,
+    },
     storage::{Flush, Storage},
 };
 
@@ -141,7 +144,13 @@ impl Qcow2Layer {
 
     /// What a crash under lazy refcounts left: counts are made right again before anything is allocated.
     fn repair_dirty(&self) -> Result<()> {
-        Err(Error::unsupported(self.path(), "repairing a dirty image at open"))
+        let mut header = self.header().clone();
+        let report = super::check::check(self.storage(), &mut header, Repair::All, &mut |_: Finding| {})?;
+        if report.check_errors != 0 || report.corruptions != 0 {
+            return Err(Error::Invalid("Could not repair dirty image".to_owned()));
+        }
+        self.reload()?;
+        self.clear_dirty()
     }
 
     /// The storage of the image file.
@@ -336,6 +345,17 @@ impl Layer for Qcow2Layer {
         // No table that the walk is in may become something else meanwhile.
         let _pin = self.epochs.pin();
         self.guard(self.map.map_range(self.root(), guest_bytes, extents))
+    }
+
+    fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
+        // The audit looks at the file, not at what is cached of it.
+        self.drain()?;
+        let mut header = self.header().clone();
+        let report = super::check::check(self.storage(), &mut header, repair, findings);
+        if repair != Repair::Nothing {
+            self.reload()?;
+        }
+        report
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {
