@@ -248,11 +248,11 @@ impl Direct {
     }
 
     fn is_unit(&self, offset: u64) -> bool {
-        offset % self.unit_bytes == 0
+        offset.is_multiple_of(self.unit_bytes)
     }
 
     fn is_straight(&self, buf: &[u8]) -> bool {
-        self.is_unit(buf.len() as u64) && buf.as_ptr().addr() % self.address_bytes == 0
+        self.is_unit(buf.len() as u64) && buf.as_ptr().addr().is_multiple_of(self.address_bytes)
     }
 
     fn down(&self, offset: u64) -> u64 {

@@ -13,7 +13,7 @@ use crate::{Error, Result};
 
 /// The unit of allocation: a chunk is there or it is a hole.
 const CHUNK_BYTES: u64 = 4096;
-const CHUNK_LEN: usize = CHUNK_BYTES as usize;
+const CHUNK_LEN: usize = 4096;
 
 type Chunk = Arc<[u8; CHUNK_LEN]>;
 
@@ -197,7 +197,7 @@ impl Storage for MemoryStorage {
     }
 
     fn limits(&self) -> Limits {
-        Limits { alignment_bytes: 1, block_bytes: CHUNK_LEN as u32, can_punch: true }
+        Limits { alignment_bytes: 1, block_bytes: 4096, can_punch: true }
     }
 
     fn is_writable(&self) -> bool {

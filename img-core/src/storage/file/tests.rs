@@ -27,7 +27,7 @@ fn bytes_past_the_end_read_as_zeroes() -> Result<()> {
 fn more_slices_than_a_call_takes_are_transferred() -> Result<()> {
     let dir = tempfile::tempdir().expect("a directory");
     let file = new_file(&dir)?;
-    let bytes: Vec<u8> = (0..3000u32).map(|i| (i % 251) as u8).collect();
+    let bytes: Vec<u8> = (0..3000u32).map(|i| u8::try_from(i % 251).expect("a byte")).collect();
     let bufs: Vec<_> = bytes.chunks(1).map(IoSlice::new).collect();
     file.write_vectored_at(&bufs, 10)?;
     let mut back = vec![0; 3100];
@@ -117,7 +117,7 @@ fn the_kernel_copies_between_files() -> Result<()> {
     let dir = tempfile::tempdir().expect("a directory");
     let source = new_file(&dir)?;
     let target = FileOptions::new().create_new(true).open(dir.path().join("copy"))?;
-    let bytes: Vec<u8> = (0..300_000u32).map(|at| (at % 253) as u8).collect();
+    let bytes: Vec<u8> = (0..300_000u32).map(|at| u8::try_from(at % 253).expect("a byte")).collect();
     source.write_at(&bytes, 0)?;
     let copied = target.copy_from(&source, 1000, 77, 299_000)?;
     if copied > 0 {
