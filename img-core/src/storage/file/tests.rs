@@ -1,5 +1,7 @@
 //! The system-facing rules of one file.
 
+use rustix::fs::{FileType, Mode};
+
 use super::*;
 
 fn new_file(dir: &tempfile::TempDir) -> Result<FileStorage> {
