@@ -130,14 +130,12 @@ impl Flags<'_, '_, '_> {
     fn write(&mut self, table: u64, changed: &[usize]) -> Result<()> {
         let (Some(guard), false) = (self.guard, changed.is_empty()) else { return Ok(()) };
         let subject = &self.image.subject;
-        if guard.overlaps(table..table + subject.geometry.cluster_bytes()) {
-            self.teller.line(
-                "ERROR: Could not write L2 table; metadata overlap check failed: Input/output error"
-                    .to_owned(),
-            );
+        let range = table..table + subject.geometry.cluster_bytes();
+        guard.permit(range, subject, self.teller).inspect_err(|_| {
+            let text = "ERROR: Could not write L2 table; metadata overlap check failed: Input/output error";
+            self.teller.line(text.to_owned());
             self.teller.report.check_errors += 1;
-            return Err(subject.failure(rustix::io::Errno::IO));
-        }
+        })?;
         for number in changed {
             let within = number * index(subject.geometry.l2_entry_bytes());
             let result = subject.storage.write_at(&self.bytes[within..within + 8], table + within as u64);

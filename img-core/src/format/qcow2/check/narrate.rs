@@ -109,16 +109,10 @@ impl<'a, 'b> Narrator<'a, 'b> {
 
     /// Makes misplaced preallocated clusters of the table at hand plain zeroes.
     fn repair(&mut self, table: u64, misplaced: &[usize]) -> Result<()> {
-        let Some(guard) = self.guard else { return Ok(()) };
         let geometry = self.rules.geometry;
         for number in misplaced {
             let entry_bytes = geometry.l2_entry_bytes();
             let at = table + *number as u64 * entry_bytes;
-            if guard.overlaps(at..at + entry_bytes) {
-                self.teller.line("ERROR: Overlap check failed".to_owned());
-                self.teller.report.check_errors += 1;
-                return Err(self.subject.failure(rustix::io::Errno::IO));
-            }
             let entry = L2Entry::read(&self.bytes, *number, geometry);
             without_place(entry, geometry).write(&mut self.bytes, *number, geometry);
             let within = *number * index(entry_bytes);
@@ -164,7 +158,7 @@ impl Walker for Narrator<'_, '_> {
         self.subject.read(&mut self.bytes, offset)?;
         let before = self.teller.report.corruptions;
         let bytes = std::mem::take(&mut self.bytes);
-        let mut visit = Visit { misplaced: Vec::new(), narrator: self };
+        let mut visit = Visit { table: offset, misplaced: Vec::new(), narrator: self };
         visit_table(visit.narrator.rules, &bytes, &mut visit);
         let misplaced = visit.misplaced;
         self.bytes = bytes;
@@ -180,24 +174,42 @@ impl Walker for Narrator<'_, '_> {
 /// One table's visit.
 struct Visit<'n, 'a, 'b> {
     narrator: &'n mut Narrator<'a, 'b>,
+    table: u64,
     misplaced: Vec<usize>,
 }
 
 impl Visitor for Visit<'_, '_, '_> {
     fn refer(&mut self, offset: u64, bytes: u64) {
-        self.narrator.count(offset, bytes);
+        if self.narrator.failure.is_none() {
+            self.narrator.count(offset, bytes);
+        }
     }
 
     fn fault(&mut self, fault: Fault) {
-        self.narrator.teller.corruption(&fault);
+        if self.narrator.failure.is_none() {
+            self.narrator.teller.corruption(&fault);
+        }
     }
 
     fn reserved_unaligned(&mut self, index: usize, offset: u64) {
-        let repairing = self.narrator.guard.is_some();
-        self.narrator.teller.report.corruptions += 1;
-        self.narrator.teller.line(Fault::ReservedUnaligned { offset }.text(repairing));
-        if repairing {
-            self.misplaced.push(index);
+        if self.narrator.failure.is_some() {
+            return;
+        }
+        let guard = self.narrator.guard;
+        let narrator = &mut *self.narrator;
+        narrator.teller.report.corruptions += 1;
+        narrator.teller.line(Fault::ReservedUnaligned { offset }.text(guard.is_some()));
+        let Some(guard) = guard else { return };
+        let entry_bytes = narrator.rules.geometry.l2_entry_bytes();
+        let at = self.table + index as u64 * entry_bytes;
+        match guard.permit(at..at + entry_bytes, narrator.subject, narrator.teller) {
+            Ok(()) => self.misplaced.push(index),
+            Err(error) => {
+                // The table is something else as well: nothing of it is to be believed.
+                narrator.teller.line("ERROR: Overlap check failed".to_owned());
+                narrator.teller.report.check_errors += 1;
+                narrator.failure = Some(error);
+            }
         }
     }
 }

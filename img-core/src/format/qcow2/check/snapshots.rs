@@ -10,6 +10,7 @@ use super::{
     fault::{Fault, Teller},
     guard::Guard,
     place,
+    table::region,
 };
 use crate::{Result, storage::Flush};
 
@@ -285,5 +286,10 @@ pub(super) fn rewrite(image: &Image<'_>, counters: &Counters, guard: &Guard) -> 
     pointer.extend(offset.to_be_bytes());
     subject.storage.write_at(&pointer, COUNT_AT)?;
     subject.storage.flush(Flush::Data)?;
+    // Only what was counted: a table that reaches behind the file was not.
+    let rules = image.rules(Mode::NOTHING);
+    if region(rules, image.snapshots.offset, image.snapshots.table_bytes).is_none() {
+        return Ok(());
+    }
     place::release(image, image.snapshots.offset, image.snapshots.table_bytes)
 }

@@ -1,4 +1,5 @@
 //! The audit against the reference, against bytes that nobody meant, and against power cuts.
 
 mod differential;
+mod hostile;
 mod oracle;
