@@ -152,7 +152,8 @@ impl Facts {
             format: layer.driver().name(),
             virtual_size_bytes: layer.virtual_size_bytes(),
             actual_size_bytes: storage.allocated_bytes().ok(),
-            file_length_bytes: storage.len_bytes()?,
+            // The reference counts in sectors.
+            file_length_bytes: storage.len_bytes()?.next_multiple_of(512),
             protocol: protocol(storage.path()),
             cluster_size_bytes: layer.cluster_size_bytes(),
             encrypted: layer.is_encrypted(),

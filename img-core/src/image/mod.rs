@@ -4,6 +4,8 @@
 //! and `write` move guest bytes over the map, `codec` decodes, and `gate` holds requests back while the whole
 //! image changes (`whole`: resize, snapshots, close).
 
+#[cfg(test)]
+mod chain_tests;
 mod codec;
 mod flat;
 mod gate;

@@ -121,9 +121,8 @@ fn frozen_layer(size: u64, steps: &[Step], below: &[u8]) -> (Arc<dyn Layer>, Vec
     let mut at = 0;
     for extent in &extents {
         if extent.place == Place::Unallocated {
-            for at in index(at)..index(at + extent.len_bytes) {
-                alone[at] = below.get(at).copied().unwrap_or(0);
-            }
+            let silent = alone.iter_mut().enumerate().skip(index(at)).take(index(extent.len_bytes));
+            silent.for_each(|(at, byte)| *byte = below.get(at).copied().unwrap_or(0));
         }
         at += extent.len_bytes;
     }

@@ -83,14 +83,14 @@ impl Runtime {
     /// `cache-size` is shared out: what one of the caches was given is taken from it, and with neither
     /// given the refcount cache gets its minimum and L2 the rest, as L2 serves every request.
     fn cache_sizes(&mut self, options: &OptionSet, cluster: u64) -> Result<()> {
-        let total = size(options, "cache-size")?;
-        let l2 = size(options, "l2-cache-size")?;
-        let refcounts = size(options, "refcount-cache-size")?;
+        let total = options.size("cache-size")?;
+        let l2 = options.size("l2-cache-size")?;
+        let refcounts = options.size("refcount-cache-size")?;
         // Cleaning by the clock rule keeps the bound at all times; the interval has nothing left to free.
         if let Some(text) = options.get("cache-clean-interval") {
             text.parse::<u32>().map_err(|_| not_a_number("cache-clean-interval"))?;
         }
-        if let Some(entry) = size(options, "l2-cache-entry-size")? {
+        if let Some(entry) = options.size("l2-cache-entry-size")? {
             if !entry.is_power_of_two() || entry < 512 || entry > cluster {
                 return Err(Error::Invalid(format!(
                     "L2 cache entry size must be a power of two between 512 and the cluster size ({cluster})"
@@ -123,26 +123,6 @@ impl Runtime {
         self.refcount_cache_bytes = self.refcount_cache_bytes.max(MIN_SLICES * self.slice_bytes);
         Ok(())
     }
-}
-
-/// Bytes, with an optional suffix of base 1024.
-fn size(options: &OptionSet, name: &str) -> Result<Option<u64>> {
-    let Some(text) = options.get(name) else { return Ok(None) };
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match &text[digits.len()..] {
-        "" | "b" | "B" => 0,
-        "k" | "K" => 10,
-        "m" | "M" => 20,
-        "g" | "G" => 30,
-        "t" | "T" => 40,
-        _ => return Err(not_a_size(name)),
-    };
-    let number: u64 = digits.parse().map_err(|_| not_a_size(name))?;
-    number.checked_mul(1 << shift).map(Some).ok_or_else(|| not_a_size(name))
-}
-
-fn not_a_size(name: &str) -> Error {
-    Error::Invalid(format!("Parameter '{name}' expects a non-negative number below 2^64"))
 }
 
 fn not_a_number(name: &str) -> Error {
