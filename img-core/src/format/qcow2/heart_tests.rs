@@ -73,7 +73,7 @@ pub(super) fn reference(program: &str, args: &[&str]) -> String {
     text
 }
 
-fn text(path: &Path) -> &str {
+pub(super) fn text(path: &Path) -> &str {
     path.to_str().expect("a plain name")
 }
 

@@ -33,6 +33,8 @@ mod write;
 mod zero;
 
 #[cfg(test)]
+mod heart_fault_tests;
+#[cfg(test)]
 mod heart_tests;
 #[cfg(test)]
 mod oracle;

@@ -1,0 +1,261 @@
+//! The heart of the driver under many threads, and on images that lie.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use super::{
+    Qcow2,
+    entry::{COPIED, ZERO},
+    feature::incompatible,
+    heart_tests::{audit, new_image, open, read, reference, text, write},
+    layer::Qcow2Layer,
+    lease::Epochs,
+};
+use crate::{
+    Error,
+    format::{Driver, HostFile, Layer, LayerWriter, OpenContext, OpenMode, OptionSet, Place},
+    storage::{FileOptions, Storage},
+};
+
+fn open_to_write(storage: &Arc<dyn Storage>) -> Qcow2Layer {
+    open(storage, OpenMode::Write, &OptionSet::new()).expect("it opens")
+}
+
+/// Threads that write, zero, discard and flush their own stripes, which share clusters and tables with the
+/// stripes of the others, each find what they wrote.
+#[test]
+fn threads_do_not_disturb_each_other() {
+    const THREADS: u64 = 4;
+    /// Smaller than a cluster in most shapes: neighbours meet in it.
+    const STRIPE_BYTES: u64 = 1536;
+    for shape in [
+        "cluster_size=512",
+        "cluster_size=4k,refcount_bits=2,lazy_refcounts=on",
+        "cluster_size=16k,extended_l2=on",
+    ] {
+        let storage = new_image(shape);
+        let layer = open_to_write(&storage);
+        let stripes = layer.virtual_size_bytes() / STRIPE_BYTES / THREADS;
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let layer = &layer;
+                scope.spawn(move || {
+                    let mut random = thread + 1;
+                    let mut model = vec![0_u8; usize::try_from(stripes).unwrap()];
+                    for round in 0..150_u64 {
+                        // xorshift: any spread will do.
+                        random ^= random << 13;
+                        random ^= random >> 7;
+                        random ^= random << 17;
+                        let stripe = random % stripes;
+                        let at = (stripe * THREADS + thread) * STRIPE_BYTES;
+                        let byte = u8::try_from(round).unwrap();
+                        write(layer, at, &vec![byte; usize::try_from(STRIPE_BYTES).unwrap()])
+                            .expect("written");
+                        model[usize::try_from(stripe).unwrap()] = byte;
+                        if round % 16 == thread {
+                            LayerWriter::flush(layer).expect("flushed");
+                        }
+                        if round % 8 == 0 {
+                            let _pin = layer.pin();
+                            let found = read(layer, at..at + STRIPE_BYTES);
+                            assert!(found.iter().all(|&found| found == byte), "{shape}: at {at:#x}");
+                        }
+                    }
+                    for (stripe, byte) in model.iter().enumerate() {
+                        let at = (stripe as u64 * THREADS + thread) * STRIPE_BYTES;
+                        let found = read(layer, at..at + STRIPE_BYTES);
+                        assert!(
+                            found.iter().all(|found| found == byte),
+                            "{shape}: stripe {stripe} of {thread}"
+                        );
+                    }
+                });
+            }
+        });
+        LayerWriter::close(&layer).expect("closed");
+        audit(&storage);
+    }
+}
+
+/// A second write to a cluster waits until the first has landed, and then finds its bytes.
+#[test]
+fn a_second_write_waits_for_the_first() {
+    let storage = new_image("cluster_size=64k");
+    let layer = open_to_write(&storage);
+    let first = layer.prepare_write(0..100).expect("prepared");
+    let landed = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| {
+            let second = layer.prepare_write(1000..1100).expect("prepared");
+            assert!(landed.load(Ordering::SeqCst), "the first has not landed yet");
+            assert_eq!(second.plan().fill_before_bytes, 0, "it is in place by now");
+            second.commit().expect("committed");
+        });
+        let at = first.plan().at.0;
+        storage.write_at(&[7; 100], at).expect("written");
+        landed.store(true, Ordering::SeqCst);
+        first.commit().expect("committed");
+        second.join().expect("it ends");
+    });
+}
+
+/// A cluster that was freed is not given out while a lease from before the free is held.
+#[test]
+fn a_lease_keeps_freed_clusters_from_others() {
+    let storage = new_image("cluster_size=64k");
+    let layer = open_to_write(&storage);
+    write(&layer, 0, &[1; 65_536]).expect("written");
+    LayerWriter::flush(&layer).expect("flushed");
+    let place = |guest: u64| {
+        let mut extents = Vec::new();
+        layer.map_range(guest..guest + 1, &mut extents).expect("mapped");
+        extents[0].place
+    };
+    let lease = layer.pin();
+    let Place::Data { at: held, .. } = place(0) else { panic!("it was written") };
+    LayerWriter::discard(&layer, 0..65_536).expect("discarded");
+    LayerWriter::flush(&layer).expect("flushed");
+    write(&layer, 65_536, &[2; 65_536]).expect("written");
+    assert!(!matches!(place(65_536), Place::Data { at, .. } if at == held), "given out under a lease");
+    drop(lease);
+    LayerWriter::flush(&layer).expect("flushed");
+    write(&layer, 131_072, &[3; 65_536]).expect("written");
+    assert!(matches!(place(131_072), Place::Data { at, .. } if at == held), "free again");
+    LayerWriter::close(&layer).expect("closed");
+    audit(&storage);
+}
+
+#[test]
+fn epochs_end_when_their_pins_are_gone() {
+    let epochs = Epochs::default();
+    let old = epochs.pin();
+    let first = epochs.close();
+    let young = epochs.pin();
+    assert!(!epochs.all_gone(first));
+    drop(old);
+    assert!(epochs.all_gone(first));
+    let second = epochs.close();
+    assert!(!epochs.all_gone(second));
+    for _ in 0..20 {
+        epochs.close();
+        assert!(!epochs.all_gone(second));
+    }
+    drop(young);
+    assert!(epochs.all_gone(second));
+}
+
+/// A cluster of guest data that stands on `structure`.
+fn overlaps(structure: &str, at: fn(&Qcow2Layer) -> u64) {
+    let storage = new_image("cluster_size=64k");
+    {
+        let layer = open_to_write(&storage);
+        write(&layer, 0, &[1; 131_072]).expect("written");
+        LayerWriter::close(&layer).expect("closed");
+    }
+    let layer = open_to_write(&storage);
+    let table = layer.map.l1_entry(layer.root(), 0).expect("readable").table().expect("made");
+    let host = at(&layer);
+    storage.write_at(&(host | COPIED).to_be_bytes(), table).expect("written");
+    let layer = open_to_write(&storage);
+    match write(&layer, 100, &[2; 100]) {
+        Err(Error::Overlap { structure: found, .. }) => assert_eq!(found, structure),
+        other => panic!("{structure}: {other:?}"),
+    }
+    assert!(write(&layer, 70_000, &[2; 100]).is_err(), "{structure}: nothing is written any more");
+    assert!(layer.header().incompatible & incompatible::CORRUPT != 0);
+    let context = OpenContext {
+        mode: OpenMode::Write,
+        options: &OptionSet::new(),
+        open_file: &|name, _| panic!("no file '{name}' to open"),
+    };
+    assert!(Qcow2.open(Arc::clone(&storage), &context).is_err(), "a corrupt image is not written");
+}
+
+#[test]
+fn writes_over_metadata_are_refused() {
+    overlaps("active L1 table", |layer| layer.header().l1_offset);
+    overlaps("refcount table", |layer| layer.header().refcount_table_offset);
+    overlaps("refcount block", |_| 2 << 16);
+    overlaps("active L2 table", |layer| {
+        layer.map.l1_entry(layer.root(), 0).expect("readable").table().expect("made")
+    });
+}
+
+/// Entries that break the format's rules are named, and never followed.
+#[test]
+fn broken_entries_are_named() {
+    for (at, word, structure) in [
+        ("l1", 0x5_0200 | COPIED, "L1 entry"),
+        ("l1", 0x00ff_0000_0000_0000 | COPIED, "L1 entry"),
+        ("l2", 0x5_0200 | COPIED, "L2 entry"),
+        ("l2", 0x5_0200 | ZERO, "L2 entry"),
+    ] {
+        let storage = new_image("cluster_size=64k");
+        let layer = open_to_write(&storage);
+        write(&layer, 0, &[1; 100]).expect("written");
+        LayerWriter::close(&layer).expect("closed");
+        let root = layer.root();
+        let table = layer.map.l1_entry(root, 0).expect("readable").table().expect("made");
+        let place = if at == "l1" { root.l1_offset } else { table };
+        storage.write_at(&word.to_be_bytes(), place).expect("written");
+        for mode in [OpenMode::Read, OpenMode::Write] {
+            let layer = open(&storage, mode, &OptionSet::new()).expect("it opens");
+            match layer.map_range(0..65_536, &mut Vec::new()) {
+                Err(Error::Corrupt { structure: found, at_bytes, .. }) => {
+                    assert_eq!((found, at_bytes), (structure, place));
+                }
+                other => panic!("{structure} {word:#x}: {other:?}"),
+            }
+            let is_marked = layer.header().incompatible & incompatible::CORRUPT != 0;
+            assert_eq!(is_marked, mode == OpenMode::Write, "only who writes marks");
+        }
+    }
+}
+
+/// Guest data in an external file: read and written as the reference does.
+#[test]
+fn external_data_files() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for raw in ["off", "on"] {
+        let (image, data, flat) =
+            (dir.path().join("a.qcow2"), dir.path().join("a.data"), dir.path().join("flat"));
+        let options = format!("data_file={},data_file_raw={raw}", text(&data));
+        reference("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, text(&image), "1M"]);
+        reference("qemu-io", &["-c", "write -P 1 64k 100k", text(&image)]);
+        let storage: Arc<dyn Storage> =
+            Arc::new(FileOptions::new().write(true).open(&image).expect("it opens"));
+        let context = OpenContext {
+            mode: OpenMode::Write,
+            options: &OptionSet::new(),
+            open_file: &|name, _| Ok(Arc::new(FileOptions::new().write(true).open(name)?)),
+        };
+        let layer = Qcow2Layer::open(storage, &context).expect("it opens");
+        assert!(layer.file(HostFile(1)).is_some());
+        let mut model = vec![0_u8; 1 << 20];
+        model[65_536..65_536 + 102_400].fill(1);
+        assert!(read(&layer, 0..1 << 20) == model);
+        write(&layer, 500_000, &[5; 70_000]).expect("written");
+        model[500_000..570_000].fill(5);
+        LayerWriter::discard(&layer, 65_536..131_072).expect("discarded");
+        model[65_536..131_072].fill(0);
+        assert!(LayerWriter::write_zeroes(&layer, 524_288..589_824, true).expect("zeroed"));
+        model[524_288..589_824].fill(0);
+        assert!(layer.prepare_compressed(0, 100).is_err());
+        assert!(read(&layer, 0..1 << 20) == model);
+        LayerWriter::close(&layer).expect("closed");
+        drop(layer);
+        reference("qemu-img", &["check", "-q", text(&image)]);
+        reference("qemu-img", &["convert", "-O", "raw", text(&image), text(&flat)]);
+        assert!(std::fs::read(&flat).expect("converted") == model, "raw={raw}");
+        if raw == "on" {
+            assert!(
+                std::fs::read(&data).expect("it is there") == model,
+                "the data file reads as the guest does"
+            );
+        }
+        std::fs::remove_file(&data).expect("removed");
+    }
+}
