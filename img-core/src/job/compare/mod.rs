@@ -14,6 +14,9 @@ use super::{
 };
 use crate::{Error, JobStep, Result, format::Place, image::Image};
 
+#[cfg(test)]
+mod tests;
+
 /// Bytes of each image that a thread holds: what the reference reads at once, which decides where it starts
 /// to count sectors anew.
 const PIECE_BYTES: u64 = 2 << 20;
