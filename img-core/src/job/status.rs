@@ -264,8 +264,19 @@ impl<'a> Walk<'a> {
         match status.place {
             Place::Unallocated => Ok(self.refine_unallocated(status)),
             Place::Data { file, at, .. } => self.refine_data(status, file, at.0),
+            Place::Zero { reserved: None } => Ok(self.refine_zero(status)),
             Place::Zero { .. } | Place::Encoded { .. } => Ok((status, None)),
         }
+    }
+
+    /// The image says zero, in the name of the layer, for what lies behind the end of a short layer. There the
+    /// layer above has the last word.
+    fn refine_zero(&self, status: Status) -> (Status, Option<Status>) {
+        let layer_end = self.image.layers()[status.depth].virtual_size_bytes();
+        if status.start >= layer_end {
+            return self.refine_unallocated(Status { place: Place::Unallocated, present: false, ..status });
+        }
+        status.cut(layer_end - status.start)
     }
 
     /// Where all layers are silent, the one without a layer below it that long has the last word.

@@ -111,16 +111,16 @@ impl<'a> Target<'a> {
 
     /// Writes `bytes` where `first` begins, with the fill before it and the one behind `last`.
     fn write_run(&self, bytes: &[u8], first: &WritePlan, last: &WritePlan) -> Result<()> {
-        let before =
-            self.fill(first.guest_bytes.start, first.fill_before_bytes, first.fill_is_zeroed, true)?;
-        let after = self.fill(last.guest_bytes.end, last.fill_after_bytes, last.fill_is_zeroed, false)?;
+        let before = self.fill(first.guest_bytes.start, first.fill_before_bytes, true)?;
+        let after = self.fill(last.guest_bytes.end, last.fill_after_bytes, false)?;
         let start = first.at.0 - before.len() as u64;
         let slices = [IoSlice::new(&before), IoSlice::new(bytes), IoSlice::new(&after)];
         self.file(first)?.write_vectored_at(&slices, start)
     }
 
-    /// What the guest reads now in the `len` bytes before or behind `at`; nothing when that is there already.
-    fn fill(&self, at: u64, len: u64, is_zeroed: bool, before: bool) -> Result<Vec<u8>> {
+    /// What the guest reads now in the `len` bytes before or behind `at`. Zeroes are written too, even where the
+    /// host has them already: the reference also takes the whole cluster's space.
+    fn fill(&self, at: u64, len: u64, before: bool) -> Result<Vec<u8>> {
         if len == 0 {
             return Ok(Vec::new());
         }
@@ -129,9 +129,6 @@ impl<'a> Target<'a> {
         // A cluster may reach past the end of the disk; what is there is written as zeroes.
         let in_disk = self.image.virtual_size_bytes().saturating_sub(from).min(len);
         self.image.read_at(&mut bytes[..usize::try_from(in_disk).expect("at most len")], from)?;
-        if is_zeroed && bytes.iter().all(|byte| *byte == 0) {
-            bytes.clear();
-        }
         Ok(bytes)
     }
 
@@ -165,10 +162,6 @@ impl<'a> Target<'a> {
 impl Reserved<'_> {
     pub(super) fn plan(&self) -> &WritePlan {
         self.write.plan()
-    }
-
-    pub(super) fn bytes(&self) -> Range<usize> {
-        self.bytes.clone()
     }
 
     /// Whether one write can move both: nothing lies between them on the host or in the buffer.
