@@ -9,7 +9,7 @@ use super::{
     Subject,
     counters::index,
 };
-use crate::{Error, Result};
+use crate::Result;
 
 /// Clusters that one piece of [`Singles`] covers.
 const PIECE_CLUSTERS: u64 = 4096;
@@ -175,19 +175,18 @@ fn fill(
     let mut at = range.start;
     while at < range.end {
         let end = range.end.min((at / per_block + 1) * per_block);
-        if let Block::At(offset) = blocks.block(subject, at / per_block) {
-            if offset < subject.file_bytes {
-                subject.read(&mut bytes, offset)?;
-                for first in (at..end).step_by(64) {
-                    let count = (end - first).min(64);
-                    let word =
-                        singles(&bytes, geometry.refcount_order, index(first % per_block), index(count));
-                    if word != 0 {
-                        let within = first - range.start;
-                        let piece = &mut pieces[index(within / PIECE_CLUSTERS)];
-                        let piece = piece.get_or_insert_with(|| Box::new([0; 64]));
-                        piece[index(within % PIECE_CLUSTERS / 64)] |= word << (first % 64);
-                    }
+        if let Block::At(offset) = blocks.block(subject, at / per_block)
+            && offset < subject.file_bytes
+        {
+            subject.read(&mut bytes, offset)?;
+            for first in (at..end).step_by(64) {
+                let count = (end - first).min(64);
+                let word = singles(&bytes, geometry.refcount_order, index(first % per_block), index(count));
+                if word != 0 {
+                    let within = first - range.start;
+                    let piece = &mut pieces[index(within / PIECE_CLUSTERS)];
+                    let piece = piece.get_or_insert_with(|| Box::new([0; 64]));
+                    piece[index(within % PIECE_CLUSTERS / 64)] |= word << (first % 64);
                 }
             }
         }
@@ -220,8 +219,3 @@ pub(super) const SIXTEEN_BIT_ONES: [u8; 128] = {
     }
     bytes
 };
-
-/// The error for what the reference calls `EIO`.
-pub(super) fn io_error(subject: &Subject<'_>) -> Error {
-    subject.failure(rustix::io::Errno::IO)
-}

@@ -121,7 +121,7 @@ impl Comparison<'_, '_, '_> {
         let start = clusters.start;
         let mut at = start;
         while at < clusters.end {
-            if geometry.refcount_order == 4 && at % LANES == 0 && at + LANES <= clusters.end {
+            if geometry.refcount_order == 4 && at.is_multiple_of(LANES) && at + LANES <= clusters.end {
                 let within = index(at - start) * 2;
                 let counts = &self.block[within..within + 64];
                 match self.counters.lanes(at) {

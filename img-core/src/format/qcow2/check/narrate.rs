@@ -23,6 +23,9 @@ const REPEATED_ENTRIES_MAX: u64 = 1 << 28;
 /// References behind the end of the file that are remembered, to keep repairs from writing there.
 const PAST_END_MAX: usize = 1 << 20;
 
+/// Regions as offset and length.
+pub(super) type Regions = Vec<(u64, u64)>;
+
 /// The slow walk.
 pub(super) struct Narrator<'a, 'b> {
     subject: &'a Subject<'a>,
@@ -39,7 +42,7 @@ pub(super) struct Narrator<'a, 'b> {
     /// Faults of tables that are not told again.
     of_table: HashMap<u64, u64>,
     /// Regions behind the end of the file.
-    pub(super) past_end: Vec<(u64, u64)>,
+    pub(super) past_end: Regions,
     failure: Option<Error>,
 }
 
@@ -78,7 +81,7 @@ impl<'a, 'b> Narrator<'a, 'b> {
     }
 
     /// The end of the walk: the counts, where they were counted again.
-    pub(super) fn finish(self) -> Result<(Option<Counters>, Vec<(u64, u64)>)> {
+    pub(super) fn finish(self) -> Result<(Option<Counters>, Regions)> {
         match self.failure {
             Some(error) => Err(error),
             None => Ok((self.saturating.map(|saturating| saturating.counters), self.past_end)),

@@ -24,7 +24,7 @@ pub(super) fn rebuild(
     guard: &Guard,
     teller: &mut Teller<'_>,
 ) -> Result<Blocks> {
-    let mut builder = Builder { subject, counters, guard, table: Vec::new() };
+    let builder = Builder { subject, counters, guard, table: Vec::new() };
     let end = builder.counters.clusters();
     let result = builder.build(end);
     let (table_offset, table) = match result {
@@ -129,7 +129,7 @@ impl Builder<'_, '_> {
         let first = number * geometry.refcounts_per_block();
         let mut entry = 0;
         while entry < geometry.refcounts_per_block() {
-            if (first + entry) % LANES == 0 && self.counters.lanes(first + entry) == Some(0) {
+            if (first + entry).is_multiple_of(LANES) && self.counters.lanes(first + entry) == Some(0) {
                 entry += LANES;
                 continue;
             }
