@@ -2,7 +2,7 @@
 
 use img_core::{
     Error,
-    format::{CheckReport, OpenMode, Repair},
+    format::{CheckReport, Finding, OpenMode, Repair},
     image::Image,
 };
 use serde_json::{Map, Value};
@@ -79,12 +79,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     if !image.layers()[0].driver().can_check() {
         return Err(Failure::new("This image format does not support checks").with_code(NOT_SUPPORTED));
     }
-    let report = audit(&image, repair)?;
+    let report = audit(&image, repair, context)?;
     let report = if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
         if layout == Layout::Human && !args.quiet {
             print_repaired(&report, &context.out);
         }
-        let second = audit(&image, Repair::Nothing)?;
+        let second = audit(&image, Repair::Nothing, context)?;
         CheckReport { corruptions_fixed: report.corruptions_fixed, leaks_fixed: report.leaks_fixed, ..second }
     } else {
         report
@@ -110,8 +110,15 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
 }
 
 /// One pass. Each finding is told as it is met.
-fn audit(image: &Image, repair: Repair) -> Result<CheckReport, Failure> {
-    image.check(repair, &mut |finding| complain(finding.text)).map_err(|error| failed(&error))
+fn audit(image: &Image, repair: Repair, context: &Context) -> Result<CheckReport, Failure> {
+    let mut tell = |finding: Finding| {
+        if finding.with_program_name {
+            context.error(&finding.text);
+        } else {
+            complain(finding.text);
+        }
+    };
+    image.check(repair, &mut tell).map_err(|error| failed(&error))
 }
 
 fn failed(error: &Error) -> Failure {
