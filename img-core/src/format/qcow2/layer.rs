@@ -28,7 +28,7 @@ use crate::{
     Error, Result,
     format::{
         Backing, CheckReport, Codec, Driver, Extent, Finding, HostFile, Layer, LayerWriter, Lease,
-        OpenContext, OpenMode, Repair,
+        OpenContext, OpenMode, Repair, Snapshots,
     },
     storage::{Flush, Storage},
 };
@@ -89,9 +89,25 @@ impl Qcow2Layer {
             }
             _ => None,
         };
+        let layer = Self::assemble(context.mode, storage, header, runtime, data_file)?;
+        if context.mode == OpenMode::Write {
+            layer.make_writable()?;
+        }
+        Ok(layer)
+    }
+
+    /// A layer with empty caches.
+    pub(super) fn assemble(
+        mode: OpenMode,
+        storage: Arc<dyn Storage>,
+        header: Header,
+        runtime: Runtime,
+        data_file: Option<Arc<dyn Storage>>,
+    ) -> Result<Self> {
+        let geometry = header.geometry;
         let end_bytes = storage.len_bytes()?;
-        let layer = Self {
-            mode: context.mode,
+        Ok(Self {
+            mode,
             geometry,
             backing: header.backing.clone(),
             data_file,
@@ -115,11 +131,7 @@ impl Qcow2Layer {
             has_sparse_data: OnceLock::new(),
             runtime,
             header: RwLock::new(header),
-        };
-        if context.mode == OpenMode::Write {
-            layer.make_writable()?;
-        }
-        Ok(layer)
+        })
     }
 
     /// The steps before the first write: a corrupt image is refused, a dirty one repaired, and the autoclear
@@ -356,6 +368,10 @@ impl Layer for Qcow2Layer {
             self.reload()?;
         }
         report
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {

@@ -29,6 +29,10 @@ mod places;
 mod refcount;
 mod resize;
 mod runtime;
+mod snapshot;
+mod snapshot_counts;
+mod snapshot_table;
+mod snapshot_tree;
 mod write;
 mod zero;
 
@@ -38,6 +42,8 @@ mod heart_fault_tests;
 mod heart_tests;
 #[cfg(test)]
 mod oracle;
+#[cfg(test)]
+mod snapshot_tests;
 
 use std::{path::Path, sync::Arc};
 

@@ -1,0 +1,201 @@
+//! Reference counts changed in bulk, straight on disk, while nobody else uses the image.
+//!
+//! A snapshot changes the count of every cluster of the disk by one. [`Counts`] takes runs of host clusters,
+//! keeps the refcount blocks it meets in a bounded buffer, and writes them back in the order of the file.
+//! The layer's own caches are drained before and reloaded after.
+
+use std::collections::BTreeMap;
+
+use super::{
+    create_layout::Run,
+    entry::REFCOUNT_TABLE_RESERVED,
+    extension::be64,
+    geometry::{Geometry, refcount_get, refcount_set},
+    header::Header,
+};
+use crate::{Error, Result, storage::Storage};
+
+/// Bound of the blocks kept in memory.
+const BLOCKS_BYTES: u64 = 8 << 20;
+/// So many freed runs are collected before their space is given back.
+const MAX_FREED_RUNS: usize = 1 << 16;
+
+/// One refcount block.
+#[derive(Debug)]
+struct Block {
+    offset: u64,
+    bytes: Vec<u8>,
+    changed: bool,
+}
+
+/// The reference counts of an image at rest.
+pub(super) struct Counts<'a> {
+    storage: &'a dyn Storage,
+    geometry: Geometry,
+    table_offset: u64,
+    /// Entries of the refcount table.
+    table: Vec<u8>,
+    blocks: BTreeMap<u64, Block>,
+    /// Clusters whose count went to zero.
+    freed: Vec<Run>,
+}
+
+impl<'a> Counts<'a> {
+    /// Reads the refcount table, at most 8 MiB.
+    pub(super) fn new(storage: &'a dyn Storage, header: &Header) -> Result<Self> {
+        let geometry = header.geometry;
+        let bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_bytes();
+        let mut table = vec![0; usize::try_from(bytes).expect("the header's check: at most 8 MiB")];
+        storage.read_at(&mut table, header.refcount_table_offset)?;
+        let table_offset = header.refcount_table_offset;
+        Ok(Self { storage, geometry, table_offset, table, blocks: BTreeMap::new(), freed: Vec::new() })
+    }
+
+    /// The count of a host cluster.
+    pub(super) fn get(&mut self, cluster: u64) -> Result<u64> {
+        let per_block = self.geometry.refcounts_per_block();
+        let order = self.geometry.refcount_order;
+        let index = usize::try_from(cluster % per_block).expect("inside a block");
+        Ok(self.block(cluster / per_block)?.map_or(0, |block| refcount_get(&block.bytes, order, index)))
+    }
+
+    /// Adds one to each count of a run, or takes one away. The parts of the run that lie in one block each
+    /// are changed whole or not at all; `done` counts those that were changed.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] where a cluster in use has a count of zero; [`Error::Io`] with `EINVAL`, as the
+    /// reference has it, where a count cannot grow.
+    pub(super) fn add(&mut self, run: Run, up: bool, done: &mut u64) -> Result<()> {
+        let per_block = self.geometry.refcounts_per_block();
+        let end = run.start + run.clusters;
+        let mut start = run.start;
+        while start < end {
+            let part_end = end.min((start / per_block + 1) * per_block);
+            self.add_part(Run { start, clusters: part_end - start }, up)?;
+            *done += 1;
+            start = part_end;
+        }
+        Ok(())
+    }
+
+    /// The first `parts` parts of a run, as [`Self::add`] cuts it, counted down again.
+    pub(super) fn undo(&mut self, run: Run, parts: &mut u64) -> Result<()> {
+        let per_block = self.geometry.refcounts_per_block();
+        let end = run.start + run.clusters;
+        let mut start = run.start;
+        while start < end && *parts > 0 {
+            let part_end = end.min((start / per_block + 1) * per_block);
+            self.add_part(Run { start, clusters: part_end - start }, false)?;
+            *parts -= 1;
+            start = part_end;
+        }
+        Ok(())
+    }
+
+    fn add_part(&mut self, run: Run, up: bool) -> Result<()> {
+        let geometry = self.geometry;
+        let (order, max) = (geometry.refcount_order, geometry.refcount_max());
+        let per_block = geometry.refcounts_per_block();
+        let file = self.storage.path().to_owned();
+        let unused = |cluster: u64| {
+            let at = cluster << geometry.cluster_bits;
+            Error::corrupt(&file, "reference count of a cluster in use", at, "at least 1", 0)
+        };
+        let first = usize::try_from(run.start % per_block).expect("inside a block");
+        let last = first + usize::try_from(run.clusters).expect("inside a block");
+        let Some(block) = self.block(run.start / per_block)? else { return Err(unused(run.start)) };
+        for index in first..last {
+            let count = refcount_get(&block.bytes, order, index);
+            if count == 0 {
+                return Err(unused(run.start + (index - first) as u64));
+            }
+            if up && count == max {
+                // EINVAL is what the reference reports.
+                let source = std::io::Error::from_raw_os_error(libc::EINVAL);
+                return Err(Error::io(&file, "count one more reference to a cluster", source));
+            }
+        }
+        block.changed = true;
+        let mut freed: Vec<Run> = Vec::new();
+        for index in first..last {
+            let count = refcount_get(&block.bytes, order, index);
+            let count = if up { count + 1 } else { count - 1 };
+            refcount_set(&mut block.bytes, order, index, count);
+            if count == 0 {
+                let cluster = run.start + (index - first) as u64;
+                match freed.last_mut() {
+                    Some(last) if last.start + last.clusters == cluster => last.clusters += 1,
+                    _ => freed.push(Run { start: cluster, clusters: 1 }),
+                }
+            }
+        }
+        for run in freed {
+            match self.freed.last_mut() {
+                Some(last) if last.start + last.clusters == run.start => last.clusters += run.clusters,
+                _ => self.freed.push(run),
+            }
+        }
+        if self.freed.len() >= MAX_FREED_RUNS {
+            self.punch_freed()?;
+        }
+        Ok(())
+    }
+
+    /// The block of that index, read where it is not in memory; `None` where the table has none.
+    fn block(&mut self, index: u64) -> Result<Option<&mut Block>> {
+        if !self.blocks.contains_key(&index) {
+            let at = usize::try_from(index).ok().and_then(|index| index.checked_mul(8));
+            let Some(at) = at.filter(|at| *at < self.table.len()) else { return Ok(None) };
+            let offset = be64(&self.table, at);
+            if offset == 0 {
+                return Ok(None);
+            }
+            let misplaced = offset & REFCOUNT_TABLE_RESERVED != 0 || self.geometry.in_cluster(offset) != 0;
+            if misplaced || i64::try_from(offset).is_err() {
+                return Err(Error::corrupt(
+                    self.storage.path(),
+                    "refcount table entry",
+                    self.table_offset + at as u64,
+                    "a multiple of the cluster size",
+                    format_args!("{offset:#x}"),
+                ));
+            }
+            if (self.blocks.len() as u64 + 1) * self.geometry.cluster_bytes() > BLOCKS_BYTES {
+                self.write()?;
+                self.blocks.clear();
+            }
+            let mut bytes = vec![0; usize::try_from(self.geometry.cluster_bytes()).expect("at most 2 MiB")];
+            self.storage.read_at(&mut bytes, offset)?;
+            self.blocks.insert(index, Block { offset, bytes, changed: false });
+        }
+        Ok(self.blocks.get_mut(&index))
+    }
+
+    /// Writes what changed. Not durable before a flush.
+    pub(super) fn write(&mut self) -> Result<()> {
+        for block in self.blocks.values_mut().filter(|block| block.changed) {
+            self.storage.write_at(&block.bytes, block.offset)?;
+            block.changed = false;
+        }
+        Ok(())
+    }
+
+    /// Gives the space of freed clusters back to the host. Whatever referred to them is durably gone already;
+    /// the counts need not be durable, since a cluster counted too high is only a leak.
+    pub(super) fn punch_freed(&mut self) -> Result<()> {
+        if !self.storage.limits().can_punch {
+            self.freed.clear();
+            return Ok(());
+        }
+        let bits = self.geometry.cluster_bits;
+        let file_end = self.storage.len_bytes()?;
+        self.freed.sort_unstable_by_key(|run| run.start);
+        for run in self.freed.drain(..) {
+            let (start, end) = (run.start << bits, ((run.start + run.clusters) << bits).min(file_end));
+            if start < end {
+                self.storage.punch_hole(start..end)?;
+            }
+        }
+        Ok(())
+    }
+}

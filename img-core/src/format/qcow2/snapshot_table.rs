@@ -1,0 +1,216 @@
+//! The snapshot table: its entries read, checked, and kept byte for byte ("Snapshots").
+
+use super::{
+    extension::{be32, be64, text},
+    geometry::Geometry,
+    header::{Header, MAX_L1_BYTES, SNAPSHOT_HEADER_BYTES},
+};
+use crate::{Error, Result, format::SnapshotInfo, storage::Storage};
+
+/// The fixed part of an entry.
+const FIXED_BYTES: usize = SNAPSHOT_HEADER_BYTES as usize;
+/// Bytes of the whole table (the reference's limit: 1 KiB for each of the most snapshots).
+pub(super) const MAX_TABLE_BYTES: usize = 64 << 20;
+/// Extra data of an entry (the reference's limit).
+const MAX_EXTRA_BYTES: usize = 1024;
+/// Extra data of an entry of ours: large VM state size, disk size, instruction count.
+const EXTRA_BYTES: u32 = 24;
+/// The table is read in pieces of this size.
+const PIECE_BYTES: usize = 64 << 10;
+/// Longer ids and names are cut, as the reference's buffers do.
+const MAX_NAME_BYTES: usize = 255;
+
+/// An entry of the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Snapshot {
+    /// Host offset of its L1 table, aligned to clusters.
+    pub(super) l1_offset: u64,
+    /// Entries of that table, at most [`MAX_L1_BYTES`].
+    pub(super) l1_entries: u32,
+    /// What users see.
+    pub(super) info: SnapshotInfo,
+    /// The entry as it stands in the file, without padding.
+    raw: Vec<u8>,
+}
+
+/// What a new entry says.
+#[derive(Clone, Debug)]
+pub(super) struct NewSnapshot<'a> {
+    pub(super) id: u64,
+    pub(super) name: &'a str,
+    pub(super) date: (u32, u32),
+    pub(super) virtual_size_bytes: u64,
+    pub(super) l1_offset: u64,
+    pub(super) l1_entries: u32,
+}
+
+impl Snapshot {
+    /// A new entry, with the extra data that version 3 demands.
+    pub(super) fn new(new: &NewSnapshot<'_>) -> Self {
+        let id = new.id.to_string();
+        let mut end = new.name.len().min(MAX_NAME_BYTES);
+        while !new.name.is_char_boundary(end) {
+            end -= 1;
+        }
+        let name = &new.name[..end];
+        let length = |text: &str| u16::try_from(text.len()).expect("at most 255 bytes").to_be_bytes();
+        let mut raw = Vec::with_capacity(FIXED_BYTES + 24 + id.len() + name.len());
+        raw.extend(new.l1_offset.to_be_bytes());
+        raw.extend(new.l1_entries.to_be_bytes());
+        raw.extend(length(&id));
+        raw.extend(length(name));
+        raw.extend(new.date.0.to_be_bytes());
+        raw.extend(new.date.1.to_be_bytes());
+        raw.extend(0_u64.to_be_bytes()); // guest clock
+        raw.extend(0_u32.to_be_bytes()); // VM state
+        raw.extend(EXTRA_BYTES.to_be_bytes());
+        raw.extend(0_u64.to_be_bytes()); // VM state
+        raw.extend(new.virtual_size_bytes.to_be_bytes());
+        raw.extend(0_u64.to_be_bytes()); // instruction count
+        raw.extend(id.as_bytes());
+        raw.extend(name.as_bytes());
+        let info = SnapshotInfo {
+            id,
+            name: name.to_owned(),
+            vm_state_bytes: 0,
+            date: new.date,
+            vm_clock_nsec: 0,
+            icount: Some(0),
+            virtual_size_bytes: new.virtual_size_bytes,
+        };
+        Self { l1_offset: new.l1_offset, l1_entries: new.l1_entries, info, raw }
+    }
+
+    /// Reads one entry that begins at host offset `at`, from `bytes` on; and its length without padding.
+    fn parse(file: &std::path::Path, bytes: &[u8], at: u64, header: &Header) -> Result<Self> {
+        let corrupt = |field, offset: u64, expected: &str, found: String| {
+            Err(Error::corrupt(file, field, at + offset, expected, found))
+        };
+        let sizes = Sizes::of(bytes);
+        let (l1_offset, l1_entries) = (be64(bytes, 0), be32(bytes, 8));
+        if u64::from(l1_entries) * 8 > MAX_L1_BYTES {
+            let expected = format!("at most {}", MAX_L1_BYTES / 8);
+            return corrupt("snapshot, L1 entries", 8, &expected, l1_entries.to_string());
+        }
+        let geometry: Geometry = header.geometry;
+        if geometry.in_cluster(l1_offset) != 0 || l1_offset > i64::MAX as u64 - MAX_L1_BYTES {
+            let found = format!("{l1_offset:#x}");
+            return corrupt("snapshot, L1 offset", 0, "a multiple of the cluster size, below 2^63", found);
+        }
+        let extra = &bytes[FIXED_BYTES..FIXED_BYTES + sizes.extra];
+        let word = |index: usize| extra.get(index * 8..index * 8 + 8).map(|word| be64(word, 0));
+        let virtual_size_bytes = word(1).unwrap_or(header.virtual_size_bytes);
+        if i64::try_from(virtual_size_bytes).is_err() {
+            return corrupt("snapshot, disk size", 48, "below 2^63", virtual_size_bytes.to_string());
+        }
+        if geometry.l1_entries_for(virtual_size_bytes) > MAX_L1_BYTES / 8 {
+            let expected = "what an L1 table of 32 MiB can describe";
+            return corrupt("snapshot, disk size", 48, expected, virtual_size_bytes.to_string());
+        }
+        let id_at = FIXED_BYTES + sizes.extra;
+        let name_at = id_at + sizes.id;
+        let info = SnapshotInfo {
+            id: text(&bytes[id_at..name_at], file, "snapshot id", at)?,
+            name: text(&bytes[name_at..name_at + sizes.name], file, "snapshot name", at)?,
+            vm_state_bytes: word(0).unwrap_or_else(|| be32(bytes, 32).into()),
+            date: (be32(bytes, 16), be32(bytes, 20)),
+            vm_clock_nsec: be64(bytes, 24),
+            icount: word(2).filter(|&count| count != u64::MAX),
+            virtual_size_bytes,
+        };
+        Ok(Self { l1_offset, l1_entries, info, raw: bytes[..sizes.total()].to_vec() })
+    }
+}
+
+/// Lengths of the parts of an entry.
+#[derive(Clone, Copy)]
+struct Sizes {
+    extra: usize,
+    id: usize,
+    name: usize,
+}
+
+impl Sizes {
+    /// From the fixed part.
+    fn of(fixed: &[u8]) -> Self {
+        let be16 = |at: usize| usize::from(u16::from_be_bytes([fixed[at], fixed[at + 1]]));
+        Self {
+            extra: usize::try_from(be32(fixed, 36)).expect("u32 fits usize"),
+            id: be16(12),
+            name: be16(14),
+        }
+    }
+
+    /// Of the entry, without padding. `extra` has been checked.
+    fn total(self) -> usize {
+        FIXED_BYTES + self.extra + self.id + self.name
+    }
+}
+
+/// Reads the table that the header names, at most [`MAX_TABLE_BYTES`] of it.
+///
+/// # Errors
+/// [`Error::Corrupt`] for the first entry outside its limits.
+pub(super) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
+    let mut source = Source { storage, start: header.snapshots_offset, bytes: Vec::new() };
+    let mut snapshots = Vec::new();
+    let mut position = 0;
+    for _ in 0..header.snapshot_count {
+        let at = header.snapshots_offset + position as u64;
+        let sizes = Sizes::of(source.get(position, FIXED_BYTES)?);
+        if sizes.extra > MAX_EXTRA_BYTES {
+            let expected = format!("at most {MAX_EXTRA_BYTES} bytes");
+            return Err(Error::corrupt(
+                storage.path(),
+                "snapshot, extra data",
+                at + 36,
+                expected,
+                sizes.extra,
+            ));
+        }
+        let entry = source.get(position, sizes.total())?;
+        snapshots.push(Snapshot::parse(storage.path(), entry, at, header)?);
+        position += sizes.total().next_multiple_of(8);
+    }
+    Ok(snapshots)
+}
+
+/// The bytes of a table of these snapshots.
+pub(super) fn encode_table(snapshots: &[Snapshot]) -> Vec<u8> {
+    let mut table = Vec::new();
+    for snapshot in snapshots {
+        table.resize(table.len().next_multiple_of(8), 0);
+        table.extend(&snapshot.raw);
+    }
+    table
+}
+
+/// The table, read as far as it was asked for.
+struct Source<'a> {
+    storage: &'a dyn Storage,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Source<'_> {
+    fn get(&mut self, position: usize, length: usize) -> Result<&[u8]> {
+        let end = position + length; // below MAX_TABLE_BYTES plus the largest entry
+        let known = self.bytes.len();
+        if end > known {
+            let at = self.start + known as u64;
+            let file_end = self.storage.len_bytes()?;
+            if end > MAX_TABLE_BYTES || self.start + end as u64 > file_end {
+                return Err(Error::corrupt(
+                    self.storage.path(),
+                    "snapshot table",
+                    at,
+                    format_args!("at most {MAX_TABLE_BYTES} bytes, inside the file of {file_end} bytes"),
+                    format_args!("{end} bytes and more"),
+                ));
+            }
+            self.bytes.resize(end.next_multiple_of(PIECE_BYTES), 0);
+            self.storage.read_at(&mut self.bytes[known..], at)?;
+        }
+        Ok(&self.bytes[position..end])
+    }
+}
