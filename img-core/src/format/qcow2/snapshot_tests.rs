@@ -36,7 +36,7 @@ fn images(directory: &Path, mut each: impl FnMut(&Path)) {
         "lazy_refcounts=on,refcount_bits=64",
         "cluster_size=2M,compression_type=zstd",
         "backing_file=base,backing_fmt=raw",
-        "refcount_bits=32,preallocation=metadata",
+        "refcount_bits=32",
     ] {
         qemu_img(directory, &["create", "-q", "-f", "qcow2", "-o", options, "x", "24M"]);
         let commands = [
