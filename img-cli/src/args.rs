@@ -196,6 +196,8 @@ pub(crate) struct Opening<'a> {
     pub(crate) cache: CacheMode,
     /// Whether locks are left alone.
     pub(crate) force_share: bool,
+    /// Whether raw images that others write are refused too.
+    pub(crate) exclusive: bool,
     /// Whether the backing chain is opened too.
     pub(crate) backing: bool,
 }
@@ -210,6 +212,7 @@ impl<'a> Opening<'a> {
             mode,
             cache: CacheMode::Writeback,
             force_share: false,
+            exclusive: false,
             backing: true,
         }
     }
@@ -239,6 +242,7 @@ impl<'a> Opening<'a> {
                 format: self.format.map(str::to_owned),
                 cache: self.cache,
                 force_share: self.force_share,
+                exclusive: self.exclusive,
                 backing: self.backing,
                 options: OptionSet::new(),
             }),

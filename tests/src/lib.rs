@@ -32,6 +32,7 @@ pub fn open_options(format: Option<&str>, mode: OpenMode) -> OpenOptions {
         format: format.map(str::to_owned),
         cache: CacheMode::Writeback,
         force_share: false,
+        exclusive: false,
         backing: true,
         options: OptionSet::new(),
     }

@@ -102,6 +102,7 @@ fn run_compare(
             mode: OpenMode::Read,
             cache,
             force_share: args.share.force_share,
+            exclusive: false,
             backing: true,
         };
         opening.open(context).map_err(|failure| failure.with_code(TROUBLE))

@@ -330,6 +330,7 @@ impl Job<'_> {
                     mode: OpenMode::Read,
                     cache: self.cache,
                     force_share: self.args.share.force_share,
+                    exclusive: true,
                     backing: true,
                 };
                 let image = opening.open(self.context)?;
@@ -438,6 +439,7 @@ impl Job<'_> {
             mode: OpenMode::Write,
             cache,
             force_share: false,
+            exclusive: false,
             backing: true,
         }
         .open(self.context)

@@ -199,6 +199,7 @@ fn open_backing(file: &str, options: &mut OptionSet, context: &Context) -> Resul
         mode: OpenMode::Read,
         cache: CacheMode::Writeback,
         force_share: false,
+        exclusive: false,
         backing: true,
     };
     let image = open_plainly(&opening, context)

@@ -20,6 +20,8 @@ pub(super) struct HostAccess {
     pub(super) cache: CacheMode,
     /// Whether locks are taken.
     pub(super) locked: bool,
+    /// Whether others are kept from writing raw data too.
+    pub(super) exclusive: bool,
 }
 
 impl HostAccess {
@@ -52,10 +54,14 @@ impl HostAccess {
         Ok(Arc::new(file))
     }
 
-    /// Takes the lock that goes with the mode.
-    pub(super) fn lock(self, storage: &dyn Storage) -> Result<()> {
+    /// Takes the lock that goes with the mode. Raw data has no metadata that a second writer could
+    /// spoil: as in the reference, others may use it unless the caller minds.
+    pub(super) fn lock(self, storage: &dyn Storage, raw: bool) -> Result<()> {
         let wanted = match self.mode {
             _ if !self.locked => Use::Nothing,
+            OpenMode::Inspect if raw => Use::Nothing,
+            OpenMode::Read | OpenMode::Check { repair: false } if raw && !self.exclusive => Use::SharedRead,
+            OpenMode::Write | OpenMode::Check { repair: true } if raw && !self.exclusive => Use::SharedResize,
             OpenMode::Inspect => Use::Inspect,
             OpenMode::Read | OpenMode::Check { repair: false } => Use::Read,
             OpenMode::Write | OpenMode::Check { repair: true } => Use::Write,
@@ -78,7 +84,7 @@ impl HostAccess {
         if image.is_some() && storage.identity() == image {
             return Err(Error::Invalid(format!("'{path}' is named as the data file of itself")));
         }
-        access.lock(&*storage)?;
+        access.lock(&*storage, false)?;
         Ok(storage)
     }
 }

@@ -1,7 +1,7 @@
 //! Opening a chain: names, formats, loops, locks.
 //!
 //! One layer after the other, top first, without recursion. For each: open the host file, compare its
-//! identity with those above it, lock it, find out its format, open it, and see what it names below.
+//! identity with those above it, find out its format, lock it, open it, and see what it names below.
 
 use std::{path::Path, sync::Arc};
 
@@ -30,6 +30,8 @@ pub struct OpenOptions {
     pub cache: CacheMode,
     /// Take no locks (`-U`).
     pub force_share: bool,
+    /// Refuse images that others write, raw ones too; without, only formats with metadata are refused.
+    pub exclusive: bool,
     /// Whether the layers below the top are opened too.
     pub backing: bool,
     /// Runtime options for the top layer's format.
@@ -45,6 +47,7 @@ impl OpenOptions {
             format: None,
             cache: CacheMode::Writeback,
             force_share: false,
+            exclusive: false,
             backing: true,
             options: OptionSet::new(),
         }
@@ -103,7 +106,12 @@ pub(super) fn open_snapshot(name: &ImageName, options: &OpenOptions, id_or_name:
 }
 
 fn open_chain(top: &Node, options: &OpenOptions) -> Result<(Vec<OpenedLayer>, Vec<Warning>)> {
-    let access = HostAccess { mode: options.mode, cache: options.cache, locked: !options.force_share };
+    let access = HostAccess {
+        mode: options.mode,
+        cache: options.cache,
+        locked: !options.force_share,
+        exclusive: options.exclusive,
+    };
     let mut node = top.clone();
     for (name, value) in options.options.iter() {
         node.options.set(name, value);
@@ -156,11 +164,11 @@ fn open_layer(pending: &Pending, seen: &mut Vec<Identity>) -> Result<OpenedLayer
         }
         seen.push(identity);
     }
-    access.lock(&*storage)?;
     let driver = match named {
         Some(driver) => driver,
         None => probe(&*storage)?,
     };
+    access.lock(&*storage, driver.name() == "raw")?;
     let open_file = |name: &str, mode: OpenMode| access.open_named(&node.path, identity, name, mode);
     let context = OpenContext { mode: access.mode, options: &node.options, open_file: &open_file };
     let layer = driver.open(storage, &context)?;
@@ -173,7 +181,7 @@ fn below(opened: &OpenedLayer, pending: &Pending, top: HostAccess) -> Result<Opt
         OpenMode::Inspect => OpenMode::Inspect,
         OpenMode::Read | OpenMode::Write | OpenMode::Check { .. } => OpenMode::Read,
     };
-    let access = HostAccess { mode, cache: CacheMode::Writeback, locked: top.locked };
+    let access = HostAccess { mode, cache: CacheMode::Writeback, ..top };
     let recorded = opened.layer.backing();
     let (node, format) = match &pending.node.backing {
         BackingChoice::Nothing => return Ok(None),
