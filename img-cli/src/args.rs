@@ -6,11 +6,7 @@ use img_core::{
     image::{CacheMode, Image, ImageName, OpenOptions},
 };
 
-use crate::{
-    context::Context,
-    error::{Failure, words},
-    output::complain,
-};
+use crate::{context::Context, error::Failure, names, output::complain};
 
 /// How the images on the command line are named.
 #[derive(Debug, clap::Args)]
@@ -219,6 +215,16 @@ impl<'a> Opening<'a> {
 
     /// The name in the library's terms.
     pub(crate) fn image_name(&self) -> Result<ImageName, Failure> {
+        if let Some(protocol) = names::protocol(self.name)
+            && !self.image_opts
+            && is_missing_format(protocol)
+            && protocol != "file"
+        {
+            return Err(Failure::new(format!(
+                "Could not open '{}': The protocol '{protocol}' is not supported yet",
+                self.name
+            )));
+        }
         let name =
             if self.image_opts { ImageName::parse_options(self.name) } else { ImageName::parse(self.name) };
         name.map_err(|error| Failure::open(self.name, &error))
@@ -274,9 +280,4 @@ pub(crate) fn print_warnings(image: &Image, context: &Context) {
             complain(hint);
         }
     }
-}
-
-/// The reference's `NAME: why` for errors while making an image.
-pub(crate) fn about(name: &str, error: &img_core::Error) -> Failure {
-    Failure::new(format!("{name}: {}", words(error)))
 }

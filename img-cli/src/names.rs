@@ -1,18 +1,17 @@
 //! Names of images as texts: which protocol, which directory, what a relative name is relative to.
 
-/// Whether `name` starts with `protocol:`.
-fn has_protocol(name: &str) -> bool {
-    name.find([':', '/']).is_some_and(|at| name[at..].starts_with(':'))
+/// What stands before the first colon of `name`, when no slash comes earlier.
+pub(crate) fn protocol(name: &str) -> Option<&str> {
+    let end = name.find([':', '/'])?;
+    name[end..].starts_with(':').then(|| &name[..end])
 }
 
 /// # Errors
 /// When `name` names a protocol that new files cannot be made through.
 pub(crate) fn check_protocol(name: &str) -> Result<(), String> {
-    match name.split_once(':') {
-        Some((protocol, _)) if has_protocol(name) && protocol != "file" => {
-            Err(format!("Unknown protocol '{protocol}'"))
-        }
-        _ => Ok(()),
+    match protocol(name) {
+        None | Some("file") => Ok(()),
+        Some(protocol) => Err(format!("Unknown protocol '{protocol}'")),
     }
 }
 
@@ -26,7 +25,7 @@ pub(crate) fn path(name: &str) -> &str {
 /// # Errors
 /// In the reference's words, where a relative name has nothing to be relative to.
 pub(crate) fn full_backing_name(image: &str, backing: &str) -> Result<String, String> {
-    if has_protocol(backing) || backing.starts_with('/') {
+    if protocol(backing).is_some() || backing.starts_with('/') {
         return Ok(backing.to_owned());
     }
     if image.is_empty() || image.starts_with("json:") {
@@ -34,8 +33,7 @@ pub(crate) fn full_backing_name(image: &str, backing: &str) -> Result<String, St
     }
     let directory = match image.rfind('/') {
         Some(slash) => slash + 1,
-        None if has_protocol(image) => image.find(':').map_or(0, |colon| colon + 1),
-        None => 0,
+        None => protocol(image).map_or(0, |protocol| protocol.len() + 1),
     };
     Ok(format!("{}{backing}", &image[..directory]))
 }

@@ -93,7 +93,8 @@ pub(crate) fn parse(list: &str, known: &[OptionDescription]) -> Result<OptionSet
     for part in split(list) {
         let (name, value) = match part.split_once('=') {
             Some((name, value)) => (name.to_owned(), value.to_owned()),
-            None => bare(&part, known),
+            // Without a value there is nothing to escape a comma in: the name ends there.
+            None => bare(part.split(',').next().unwrap_or_default(), known),
         };
         let option = known
             .iter()
@@ -157,7 +158,12 @@ pub(crate) fn announce(options: &OptionSet, known: &[OptionDescription]) -> Stri
             text.push('=');
             match option.kind {
                 OptionKind::Text => text.push_str(&value.replace(',', ",,")),
-                _ => text.push_str(value),
+                // Signed, as the reference shows them.
+                OptionKind::Size => match value.parse::<u64>() {
+                    Ok(bytes) => text.push_str(&bytes.cast_signed().to_string()),
+                    Err(_) => text.push_str(value),
+                },
+                OptionKind::Number | OptionKind::Switch => text.push_str(value),
             }
         }
     }

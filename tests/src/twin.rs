@@ -53,7 +53,7 @@ impl Twins {
         twins
     }
 
-    /// Leaves files out of the comparison.
+    /// Leaves files out of the comparison: for lines that change none.
     #[must_use]
     pub fn without_files(mut self) -> Self {
         self.compare_files = false;
@@ -86,7 +86,9 @@ impl Twins {
         if !report.is_empty() {
             self.differences.push(format!("$ {line}\n{report}"));
             // What follows would only repeat it.
-            self.even_out();
+            if self.compare_files {
+                self.even_out();
+            }
         }
         self
     }

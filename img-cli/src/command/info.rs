@@ -152,7 +152,7 @@ impl Facts {
             format: layer.driver().name(),
             virtual_size_bytes: layer.virtual_size_bytes(),
             actual_size_bytes: storage.allocated_bytes().ok(),
-            // The reference counts in sectors.
+            // In whole sectors, as the reference counts.
             file_length_bytes: storage.len_bytes()?.next_multiple_of(512),
             protocol: protocol(storage.path()),
             cluster_size_bytes: layer.cluster_size_bytes(),
@@ -237,7 +237,6 @@ impl Facts {
             file["actual-size"] = bytes.into();
             object["actual-size"] = bytes.into();
         }
-        object["children"] = json!([{ "name": "file", "info": file }]);
         if let Some(bytes) = self.cluster_size_bytes {
             object["cluster-size"] = bytes.into();
         }
@@ -259,6 +258,8 @@ impl Facts {
         if let Some(details) = &self.details {
             object["format-specific"] = details.clone();
         }
+        // Last, as in the reference: of keys in one bucket of its dictionary the youngest is printed first.
+        object["children"] = json!([{ "name": "file", "info": file }]);
         object
     }
 }
