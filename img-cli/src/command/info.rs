@@ -223,10 +223,8 @@ impl Facts {
             "filename": self.file_name,
             "format": self.protocol,
             "dirty-flag": false,
+            "format-specific": { "type": "file", "data": {} },
         });
-        if self.protocol == "file" {
-            file["format-specific"] = json!({ "type": "file", "data": {} });
-        }
         let mut object = json!({
             "virtual-size": self.virtual_size_bytes,
             "filename": self.name,
