@@ -260,8 +260,9 @@ impl<'a> Opening<'a> {
         if self.image_opts && self.format.is_some() {
             return Err(Failure::new("--image-opts and --format are mutually exclusive"));
         }
+        let options = self.options()?;
         let name = self.image_name()?;
-        let image = Image::open(&name, &self.options()?).map_err(|error| Failure::open(self.name, &error))?;
+        let image = Image::open(&name, &options).map_err(|error| Failure::open(self.name, &error))?;
         print_warnings(&image, context);
         Ok(image)
     }
