@@ -259,3 +259,150 @@ fn external_data_files() {
         std::fs::remove_file(&data).expect("removed");
     }
 }
+
+/// Zeroes and discards leave the same map as the reference's, over a backing file and without one.
+#[test]
+fn zeroes_and_discards_are_those_of_the_reference() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let base = dir.path().join("base.qcow2");
+    reference("qemu-img", &["create", "-q", "-f", "qcow2", text(&base), "4M"]);
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=64k,extended_l2=on",
+        "cluster_size=4k",
+        "cluster_size=64k,compat=0.10",
+    ] {
+        for backing in [false, true] {
+            let (theirs, ours) = (dir.path().join("theirs.qcow2"), dir.path().join("ours.qcow2"));
+            let mut args = vec!["create", "-q", "-f", "qcow2", "-o", options];
+            if backing {
+                args.extend(["-F", "qcow2", "-b", text(&base)]);
+            }
+            args.extend([text(&theirs), "4M"]);
+            reference("qemu-img", &args);
+            reference("qemu-io", &["-c", "write -P 1 0 1M", "-c", "write -c -P 2 2M 128k", text(&theirs)]);
+            std::fs::copy(&theirs, &ours).expect("copied");
+            let mut theirs_args =
+                vec!["-d", "unmap", "-c", "discard 64k 128k", "-c", "discard 2M 64k", "-c", "discard 3M 64k"];
+            let is_old = options.contains("0.10");
+            if !is_old {
+                theirs_args.extend([
+                    "-c",
+                    "write -z 256k 64k",
+                    "-c",
+                    "write -z -u 384k 64k",
+                    "-c",
+                    "write -z 2112k 64k",
+                    "-c",
+                    "write -z 3584k 64k",
+                    "-c",
+                    "write -z -u 3200k 64k",
+                ]);
+            }
+            if options.contains("extended") {
+                theirs_args.extend([
+                    "-c",
+                    "write -z -u 516k 12k",
+                    "-c",
+                    "write -z 3650k 6k",
+                    "-c",
+                    "write -P 9 386k 3k",
+                ]);
+            }
+            theirs_args.push(text(&theirs));
+            // The reference refuses to discard in old images over a backing file.
+            if !(is_old && backing) {
+                reference("qemu-io", &theirs_args);
+            }
+
+            let storage: Arc<dyn Storage> =
+                Arc::new(FileOptions::new().write(true).open(&ours).expect("it opens"));
+            let layer = open_to_write(&storage);
+            const KIB: u64 = 1024;
+            for (at, len) in [(64, 128), (2048, 64), (3072, 64)] {
+                LayerWriter::discard(&layer, at * KIB..(at + len) * KIB).expect("discarded");
+            }
+            let mut zeroes = Vec::new();
+            if !is_old {
+                zeroes.extend([
+                    (256, 64, false),
+                    (384, 64, true),
+                    (2112, 64, false),
+                    (3584, 64, false),
+                    (3200, 64, true),
+                ]);
+            }
+            if options.contains("extended") {
+                zeroes.extend([(516, 12, true), (3650, 6, false)]);
+            }
+            for (at, len, may_unmap) in zeroes {
+                assert!(
+                    LayerWriter::write_zeroes(&layer, at * KIB..(at + len) * KIB, may_unmap).expect("zeroed")
+                );
+            }
+            if options.contains("extended") {
+                write(&layer, 386 * KIB, &[9; 3072]).expect("written");
+            }
+            LayerWriter::close(&layer).expect("closed");
+            drop((layer, storage));
+            reference("qemu-img", &["check", "-q", text(&ours)]);
+            let map = |image| {
+                let map = reference("qemu-img", &["map", "--output=json", image]);
+                // Where clusters are given out again is each one's own affair.
+                map.lines()
+                    .map(|line| line.split(", \"offset\"").next().unwrap().to_owned())
+                    .collect::<Vec<_>>()
+            };
+            assert_eq!(map(text(&ours)), map(text(&theirs)), "{options}, backing: {backing}");
+        }
+    }
+}
+
+/// Compressed clusters are packed as the reference packs them.
+#[test]
+fn compressed_clusters_are_packed_as_the_reference_does() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for options in
+        ["cluster_size=64k", "cluster_size=4k,refcount_bits=1", "cluster_size=512", "cluster_size=2M"]
+    {
+        let (theirs, ours) = (dir.path().join("theirs.qcow2"), dir.path().join("ours.qcow2"));
+        reference("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, text(&theirs), "8M"]);
+        std::fs::copy(&theirs, &ours).expect("copied");
+        let mut args = Vec::new();
+        for cluster in 0..4_u64 {
+            let at = cluster << 21;
+            args.extend(["-c".to_owned(), format!("write -c -P {} {at} 2M", cluster + 1)]);
+            args.extend(["-c".to_owned(), format!("write -P 77 {} 512", at + 4096)]);
+        }
+        args.push(text(&theirs).to_owned());
+        reference("qemu-io", &args.iter().map(String::as_str).collect::<Vec<_>>());
+        let theirs: Arc<dyn Storage> = Arc::new(FileOptions::new().open(&theirs).expect("it opens"));
+        let theirs = open(&theirs, OpenMode::Read, &OptionSet::new()).expect("it opens");
+        let mut extents = Vec::new();
+        theirs.map_range(0..8 << 20, &mut extents).expect("mapped");
+
+        // The same stored bytes in the same order must land in the same places.
+        let storage: Arc<dyn Storage> =
+            Arc::new(FileOptions::new().write(true).open(&ours).expect("it opens"));
+        let layer = open_to_write(&storage);
+        let mut at = 0;
+        let mut places = Vec::new();
+        for extent in &extents {
+            if let Place::Encoded { at: host, decoded_bytes, .. } = extent.place {
+                assert_eq!(extent.len_bytes, u64::from(decoded_bytes));
+                places.push((at, host));
+            }
+            at += extent.len_bytes;
+        }
+        assert!(places.len() > 1 || options.ends_with("2M"), "{options}");
+        for pair in places.windows(2).take_while(|pair| pair[1].0 < 2 << 20) {
+            let [(guest, host), (_, next)] = pair else { unreachable!() };
+            // Before the first plain write nothing but compressed clusters and tables lies between.
+            let Some(stored) = next.0.checked_sub(host.0).filter(|&stored| stored < 512) else { break };
+            let prepared =
+                layer.prepare_compressed(*guest, u32::try_from(stored).unwrap()).expect("prepared");
+            assert_eq!(prepared.plan().at, *host, "{options}: guest {guest:#x}");
+            prepared.commit().expect("committed");
+        }
+    }
+}

@@ -17,6 +17,10 @@ use crate::Result;
 /// Tables are scanned in pieces of this size.
 const SCAN_BYTES: u64 = 1 << 20;
 
+/// The fixed part of a snapshot table entry.
+const FIXED_BYTES: usize = 40;
+const _: () = assert!(FIXED_BYTES as u64 == SNAPSHOT_HEADER_BYTES);
+
 impl Qcow2Layer {
     /// Collects the places of all structures, once, before the first change.
     pub(super) fn know_places(&self) -> Result<()> {
@@ -71,7 +75,7 @@ impl Qcow2Layer {
                 // Entries behind the end of the file read as zeroes and name nothing.
                 break;
             }
-            let mut entry = [0; SNAPSHOT_HEADER_BYTES as usize];
+            let mut entry = [0; FIXED_BYTES];
             self.image_file().read_at(&mut entry, at)?;
             let be32 = |at: usize| u32::from_be_bytes(entry[at..at + 4].try_into().expect("four bytes"));
             let be16 = |at: usize| u16::from_be_bytes(entry[at..at + 2].try_into().expect("two bytes"));
