@@ -270,6 +270,24 @@ fn a_request_larger_than_the_bounce_buffer_is_served() -> Result<()> {
 }
 
 #[test]
+fn a_memory_file_system_is_served_or_refused_in_words() -> Result<()> {
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return Ok(()) };
+    let options = FileOptions::new().create_new(true).cache(CacheMode::None);
+    match options.open(dir.path().join("disk")) {
+        Ok(file) => {
+            write(&file, &(100..10_000), 7, &[600], 3)?;
+            let expected: Vec<u8> = (0..9900).map(|at| 3 ^ twist(at)).collect();
+            assert!(read(&file, &(100..10_000), 1, &[])? == expected);
+            assert_eq!(file.len_bytes()?, 10_000);
+            file.write_zeroes(50..20_000, false)?;
+            assert_eq!(read(&file, &(0..20_000), 0, &[])?, vec![0; 20_000]);
+        }
+        Err(error) => assert!(error.to_string().ends_with("filesystem does not support O_DIRECT"), "{error}"),
+    }
+    Ok(())
+}
+
+#[test]
 fn neighbours_in_a_block_lose_nothing_to_each_other() {
     const THREADS: usize = 4;
     const PIECE: usize = 100;

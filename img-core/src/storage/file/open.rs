@@ -60,7 +60,7 @@ impl FileOptions {
     /// Cut an existing regular file to nothing; implies writing. Devices are left as they are.
     ///
     /// Cutting happens before locks can be taken: a caller that must not hurt another process's image opens
-    /// without this, takes the lock, and then [resizes](Storage::resize) to 0.
+    /// without this, takes the lock, and then [resizes](crate::storage::Storage::resize) to 0.
     #[must_use]
     pub fn truncate(mut self, truncate: bool) -> Self {
         self.truncate = truncate;
