@@ -18,6 +18,8 @@ use crate::{Error, Result};
 const PENDING_LIMIT_BYTES: u64 = 64 << 20;
 /// So many separate runs that wait to become free are made free, to bound the memory they take.
 const PENDING_LIMIT_RUNS: usize = 1 << 18;
+/// So many clusters in use behind the end of the file are not what a crash leaves: counts are made up.
+const MAX_LOST_CLUSTERS: u64 = 1 << 26;
 /// Host offsets have 56 bits.
 const HOST_LIMIT_BYTES: u64 = 1 << 56;
 
@@ -167,7 +169,9 @@ impl Qcow2Layer {
     pub(super) fn find_free(&self, state: &mut State, count: u64) -> Result<u64> {
         let order = self.geometry.refcount_order;
         let limit = HOST_LIMIT_BYTES >> self.geometry.cluster_bits;
+        let file_end = self.end_bytes.load(Ordering::Relaxed) >> self.geometry.cluster_bits;
         let mut start = state.free_index;
+        let mut is_lost = false;
         self.visit_refcounts(state.free_index..limit, |clusters, counts| {
             if let Some((bytes, first)) = counts {
                 for (index, cluster) in clusters.clone().enumerate() {
@@ -178,8 +182,13 @@ impl Qcow2Layer {
                     }
                 }
             }
-            clusters.end - start < count
+            is_lost = start > file_end.saturating_add(MAX_LOST_CLUSTERS).max(state.free_index);
+            clusters.end - start < count && !is_lost
         })?;
+        if is_lost {
+            let at = start << self.geometry.cluster_bits;
+            return Err(self.map.corrupt("refcounts", at, "free clusters behind the end of the file", start));
+        }
         if limit.saturating_sub(start) < count {
             return Err(Error::Invalid(format!(
                 "{}: no host offset below 2^56 is free",

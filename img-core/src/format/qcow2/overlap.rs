@@ -5,7 +5,10 @@
 //! tables of the snapshots) and kept up to date as tables come and go. A write that would hit a structure
 //! of another kind is refused, the image is marked corrupt, and nothing is written any more.
 
-use std::{collections::HashMap, ops::Range};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+};
 
 use super::geometry::Geometry;
 use crate::{Error, Result, format::OptionSet};
@@ -115,26 +118,54 @@ impl Classes {
 pub(super) struct Places {
     geometry: Geometry,
     classes: Classes,
-    /// Kinds by host cluster.
+    /// Structures of a single cluster, of which there are many: kinds by host cluster.
     clusters: HashMap<u64, u16>,
+    /// Longer ones, for each kind: end by start, in clusters; those of a kind do not overlap.
+    runs: [BTreeMap<u64, u64>; KINDS.len()],
 }
 
 impl Places {
     /// No structure known yet.
     pub(super) fn new(geometry: Geometry, classes: Classes) -> Self {
-        Self { geometry, classes, clusters: HashMap::new() }
+        Self { geometry, classes, clusters: HashMap::new(), runs: Default::default() }
     }
 
-    /// Notes a structure.
+    /// Notes a structure. Takes memory for each structure, not for each of its clusters.
     pub(super) fn add(&mut self, kind: Kind, host: Range<u64>) {
-        for cluster in self.clusters_of(&host) {
-            *self.clusters.entry(cluster).or_default() |= kind.bit();
+        let clusters = self.clusters_of(&host);
+        if clusters.end == clusters.start + 1 {
+            *self.clusters.entry(clusters.start).or_default() |= kind.bit();
+            return;
+        }
+        let runs = &mut self.runs[kind as usize];
+        let (mut start, mut end) = (clusters.start, clusters.end);
+        // Takes in what it touches, so that a kind's runs stay apart whatever an image says.
+        while let Some((&before, &before_end)) =
+            runs.range(..=end).next_back().filter(|(_, last)| **last >= start)
+        {
+            runs.remove(&before);
+            (start, end) = (start.min(before), end.max(before_end));
+        }
+        if start < end {
+            runs.insert(start, end);
         }
     }
 
     /// Forgets a structure.
     pub(super) fn remove(&mut self, kind: Kind, host: Range<u64>) {
-        for cluster in self.clusters_of(&host) {
+        let clusters = self.clusters_of(&host);
+        let runs = &mut self.runs[kind as usize];
+        if let Some((&start, &end)) =
+            runs.range(..clusters.end).next_back().filter(|(_, end)| **end > clusters.start)
+        {
+            runs.remove(&start);
+            for rest in [start..clusters.start, clusters.end..end] {
+                if rest.start < rest.end {
+                    runs.insert(rest.start, rest.end);
+                }
+            }
+        }
+        for cluster in clusters.start..clusters.end.min(clusters.start + 1) {
             if let Some(kinds) = self.clusters.get_mut(&cluster) {
                 *kinds &= !kind.bit();
                 if *kinds == 0 {
@@ -149,24 +180,81 @@ impl Places {
     pub(super) fn hit(&self, host: &Range<u64>, own: Option<Kind>) -> Option<&'static str> {
         let others = self.classes.0 & !own.map_or(0, Kind::bit);
         let clusters = self.clusters_of(host);
-        let hit = if clusters.end - clusters.start > self.clusters.len() as u64 {
+        let singles = if clusters.end - clusters.start > self.clusters.len() as u64 {
             self.clusters
                 .iter()
                 .filter(|(cluster, _)| clusters.contains(cluster))
-                .map(|(_, kinds)| kinds & others)
-                .find(|&kinds| kinds != 0)
+                .fold(0, |kinds, (_, more)| kinds | more)
         } else {
             clusters
+                .clone()
                 .filter_map(|cluster| self.clusters.get(&cluster))
-                .map(|kinds| kinds & others)
-                .find(|&kinds| kinds != 0)
+                .fold(0, |kinds, more| kinds | more)
         };
-        hit.and_then(|kinds| {
-            KINDS.iter().find(|(kind, ..)| kinds & kind.bit() != 0).map(|&(_, _, name)| name)
-        })
+        let is_hit = |kind: Kind| {
+            others & kind.bit() != 0
+                && (singles & kind.bit() != 0
+                    || self.runs[kind as usize]
+                        .range(..clusters.end)
+                        .next_back()
+                        .is_some_and(|(_, &end)| end > clusters.start))
+        };
+        KINDS.iter().find(|(kind, ..)| is_hit(*kind)).map(|&(_, _, name)| name)
     }
 
     fn clusters_of(&self, host: &Range<u64>) -> Range<u64> {
         host.start >> self.geometry.cluster_bits..host.end.div_ceil(self.geometry.cluster_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KIND_LIST: [Kind; 3] = [ActiveL2, InactiveL1, RefcountBlock];
+
+    proptest! {
+        /// Whatever comes and goes, a hit is found exactly where a structure of another kind stands.
+        #[test]
+        fn hits_are_where_structures_are(
+            steps in proptest::collection::vec((0_usize..3, 0_u64..40, 1_u64..5, any::<bool>()), 1..30),
+            start in 0_u64..40,
+            len in 1_u64..50,
+        ) {
+            let geometry = Geometry {
+                version: 3,
+                cluster_bits: 9,
+                refcount_order: 4,
+                extended_l2: false,
+                external_data: false,
+            };
+            let mut places = Places::new(geometry, Classes(Classes::ALL));
+            let mut model = [[false; 64]; 3];
+            for (kind, start, len, adds) in steps {
+                // Only the runs of snapshots' tables touch each other.
+                let len = if kind == 1 { len + 1 } else { 1 };
+                let start = if kind == 1 { start } else { start + 1 };
+                let host = start * 512..(start + len) * 512;
+                let all = (start..start + len).all(|at| model[kind][usize::try_from(at).unwrap()]);
+                if adds {
+                    places.add(KIND_LIST[kind], host);
+                } else if all {
+                    places.remove(KIND_LIST[kind], host);
+                } else {
+                    continue;
+                }
+                for at in start..start + len {
+                    model[kind][usize::try_from(at).unwrap()] = adds;
+                }
+            }
+            let end = (start + len).min(60);
+            let expected = |kind: usize| (start..end).any(|at| model[kind][usize::try_from(at).unwrap()]);
+            let host = start * 512..end * 512;
+            prop_assert_eq!(places.hit(&host, None).is_some(), (0..3).any(expected));
+            let others = (0..3).filter(|&kind| kind != 1).any(expected);
+            prop_assert_eq!(places.hit(&host, Some(InactiveL1)).is_some(), others);
+        }
     }
 }

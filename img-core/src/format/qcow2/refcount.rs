@@ -49,9 +49,14 @@ impl Qcow2Layer {
     ) -> Result<()> {
         let per_block = self.geometry.refcounts_per_block();
         let per_slice = (self.refcount_blocks.slice_bytes() * 8) >> self.geometry.refcount_order;
+        let covered = self.refcount_table_entries() * per_block;
         let mut next = clusters.start;
         while next < clusters.end {
-            let go_on = if let Some(block) = self.refcount_block_of(next)? {
+            let go_on = if next >= covered {
+                let rest = next..clusters.end;
+                next = clusters.end;
+                visit(rest, None)
+            } else if let Some(block) = self.refcount_block_of(next)? {
                 let end = ((next / per_slice + 1) * per_slice).min(clusters.end);
                 let (at, index) = self.refcount_place(block, next);
                 let (slice, _) = self.refcount_blocks.get(self.image_file(), at)?;
