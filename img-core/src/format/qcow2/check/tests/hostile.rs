@@ -2,13 +2,8 @@
 //! that was not broken.
 
 use std::{
-    io::{IoSlice, IoSliceMut},
-    ops::Range,
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,75 +11,12 @@ use proptest::prelude::*;
 
 use super::oracle::{Recipe, contents, load, ours, theirs};
 use crate::{
-    Error, Result,
     format::Repair,
-    storage::{Flush, Identity, Limits, MemoryStorage, Preallocation, Storage},
+    storage::{
+        MemoryStorage, Preallocation, Storage,
+        testing::{CrashRecorder, FailAt, Operation},
+    },
 };
-
-/// A storage whose writes, flushes and holes all fail after the first `left`.
-#[derive(Debug)]
-struct Failing {
-    inner: Arc<MemoryStorage>,
-    left: AtomicU64,
-}
-
-impl Failing {
-    fn spend(&self) -> Result<()> {
-        let spent = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
-        spent.map(drop).map_err(|_| Error::io(self.path(), "write", rustix::io::Errno::NOSPC))
-    }
-}
-
-impl Storage for Failing {
-    fn path(&self) -> &Path {
-        self.inner.path()
-    }
-    fn len_bytes(&self) -> Result<u64> {
-        self.inner.len_bytes()
-    }
-    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], at_bytes: u64) -> Result<()> {
-        self.inner.read_vectored_at(bufs, at_bytes)
-    }
-    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], at_bytes: u64) -> Result<()> {
-        self.spend()?;
-        self.inner.write_vectored_at(bufs, at_bytes)
-    }
-    fn flush(&self, what: Flush) -> Result<()> {
-        self.spend()?;
-        self.inner.flush(what)
-    }
-    fn resize(&self, len_bytes: u64, preallocation: Preallocation) -> Result<()> {
-        self.spend()?;
-        self.inner.resize(len_bytes, preallocation)
-    }
-    fn preallocate(&self, range_bytes: Range<u64>, preallocation: Preallocation) -> Result<()> {
-        self.spend()?;
-        self.inner.preallocate(range_bytes, preallocation)
-    }
-    fn punch_hole(&self, range_bytes: Range<u64>) -> Result<()> {
-        self.spend()?;
-        self.inner.punch_hole(range_bytes)
-    }
-    fn write_zeroes(&self, range_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
-        self.spend()?;
-        self.inner.write_zeroes(range_bytes, may_unmap)
-    }
-    fn next_allocated(&self, from_bytes: u64) -> Result<Option<Range<u64>>> {
-        self.inner.next_allocated(from_bytes)
-    }
-    fn allocated_bytes(&self) -> Result<u64> {
-        self.inner.allocated_bytes()
-    }
-    fn identity(&self) -> Option<Identity> {
-        self.inner.identity()
-    }
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-    fn is_writable(&self) -> bool {
-        true
-    }
-}
 
 const SNAPSHOTS: Recipe = Recipe {
     name: "snapshots",
@@ -107,46 +39,85 @@ const BREAKS: &[(&str, &[u64], &[u8])] = &[
     ("copied flags", &[40], &[0]),
 ];
 
+/// The image of [`SNAPSHOTS`], broken in one of the [`BREAKS`].
+fn broken(whole: &[u8], pointers: &[u64], bytes: &[u8]) -> Vec<u8> {
+    let be64 = |at: usize| u64::from_be_bytes(whole[at..at + 8].try_into().unwrap());
+    // The header's pointer, then the first entry of each table.
+    let mut at = 0;
+    for field in pointers {
+        at = usize::try_from(be64(at + usize::try_from(*field).unwrap()) & 0x00ff_ffff_ffff_fe00).unwrap();
+    }
+    let mut broken = whole.to_vec();
+    broken[at..at + bytes.len()].copy_from_slice(bytes);
+    broken
+}
+
+/// What is left reads as before, and a repair that is let through makes it clean.
+fn is_no_worse(left: &MemoryStorage, expected: Option<&[u8]>, directory: &Path, what: &str) {
+    if let Some(expected) = expected {
+        let path = directory.join("left.qcow2");
+        std::fs::write(&path, left.to_vec()).unwrap();
+        assert!(contents(&path).as_deref() == Some(expected), "{what}: reads differently");
+    }
+    let storage: Arc<dyn Storage> = Arc::new(left.snapshot());
+    ours(&storage, Repair::All).unwrap();
+    let again = ours(&storage, Repair::Nothing).unwrap();
+    assert_eq!(again.lines, Vec::<String>::new(), "{what}");
+}
+
 #[test]
 fn a_repair_that_fails_anywhere_leaves_nothing_worse() {
     let directory = tempfile::tempdir().unwrap();
     let path = SNAPSHOTS.make(directory.path());
-    let expected = contents(&path);
-    assert!(expected.is_some());
+    let expected = contents(&path).unwrap();
     let whole = std::fs::read(&path).unwrap();
-    let be64 = |at: usize| u64::from_be_bytes(whole[at..at + 8].try_into().unwrap());
     for (what, pointers, bytes) in BREAKS {
-        // The header's pointer, then the first entry of each table.
-        let mut at = 0;
-        for field in *pointers {
-            at =
-                usize::try_from(be64(at + usize::try_from(*field).unwrap()) & 0x00ff_ffff_ffff_fe00).unwrap();
-        }
-        let mut broken = whole.clone();
-        broken[at..at + bytes.len()].copy_from_slice(bytes);
+        let broken = broken(&whole, pointers, bytes);
         for writes in 0.. {
             let inner = Arc::new(MemoryStorage::from_bytes("image", &broken));
-            let failing: Arc<dyn Storage> =
-                Arc::new(Failing { inner: Arc::clone(&inner), left: AtomicU64::new(writes) });
+            let failing: Arc<dyn Storage> = Arc::new(FailAt::for_good(
+                Arc::clone(&inner) as Arc<dyn Storage>,
+                Operation::is_change,
+                writes,
+            ));
             let result = ours(&failing, Repair::All);
             let is_done = result.as_ref().is_ok_and(|verdict| verdict.failure.is_none());
-            // What is left reads as before, and a repair that is let through makes it clean.
-            let left = directory.path().join("left.qcow2");
-            std::fs::write(&left, inner.to_vec()).unwrap();
-            if writes % 3 == 0 || is_done {
-                assert_eq!(contents(&left), expected, "{what}: after {writes} writes");
-            }
-            let storage: Arc<dyn Storage> = inner;
-            ours(&storage, Repair::All).unwrap();
-            let again = ours(&storage, Repair::Nothing).unwrap();
-            assert_eq!(again.lines, Vec::<String>::new(), "{what}: after {writes} writes");
+            let expected = (writes % 3 == 0 || is_done).then_some(expected.as_slice());
+            is_no_worse(&inner, expected, directory.path(), &format!("{what}: after {writes} changes"));
             if is_done {
-                let after = theirs(&left, None).unwrap();
+                let after = theirs(&directory.path().join("left.qcow2"), None).unwrap();
                 assert_eq!(after.lines, Vec::<String>::new(), "{what}");
                 break;
             }
         }
     }
+}
+
+#[test]
+fn a_power_cut_in_a_repair_leaves_nothing_worse() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = SNAPSHOTS.make(directory.path());
+    let expected = contents(&path).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    let mut tried = 0;
+    for (what, pointers, bytes) in BREAKS {
+        let inner: Arc<dyn Storage> =
+            Arc::new(MemoryStorage::from_bytes("image", &broken(&whole, pointers, bytes)));
+        let recorder = CrashRecorder::new();
+        let recorded = recorder.record(inner).unwrap();
+        assert_eq!(ours(&recorded, Repair::All).unwrap().failure, None, "{what}");
+        for (number, state) in recorder.states(1, 150).enumerate() {
+            let expected = (number % 25 == 0).then_some(expected.as_slice());
+            is_no_worse(
+                &state.files[0],
+                expected,
+                directory.path(),
+                &format!("{what}: {}", state.description),
+            );
+            tried += 1;
+        }
+    }
+    assert!(tried > 100, "only {tried} states");
 }
 
 #[test]
