@@ -86,7 +86,8 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        rustix::process::kill_process(self.pid, rustix::process::Signal::TERM)
+        // Not TERM: qemu-nbd misses one that comes right after it has said that it is ready.
+        rustix::process::kill_process(self.pid, rustix::process::Signal::KILL)
             .expect("the daemon runs still");
     }
 }
