@@ -216,37 +216,6 @@ impl Qcow2Layer {
         Ok(first << bits..(first + count) << bits)
     }
 
-    /// Counts host clusters up (`true`) or down by one each, for every run of bytes. Counting up happens at
-    /// once in memory, where only a bounded part of it stays; counting down is pending until the next drain
-    /// has made everything else durable.
-    pub(super) fn change_refcounts(&self, ranges: &[(Range<u64>, bool)]) -> Result<()> {
-        self.check_writable()?;
-        let mut state = self.state();
-        let result = self.change_refcounts_locked(&mut state, ranges);
-        self.guard(result)
-    }
-
-    fn change_refcounts_locked(&self, state: &mut State, ranges: &[(Range<u64>, bool)]) -> Result<()> {
-        self.know_places()?;
-        for (host, up) in ranges {
-            if !up {
-                state.free(Freed::clusters(host.clone(), self.runtime.discard_other));
-                continue;
-            }
-            let per_block = self.geometry.refcounts_per_block();
-            let mut clusters = self.clusters_of(host);
-            while clusters.start < clusters.end {
-                let end = ((clusters.start / per_block + 1) * per_block).min(clusters.end);
-                while self.count_up(state, clusters.start..end)? == Counted::SearchAgain {}
-                clusters.start = end;
-                if self.refcount_blocks.dirty_bytes() >= self.runtime.refcount_cache_bytes {
-                    self.write_refcount_blocks()?;
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Notes where a structure stands, once places are known.
     pub(super) fn note_place(&self, kind: Kind, host: Range<u64>) {
         self.places.write().unwrap_or_else(std::sync::PoisonError::into_inner).add(kind, host);

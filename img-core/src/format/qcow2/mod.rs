@@ -9,6 +9,7 @@ mod alloc;
 mod bitmap;
 mod cache;
 mod check;
+mod commit;
 mod compressed;
 mod create;
 mod create_layout;
