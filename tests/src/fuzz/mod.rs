@@ -31,3 +31,9 @@ pub fn random_input(index: u64) -> Vec<u8> {
         })
         .collect()
 }
+
+/// The image that an input describes, to look at with other tools.
+#[must_use]
+pub fn image_bytes(input: &[u8]) -> Vec<u8> {
+    script::Script::new(input).image().bytes
+}
