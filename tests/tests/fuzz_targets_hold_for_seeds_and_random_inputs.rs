@@ -29,7 +29,7 @@ fn seeds_hold() {
 
 #[test]
 fn random_inputs_hold() {
-    let cases = number_from_environment("IMG_TEST_CASES").unwrap_or(3000);
+    let cases = number_from_environment("IMG_TEST_CASES").unwrap_or(1500);
     let first = number_from_environment("IMG_TEST_SEED").unwrap_or(1) << 32;
     for (name, target) in fuzz::TARGETS {
         let failures: Vec<String> = (first..first + cases)
