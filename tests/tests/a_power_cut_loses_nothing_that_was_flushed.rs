@@ -66,7 +66,11 @@ fn try_history(scenario: &Scenario, seed: u64) -> Result<(), TestCaseError> {
         let durable =
             (0..=done).rev().find(|&done| done == 0 || is_durable(&plan.ops[done - 1])).unwrap_or(0);
         let running = (done + 1).min(plan.ops.len());
-        let allowed = Allowed { since: &plan.models[durable..=running] };
+        let since_ops = &plan.ops[durable..running];
+        let allowed = Allowed {
+            since: &plan.models[durable..=running],
+            copied_flags_may_lag: scenario.layout.version == 2 && since_ops.iter().any(is_about_snapshots),
+        };
         let [file] = <[MemoryStorage; 1]>::try_from(state.files).expect("one file is recorded");
         allowed.judge(file).map_err(|text| {
             TestCaseError::fail(format!(
@@ -102,17 +106,21 @@ fn record(scenario: &Scenario, plan: &Plan) -> Result<CrashRecorder, Error> {
     Ok(recorder)
 }
 
+fn is_about_snapshots(op: &Op) -> bool {
+    matches!(op, Op::SnapshotCreate(_) | Op::SnapshotApply(_) | Op::SnapshotDelete(_))
+}
+
 /// Whether everything before and in `op` is safe once it has returned.
 fn is_durable(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::Flush | Op::Reopen | Op::SnapshotCreate(_) | Op::SnapshotApply(_) | Op::SnapshotDelete(_)
-    )
+    matches!(op, Op::Flush | Op::Reopen) || is_about_snapshots(op)
 }
 
 /// What may be read after a power cut: the first model is durable, every later one may have happened in part.
 struct Allowed<'a> {
     since: &'a [Model],
+    /// A version 2 image in the middle of a snapshot operation: it has no dirty bit to warn of copied flags that
+    /// do not fit the refcounts yet. The audit may name those, and only those, and repairs them.
+    copied_flags_may_lag: bool,
 }
 
 impl Allowed<'_> {
@@ -144,6 +152,11 @@ impl Allowed<'_> {
         let report = image
             .check(Repair::Nothing, &mut |finding| texts.push(finding.text))
             .map_err(|error| format!("no audit: {error}"))?;
+        let only_flags = texts.iter().all(|text| text.starts_with("Leaked") || text.contains("OFLAG_COPIED"));
+        if self.copied_flags_may_lag && report.check_errors == 0 && report.corruptions > 0 && only_flags {
+            drop(image);
+            return repair(storage).map(|()| false);
+        }
         if report.corruptions > 0 || report.check_errors > 0 {
             return Err(format!("{report:?}: {texts:#?}"));
         }
@@ -192,4 +205,18 @@ impl Allowed<'_> {
         }
         Ok(())
     }
+}
+
+/// Repairs what an audit found, which must leave nothing.
+fn repair(storage: &Arc<dyn Storage>) -> Result<(), String> {
+    for repair in [Repair::All, Repair::Nothing] {
+        let mode = OpenMode::Check { repair: repair != Repair::Nothing };
+        let image = memory::open(Arc::clone(storage), mode).map_err(|error| error.to_string())?;
+        let report = image.check(repair, &mut |_| {}).map_err(|error| error.to_string())?;
+        if repair == Repair::Nothing && (report.corruptions, report.leaks) != (0, 0) {
+            return Err(format!("after the repair: {report:?}"));
+        }
+        image.close().map_err(|error| error.to_string())?;
+    }
+    Ok(())
 }
