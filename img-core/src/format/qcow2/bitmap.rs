@@ -5,12 +5,13 @@
 //! it is out of date. Disabled bitmaps, and all bitmaps of an image that is only read, stay as they are, and
 //! so does the autoclear bit, which says that the directory itself is sound.
 
-use std::{ops::Range, path::Path};
+use std::{path::Path, sync::atomic::Ordering};
 
 use super::{
     entry::OFFSET_MASK,
     extension::{BitmapsExtension, be32, be64, text},
     geometry::Geometry,
+    layer::Qcow2Layer,
 };
 use crate::{
     Error, Result,
@@ -35,10 +36,6 @@ const MAX_DATA_BYTES: u64 = 0x2000_0000;
 const MAX_NAME_BYTES: u16 = 1023;
 /// The reference's granularities: 512 bytes to 2 GiB.
 const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
-/// Bits of a table entry that must be zero.
-const TABLE_RESERVED: u64 = 0xff00_0000_0000_01fe;
-/// Tables are read in pieces of this size.
-const PIECE_BYTES: u64 = 1 << 20;
 
 /// A bitmap as the directory describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -181,66 +178,28 @@ impl Entry<'_> {
     }
 }
 
-/// What a bitmap's clusters hold.
+/// Which bitmaps a change of the image puts out of date.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Owned {
-    /// The directory.
-    Directory,
-    /// A bitmap's table.
-    Table,
-    /// A bitmap's data.
-    Data,
+pub(super) enum Stale {
+    /// Those that must reflect all changes of guest data.
+    Enabled,
+    /// All of them: the disk gets another size, which every bitmap depends on.
+    All,
 }
 
-/// Tells all host ranges that bitmaps own: the directory, each table, each cluster of data.
-///
-/// # Errors
-/// What reading the directory and the tables meets, and what `visit` returns.
-pub(super) fn visit_host_ranges(
-    storage: &dyn Storage,
-    geometry: Geometry,
-    extension: BitmapsExtension,
-    visit: &mut dyn FnMut(Owned, Range<u64>) -> Result<()>,
-) -> Result<()> {
-    let directory = extension.directory_offset;
-    visit(Owned::Directory, directory..directory + extension.directory_bytes)?;
-    for bitmap in read_directory(storage, geometry, extension)? {
-        let table = bitmap.table_offset..bitmap.table_offset + u64::from(bitmap.table_entries) * 8;
-        visit(Owned::Table, table.clone())?;
-        let mut at = table.start;
-        while at < table.end {
-            let mut piece = vec![0; usize::try_from((table.end - at).min(PIECE_BYTES)).expect("1 MiB")];
-            storage.read_at(&mut piece, at)?;
-            for word in piece.chunks_exact(8).map(|word| be64(word, 0)) {
-                let offset = word & OFFSET_MASK;
-                let misplaced = offset != 0 && (word & 1 != 0 || geometry.in_cluster(offset) != 0);
-                if word & TABLE_RESERVED != 0 || misplaced {
-                    let expected = "a multiple of the cluster size and no reserved bits";
-                    let found = format!("{word:#x}");
-                    return Err(Error::corrupt(storage.path(), "bitmap table entry", at, expected, found));
-                }
-                if offset != 0 {
-                    visit(Owned::Data, offset..offset + geometry.cluster_bytes())?;
-                }
-                at += 8;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Says of every enabled bitmap, durably, that it may be out of date. Done before the first change of the
-/// disk; a crash while at it leaves some of them marked, which costs those bitmaps and nothing else.
-/// Returns whether there was anything to mark.
+/// Says of bitmaps, durably, that they may be out of date. Done before the change; a crash while at it leaves
+/// some of them marked, which costs those bitmaps and nothing else. Returns whether there was anything to
+/// mark.
 pub(super) fn mark_in_use(
     storage: &dyn Storage,
     geometry: Geometry,
     extension: BitmapsExtension,
+    stale: Stale,
 ) -> Result<bool> {
     let bitmaps = read_directory(storage, geometry, extension)?;
-    let enabled = bitmaps.iter().filter(|bitmap| bitmap.is_auto() && !bitmap.is_in_use());
+    let wanted = |bitmap: &&Bitmap| !bitmap.is_in_use() && (bitmap.is_auto() || stale == Stale::All);
     let mut marked = false;
-    for bitmap in enabled {
+    for bitmap in bitmaps.iter().filter(wanted) {
         // Four aligned bytes: never torn.
         storage.write_at(&(bitmap.flags | IN_USE).to_be_bytes(), bitmap.entry_at + 12)?;
         marked = true;
@@ -251,12 +210,44 @@ pub(super) fn mark_in_use(
     Ok(marked)
 }
 
+impl Qcow2Layer {
+    /// To be called before guest data changes: the first time, enabled bitmaps are marked out of date.
+    pub(super) fn before_guest_change(&self) -> Result<()> {
+        if self.bitmaps_marked.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.check_writable()?;
+        // Whoever comes second must not go on before the marks are durable.
+        let _state = self.state();
+        if !self.bitmaps_marked.load(Ordering::Acquire) {
+            self.mark_bitmaps(Stale::Enabled)?;
+            self.bitmaps_marked.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// To be called before the disk gets another size: all bitmaps are marked out of date.
+    pub(super) fn before_resize(&self) -> Result<()> {
+        self.check_writable()?;
+        self.mark_bitmaps(Stale::All)
+    }
+
+    fn mark_bitmaps(&self, stale: Stale) -> Result<()> {
+        let extension = self.header().bitmaps;
+        if let Some(extension) = extension {
+            mark_in_use(self.image_file(), self.geometry, extension, stale)?;
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::format::{
-        OpenMode,
+        Driver, Layer, OpenContext, OpenMode, OptionSet,
         qcow2::{
+            Qcow2,
             header::Header,
             oracle::{self, file, qemu_img, qemu_io},
         },
@@ -280,27 +271,40 @@ mod tests {
         let names: Vec<_> = before.iter().map(|bitmap| (bitmap.name.as_str(), bitmap.is_auto())).collect();
         assert_eq!(names, [("on", true), ("off", false)]);
         assert!(before.iter().all(|bitmap| !bitmap.is_in_use()));
-        assert!(mark_in_use(&*storage, header.geometry, extension).unwrap());
-        assert!(!mark_in_use(&*storage, header.geometry, extension).unwrap(), "once is enough");
+        assert!(mark_in_use(&*storage, header.geometry, extension, Stale::Enabled).unwrap());
+        assert!(
+            !mark_in_use(&*storage, header.geometry, extension, Stale::Enabled).unwrap(),
+            "once is enough"
+        );
         let info = qemu_img(directory.path(), &["info", "--output=json", "x"]);
         assert_eq!(info.matches("in-use").count(), 1, "{info}");
         qemu_img(directory.path(), &["check", "x"]);
     }
 
+    /// A write, in place or not, marks the enabled bitmap; a new size marks both; reading marks none.
     #[test]
-    fn all_clusters_of_bitmaps_are_told() {
+    fn changes_of_the_disk_mark_bitmaps() {
         let directory = oracle::directory();
-        let storage = image_with_bitmaps(directory.path());
-        let header = Header::read(&*storage, OpenMode::Read).unwrap();
-        let mut seen = Vec::new();
-        let extension = header.bitmaps.expect("a bitmaps extension");
-        visit_host_ranges(&*storage, header.geometry, extension, &mut |owned, range| {
-            seen.push((owned, range));
-            Ok(())
-        })
-        .unwrap();
-        let count = |wanted| seen.iter().filter(|(owned, _)| *owned == wanted).count();
-        assert_eq!((count(Owned::Directory), count(Owned::Table)), (1, 2));
-        assert!(count(Owned::Data) >= 1, "{seen:?}");
+        drop(image_with_bitmaps(directory.path()));
+        let path = directory.path().join("x");
+        let in_use = || qemu_img(directory.path(), &["info", "--output=json", "x"]).matches("in-use").count();
+        let options = OptionSet::new();
+        let open_file = |name: &str, _| Ok(file(Path::new(name)));
+        let open = || {
+            let context = OpenContext { mode: OpenMode::Write, options: &options, open_file: &open_file };
+            Qcow2.open(file(&path), &context).unwrap()
+        };
+        let layer = open();
+        layer.map_range(0..1 << 20, &mut Vec::new()).unwrap();
+        layer.snapshots().unwrap().create("s", (1, 2)).unwrap();
+        layer.writer().unwrap().close().unwrap();
+        assert_eq!(in_use(), 0);
+        let layer = open();
+        drop(layer.writer().unwrap().prepare_write(0..512).unwrap());
+        assert_eq!(in_use(), 1);
+        layer.writer().unwrap().resize(96 << 20, crate::storage::Preallocation::Off).unwrap();
+        layer.writer().unwrap().close().unwrap();
+        assert_eq!(in_use(), 2);
+        qemu_img(directory.path(), &["check", "x"]);
     }
 }

@@ -60,6 +60,8 @@ pub(super) struct Qcow2Layer {
     /// Tables end here at the latest; see [`Root::end_bytes`].
     pub(super) end_bytes: AtomicU64,
     has_sparse_data: OnceLock<bool>,
+    /// Enabled bitmaps say that they are out of date.
+    pub(super) bitmaps_marked: AtomicBool,
 }
 
 impl fmt::Debug for Qcow2Layer {
@@ -129,6 +131,7 @@ impl Qcow2Layer {
             broken: AtomicBool::new(false),
             end_bytes: AtomicU64::new(end_bytes),
             has_sparse_data: OnceLock::new(),
+            bitmaps_marked: AtomicBool::new(false),
             runtime,
             header: RwLock::new(header),
         })

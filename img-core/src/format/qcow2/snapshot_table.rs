@@ -8,7 +8,8 @@ use super::{
 use crate::{Error, Result, format::SnapshotInfo, storage::Storage};
 
 /// The fixed part of an entry.
-const FIXED_BYTES: usize = SNAPSHOT_HEADER_BYTES as usize;
+const FIXED_BYTES: usize = 40;
+const _: () = assert!(SNAPSHOT_HEADER_BYTES == 40);
 /// Bytes of the whole table (the reference's limit: 1 KiB for each of the most snapshots).
 pub(super) const MAX_TABLE_BYTES: usize = 64 << 20;
 /// Extra data of an entry (the reference's limit).

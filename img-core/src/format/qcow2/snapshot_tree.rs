@@ -58,13 +58,16 @@ impl L1 {
     }
 }
 
+/// What [`visit_tables`] calls: position in the list, host offset, bytes.
+type Visit<'a> = dyn FnMut(usize, u64, &mut [u8]) -> Result<()> + 'a;
+
 /// Shows the tables at `offsets` to `visit` one after the other: position in `offsets`, host offset, bytes.
 /// Pages of tables that `visit` changed are written back; not durable before a flush.
 pub(super) fn visit_tables(
     storage: &dyn Storage,
     geometry: Geometry,
     offsets: &[u64],
-    visit: &mut dyn FnMut(usize, u64, &mut [u8]) -> Result<()>,
+    visit: &mut Visit<'_>,
 ) -> Result<()> {
     let cluster = geometry.cluster_bytes();
     let cluster_len = usize::try_from(cluster).expect("at most 2 MiB");

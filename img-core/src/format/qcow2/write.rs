@@ -385,11 +385,13 @@ impl State {
 
 impl LayerWriter for Qcow2Layer {
     fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>> {
+        self.before_guest_change()?;
         let (token, plan) = self.guard(self.prepare(guest_bytes))?;
         Ok(PreparedWrite::new(self, token, plan))
     }
 
     fn prepare_compressed(&self, guest_offset: u64, stored_bytes: u32) -> Result<PreparedWrite<'_>> {
+        self.before_guest_change()?;
         let (token, plan) = self.guard(self.prepare_packed(guest_offset, stored_bytes))?;
         Ok(PreparedWrite::new(self, token, plan))
     }
@@ -407,10 +409,12 @@ impl LayerWriter for Qcow2Layer {
     }
 
     fn write_zeroes(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<bool> {
+        self.before_guest_change()?;
         self.guard(self.zero(guest_bytes, may_unmap))
     }
 
     fn discard(&self, guest_bytes: Range<u64>) -> Result<()> {
+        self.before_guest_change()?;
         self.guard(self.discard_range(guest_bytes))
     }
 
@@ -419,6 +423,7 @@ impl LayerWriter for Qcow2Layer {
     }
 
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
+        self.before_resize()?;
         self.guard(self.change_size(virtual_size_bytes, preallocation))
     }
 
