@@ -131,9 +131,9 @@ pub(super) struct Header {
     /// Extensions we do not know, in the order of the file.
     pub(super) unknown_extensions: Vec<UnknownExtension>,
     /// Bytes 105 to 111, for which there are no fields yet.
-    padding: [u8; 7],
+    pub(super) padding: [u8; 7],
     /// Fields behind byte 112, as they stand.
-    unknown_fields: Vec<u8>,
+    pub(super) unknown_fields: Vec<u8>,
 }
 
 impl Header {

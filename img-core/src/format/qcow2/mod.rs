@@ -38,6 +38,8 @@ mod write;
 mod zero;
 
 #[cfg(test)]
+mod header_tests;
+#[cfg(test)]
 mod heart_fault_tests;
 #[cfg(test)]
 mod heart_tests;
