@@ -245,7 +245,7 @@ impl Qcow2Layer {
 mod tests {
     use super::*;
     use crate::format::{
-        Driver, Layer, OpenContext, OpenMode, OptionSet,
+        Driver, OpenContext, OpenMode, OptionSet,
         qcow2::{
             Qcow2,
             header::Header,

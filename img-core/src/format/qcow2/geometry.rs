@@ -48,11 +48,6 @@ impl Geometry {
         if self.extended_l2 { self.cluster_bytes() / 32 } else { self.cluster_bytes() }
     }
 
-    /// Subclusters in a cluster: 32 or 1.
-    pub(super) fn subclusters(self) -> u32 {
-        if self.extended_l2 { 32 } else { 1 }
-    }
-
     /// Reference counts in one refcount block, which fills one cluster.
     pub(super) fn refcounts_per_block(self) -> u64 {
         (self.cluster_bytes() * 8) >> self.refcount_order
