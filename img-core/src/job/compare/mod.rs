@@ -25,7 +25,7 @@ const PIECE_BYTES: u64 = 2 << 20;
 const UNREAD_PIECE_BYTES: u64 = 16 << 30;
 
 /// The unit in which differences are located.
-const SECTOR_BYTES: u64 = 512;
+const SECTOR_BYTES: usize = 512;
 
 /// What to compare how.
 #[derive(Clone, Copy, Debug, Default)]
@@ -266,7 +266,7 @@ impl Pieces<'_> {
             len = most;
         }
         // Join what follows while sectors go on being counted from the same start.
-        while len < most && len.is_multiple_of(SECTOR_BYTES) {
+        while len < most && len.is_multiple_of(SECTOR_BYTES as u64) {
             match self.next_found() {
                 Ok(Some(Found::Run { len: more, check: next, .. }))
                     if next == check && len + more <= most =>
@@ -383,8 +383,5 @@ fn difference(
 
 /// Where the first sector of `len` bytes begins that is not `good`.
 fn first_sector(len: usize, good: impl Fn(Range<usize>) -> bool) -> Option<u64> {
-    (0..len)
-        .step_by(SECTOR_BYTES as usize)
-        .find(|at| !good(*at..len.min(at + SECTOR_BYTES as usize)))
-        .map(|at| at as u64)
+    (0..len).step_by(SECTOR_BYTES).find(|at| !good(*at..len.min(at + SECTOR_BYTES))).map(|at| at as u64)
 }

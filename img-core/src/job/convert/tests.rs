@@ -51,11 +51,11 @@ fn patterned(len: usize, seed: u64) -> Vec<u8> {
     };
     let mut bytes = Vec::with_capacity(len);
     while bytes.len() < len {
-        let run = 1 + random() as usize % 200 * SECTOR;
+        let run = 1 + usize::try_from(random() % 200).expect("small") * SECTOR;
         match random() % 3 {
             0 => bytes.extend(std::iter::repeat_n(0, run)),
-            1 => bytes.extend((0..run).map(|at| (at / 7) as u8)),
-            _ => bytes.extend((0..run).map(|_| random() as u8)),
+            1 => bytes.extend((0..run).map(|at| (at / 7).to_le_bytes()[0])),
+            _ => bytes.extend((0..run).map(|_| random().to_le_bytes()[0])),
         }
     }
     bytes.truncate(len);
@@ -394,17 +394,34 @@ fn compressed_images_are_as_small_as_the_reference_s() {
     let path = std::env::current_exe().expect("a large file");
     let mut bytes = std::fs::read(path).expect("readable");
     bytes.truncate(8 << 20);
-    std::fs::write(lab.path("plain.raw"), bytes).expect("room");
-    for how in ["zlib", "zstd"] {
-        let option = format!("compression_type={how}");
-        lab.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", &option, "plain.raw", "theirs"]);
-        let options = ConvertOptions { compress: true, ..ConvertOptions::default() };
-        let source = open(&lab.path("plain.raw"), "raw", OpenMode::Read);
-        convert_to_new(&[source], &lab.path("ours"), "qcow2", &[("compression_type", how)], &options);
-        let len = |name: &str| std::fs::metadata(lab.path(name)).expect("it is there").len();
-        let (ours, theirs) = (len("ours"), len("theirs"));
-        assert!(ours * 100 <= theirs * 102, "{how}: {ours} bytes against {theirs}");
-        assert_eq!(ours % 512, 0, "{how}: the file ends on a sector");
+    std::fs::write(lab.path("program.raw"), bytes).expect("room");
+    // Short matches nearby are what counts in a log.
+    let noise = patterned(1 << 20, 8);
+    let line = |pair: &[u8]| {
+        format!(
+            "2026-11-21T12:00:{:02} host app: GET /items/{} bytes={}\n",
+            pair[0] % 60,
+            pair[1],
+            u16::from(pair[0]) * 251 + u16::from(pair[1])
+        )
+    };
+    let mut log: Vec<u8> =
+        noise.chunks_exact(2).take(60_000).flat_map(|pair| line(pair).into_bytes()).collect();
+    log.truncate(log.len() / SECTOR * SECTOR);
+    std::fs::write(lab.path("log.raw"), log).expect("room");
+    for file in ["program.raw", "log.raw"] {
+        for how in ["zlib", "zstd"] {
+            let option = format!("compression_type={how}");
+            lab.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", &option, file, "theirs"]);
+            let options = ConvertOptions { compress: true, ..ConvertOptions::default() };
+            let source = open(&lab.path(file), "raw", OpenMode::Read);
+            convert_to_new(&[source], &lab.path("ours"), "qcow2", &[("compression_type", how)], &options);
+            lab.qemu_img(&["compare", "-f", "raw", "-F", "qcow2", file, "ours"]);
+            let len = |name: &str| std::fs::metadata(lab.path(name)).expect("it is there").len();
+            let (ours, theirs) = (len("ours"), len("theirs"));
+            assert!(ours * 100 <= theirs * 102, "{file}, {how}: {ours} bytes against {theirs}");
+            assert_eq!(ours % 512, 0, "{file}, {how}: the file ends on a sector");
+        }
     }
 }
 
