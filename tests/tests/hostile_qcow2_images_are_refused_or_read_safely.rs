@@ -131,10 +131,13 @@ fn the_binary_answers_with_the_exit_code_of_the_reference() {
                     return Err(format!("{ours}"));
                 }
             }
+            // Some of these the reference answers after a minute, 65536 snapshots in a hole for one.
+            if ANSWERED_DIFFERENTLY.contains(&hostile.name) {
+                continue;
+            }
             let theirs =
                 Run::new(oracle("qemu-img"), folder).args(arguments("theirs.raw")).within(BOUNDS).output();
-            let must_agree = !ANSWERED_DIFFERENTLY.contains(&hostile.name);
-            if must_agree && matches!(theirs.code, 0..=3) && theirs.code != ours.code {
+            if matches!(theirs.code, 0..=3) && theirs.code != ours.code {
                 return Err(format!("exit codes differ\nours {ours}\ntheirs {theirs}")
                     .chars()
                     .take(900)
