@@ -23,8 +23,13 @@ use crate::{
     after_help = AFTER_HELP
 )]
 pub(crate) struct Cli {
-    /// Trace events: [[enable=]PATTERN][,events=FILE][,file=FILE]. This program has none
-    #[arg(short = 'T', long, value_name = "TRACE")]
+    /// Trace events, as the reference takes them.
+    #[arg(
+        short = 'T',
+        long,
+        value_name = "TRACE",
+        help = "Trace events: [[enable=]PATTERN][,events=FILE][,file=FILE]. This program has none"
+    )]
     pub(crate) trace: Vec<String>,
 
     #[command(subcommand)]

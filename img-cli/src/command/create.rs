@@ -58,7 +58,7 @@ Examples:
   img create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
   img create -f qcow2 -o help disk.qcow2";
 
-/// Runs the command. Operands: FILENAME [SIZE].
+/// Runs the command. Operands: `FILENAME [SIZE]`.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     args.objects.check()?;
     let list = option_list::join(&args.options)?;

@@ -1,7 +1,7 @@
 //! Fuzz targets as plain functions: the same code runs under cargo-fuzz (`fuzz/`), over the kept seeds, and in a
 //! bounded loop of random inputs in the ordinary tests.
 //!
-//! An input is not the image itself but a [`script`] of what is broken in a valid one, so that mutation goes
+//! An input is not the image itself but a script of what is broken in a valid one, so that mutation goes
 //! where the parsers look instead of drowning in magic numbers. A target returns when all is well and panics
 //! when the library broke a promise; an error from the library is an answer.
 
