@@ -108,10 +108,8 @@ impl Compressor {
 
 /// The length of the stream, when it fits.
 fn deflate(compressor: &mut libdeflater::Compressor, cluster: &[u8], out: &mut [u8]) -> Option<usize> {
-    match compressor.deflate_compress(cluster, out) {
-        Ok(stored) => Some(stored),
-        Err(libdeflater::CompressionError::InsufficientSpace) => None,
-    }
+    // The only error there is says that the stream does not fit.
+    compressor.deflate_compress(cluster, out).ok()
 }
 
 #[cfg(test)]
