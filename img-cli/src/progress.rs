@@ -81,7 +81,7 @@ impl Reporter {
             bar.set_style(ProgressStyle::with_template(template).expect("a fixed template is well-formed"));
             bar
         });
-        let reporter = Self {
+        Ok(Self {
             style,
             out: context.out.clone(),
             step_percent,
@@ -89,11 +89,14 @@ impl Reporter {
             bar,
             signals,
             started: Instant::now(),
-        };
-        if style == Style::Percent {
-            reporter.show_percent(0.0);
+        })
+    }
+
+    /// The work begins.
+    pub(crate) fn begin(&self) {
+        if self.style == Style::Percent {
+            self.show_percent(0.0);
         }
-        Ok(reporter)
     }
 
     /// The job has done all of its work.

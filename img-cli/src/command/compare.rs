@@ -108,6 +108,7 @@ fn run_compare(
         opening.open(context).map_err(|failure| failure.with_code(TROUBLE))
     };
     let images = [open(a, &args.a_format)?, open(b, &args.b_format)?];
+    reporter.begin();
     let say = |text: &str| {
         if !args.quiet {
             context.out.line(text);

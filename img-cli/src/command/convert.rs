@@ -210,6 +210,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     }
     let cache = source_cache(args.source_cache.as_deref())?;
     let reporter = Reporter::start(style(args, context)?, 1.0, context)?;
+    reporter.begin();
     let mut created = Created::default();
     let job = Job { args, numbers, list, snapshot, sources, target, cache, reporter: &reporter, context };
     let outcome = job.run(&mut created);
@@ -470,8 +471,13 @@ impl Job<'_> {
                 _ => format!("error while reading offset {at} of {source}"),
             });
         };
-        convert(sources, target, &options, &salvaged, self.reporter)?;
-        Ok(())
+        convert(sources, target, &options, &salvaged, self.reporter).map_err(|error| match error {
+            // A format that can, on an image that cannot: one with an external data file.
+            Error::Unsupported { .. } if self.args.compress => {
+                Failure::new("error while writing at byte 0: Operation not supported")
+            }
+            other => Failure::from(other),
+        })
     }
 }
 

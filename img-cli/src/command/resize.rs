@@ -81,6 +81,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         );
         return Err(Failure::silent(1));
     }
+    // Formats that allocate in clusters count their disks in sectors.
+    if image.layers()[0].cluster_size_bytes().is_some() && new % 512 != 0 {
+        return Err(Failure::new("The new size must be a multiple of 512"));
+    }
     image.resize(new, preallocation)?;
     image.close()?;
     if !args.quiet {

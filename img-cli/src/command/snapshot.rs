@@ -66,7 +66,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let opening = Opening { force_share: args.share.force_share, ..Opening::new(file, &args.formats, mode) };
     let image = opening.open(context)?;
     let outcome = if let [name] = args.create.as_slice() {
-        image.snapshot_create(name, now()).map_err(|error| ("create", name, reason(&error)))
+        image.snapshot_create(name, now()).map_err(|error| ("create", name, why_not_created(&error)))
     } else if let [name] = args.apply.as_slice() {
         image.snapshot_apply(name).map_err(|error| ("apply", name, why_not_applied(&error)))
     } else if let [name] = args.delete.as_slice() {
@@ -95,6 +95,13 @@ fn list(image: &Image, context: &Context) -> Outcome {
 fn now() -> (u32, u32) {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     (u32::try_from(since.as_secs()).unwrap_or(u32::MAX), since.subsec_micros() * 1000)
+}
+
+fn why_not_created(error: &Error) -> String {
+    match error {
+        Error::Unsupported { .. } => "Operation not supported".to_owned(),
+        other => reason(other),
+    }
 }
 
 fn why_not_applied(error: &Error) -> String {
