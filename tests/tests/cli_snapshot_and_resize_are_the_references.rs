@@ -12,6 +12,8 @@ fn snapshot() {
         "qemu-img create -q -f qcow2 -o compat=0.10 v2 1M",
         "qemu-img create -q -f qcow2 -o data_file=x.data x 1M",
     ])
+    // Tables shorter than a cluster take less space on the host than the reference's.
+    .without_disk_use()
     .lines(&[
         "qemu-img snapshot s",
         "qemu-img snapshot -l s",
@@ -44,7 +46,8 @@ fn snapshot() {
         "qemu-img snapshot -f nope s",
         "qemu-img snapshot -l e",
         "qemu-img snapshot -c y e",
-        "qemu-img snapshot -a s1 bm",
+        // Refused; the reference writes its bitmaps anew all the same.
+        "cp bm t; qemu-img snapshot -a s1 t; code=$?; rm t; exit $code",
         "qemu-img snapshot -c x v2",
         "qemu-img snapshot -l v2",
         "qemu-img snapshot -c x x",
