@@ -17,11 +17,6 @@ impl Context {
         Self { called_as, out }
     }
 
-    /// The program as it was called.
-    pub(crate) fn called_as(&self) -> &str {
-        &self.called_as
-    }
-
     /// The name in front of messages: the last part of the name the program was called by.
     pub(crate) fn name(&self) -> &str {
         self.called_as.rsplit('/').next().unwrap_or(&self.called_as)

@@ -1,0 +1,34 @@
+//! A conversion that is interrupted removes the file it made, and says so by its exit code; one that prints
+//! JSON can be read line by line.
+
+use img_tests::command::{Run, img_binary};
+
+fn shell(line: &str, directory: &std::path::Path) -> Run {
+    Run::new("sh", directory).args(["-c", line, "sh"]).arg(img_binary())
+}
+
+#[test]
+fn a_new_target_is_removed() {
+    let root = tempfile::tempdir().unwrap();
+    // Slow enough to be met at work: 64 MiB at 1 MiB a second. The signal comes once the target is there.
+    let line = "truncate -s 64M r && dd if=/dev/urandom of=r bs=1M count=64 conv=notrunc 2>/dev/null; \
+        \"$1\" convert -q -r 1M -O qcow2 r new & pid=$!; \
+        while [ ! -e new ]; do kill -0 $pid || exit 99; done; kill -INT $pid; wait $pid";
+    let output = shell(line, root.path()).output();
+    assert_eq!(output.code, 130, "{output}");
+    assert!(!root.path().join("new").exists());
+    assert!(root.path().join("r").exists());
+}
+
+#[test]
+fn progress_as_json_is_one_object_a_line() {
+    let root = tempfile::tempdir().unwrap();
+    let line = "truncate -s 4M r && \"$1\" convert --progress=json -f raw -O qcow2 r o";
+    let text = shell(line, root.path()).output().success();
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+    let last = lines.last().expect("at least the end is told");
+    assert_eq!(last["event"], "finished");
+    assert_eq!((&last["done"], &last["total"]), (&last["total"], &last["done"]));
+    assert!(last["elapsed_ms"].is_u64());
+}
