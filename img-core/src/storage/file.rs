@@ -9,7 +9,10 @@ use std::{
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, AtomicI32, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicI32, Ordering},
+    },
 };
 
 use rustix::io::Errno;
@@ -23,6 +26,9 @@ use crate::{Error, Result};
 mod open;
 
 pub use open::FileOptions;
+
+/// A write at least this long is worth a sleep of those who wait for it.
+const LONG_WRITE_BYTES: u64 = 64 << 10;
 
 /// What the descriptor stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +55,11 @@ pub struct FileStorage {
     cache: CacheMode,
     /// Until the file system says that it cannot.
     punches: AtomicBool,
+    /// Held by a long buffered write. The kernel lets one such write into a file at a time, and those who wait for
+    /// that spin on their cores; here they sleep.
+    long_write: Mutex<()>,
+    /// Whether space is taken before it is written; unset until somebody is about to write much.
+    reserves: AtomicBool,
     /// The errno of the first flush that failed, else 0. The kernel reports a lost page once; what the
     /// page cache holds afterwards is not what the disk holds, so no later flush may succeed.
     failed_flush: AtomicI32,
@@ -225,7 +236,12 @@ impl Storage for FileStorage {
         }
         let written = match &self.direct {
             Some(direct) => direct.write(self.fd.as_fd(), bufs, at_bytes),
-            None => transfer::write_fully(self.fd.as_fd(), bufs, at_bytes),
+            None => {
+                // Guards nothing but the order of waiting, so a panic elsewhere spoils nothing.
+                let _turn = (end - at_bytes >= LONG_WRITE_BYTES)
+                    .then(|| self.long_write.lock().unwrap_or_else(PoisonError::into_inner));
+                transfer::write_fully(self.fd.as_fd(), bufs, at_bytes)
+            }
         };
         written.map_err(self.failed("write", at_bytes))
     }
@@ -309,6 +325,17 @@ impl Storage for FileStorage {
             }
         }
         self.write_zeroes_plainly(range_bytes.start.max(old)..range_bytes.end)
+    }
+
+    fn will_write(&self, range_bytes: Range<u64>) {
+        let len_bytes = range_bytes.end.saturating_sub(range_bytes.start);
+        if len_bytes < space::WORTH_RESERVING_BYTES || !self.reserves.load(Ordering::Relaxed) {
+            return;
+        }
+        // A refusal costs nothing: the write takes its space by itself, or tells why it cannot.
+        if !matches!(space::reserve_kept_size(self.fd.as_fd(), range_bytes), Ok(true)) {
+            self.reserves.store(false, Ordering::Relaxed);
+        }
     }
 
     fn punch_hole(&self, range_bytes: Range<u64>) -> Result<()> {

@@ -137,6 +137,13 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Sets space aside for a range without changing what it reads as, growing the file where needed.
     fn preallocate(&self, range_bytes: Range<u64>, preallocation: Preallocation) -> Result<()>;
 
+    /// Hint: all of the range is about to be written, in order. A storage may take its space at once where that is
+    /// cheaper than block by block. Never changes what is there or the length, and never fails: a disk that is
+    /// full says so to the write.
+    fn will_write(&self, range_bytes: Range<u64>) {
+        let _ = range_bytes;
+    }
+
     /// Gives the host space of a range back; afterwards it reads as zeroes. Never changes the length.
     fn punch_hole(&self, range_bytes: Range<u64>) -> Result<()>;
 

@@ -27,6 +27,22 @@ pub(super) fn reserve(fd: BorrowedFd<'_>, range: Range<u64>) -> Result<bool, Err
     fallocate(fd, FallocateFlags::empty(), range)
 }
 
+/// Below this a call of its own costs more than it saves.
+pub(super) const WORTH_RESERVING_BYTES: u64 = 64 << 10;
+
+/// Whether the file system takes space more cheaply in one go than write by write. ext4 delays allocation
+/// and then accounts for it block by block; others do as well either way, and tmpfs would clear pages.
+pub(super) fn is_cheaper_reserved(fd: BorrowedFd<'_>) -> bool {
+    /// `f_type` of ext2, ext3 and ext4 (linux/magic.h).
+    const EXT4_SUPER_MAGIC: u64 = 0xef53;
+    rustix::fs::fstatfs(fd).is_ok_and(|stat| u64::try_from(stat.f_type) == Ok(EXT4_SUPER_MAGIC))
+}
+
+/// Takes space for a range that is about to be written, leaving the length as it is.
+pub(super) fn reserve_kept_size(fd: BorrowedFd<'_>, range: Range<u64>) -> Result<bool, Errno> {
+    fallocate(fd, FallocateFlags::KEEP_SIZE, range)
+}
+
 pub(super) fn fallocate(fd: BorrowedFd<'_>, how: FallocateFlags, range: Range<u64>) -> Result<bool, Errno> {
     match rustix::io::retry_on_intr(|| rustix::fs::fallocate(fd, how, range.start, range.end - range.start)) {
         Ok(()) => Ok(true),

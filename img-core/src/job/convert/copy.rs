@@ -25,9 +25,9 @@ use crate::{
     },
 };
 
-/// How much a thread reads at once: few enough system calls to forget about, and small enough to be still in
-/// the cache of its core when zeroes are looked for and the bytes are written.
-const PIECE_BYTES: u64 = 256 << 10;
+/// How much a thread reads at once: large enough that system calls do not count, and small enough to be mostly in
+/// the cache of its core still when zeroes are looked for and the bytes are written.
+const PIECE_BYTES: u64 = 1 << 20;
 
 /// The reference's buffer, whose bounds can be seen in the result where zero detection looks across blocks.
 const REFERENCE_PIECE_BYTES: u64 = 2 << 20;

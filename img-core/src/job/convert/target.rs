@@ -115,7 +115,9 @@ impl<'a> Target<'a> {
         let after = self.fill(last.guest_bytes.end, last.fill_after_bytes, false)?;
         let start = first.at.0 - before.len() as u64;
         let slices = [IoSlice::new(&before), IoSlice::new(bytes), IoSlice::new(&after)];
-        self.file(first)?.write_vectored_at(&slices, start)
+        let file = self.file(first)?;
+        file.will_write(start..start + (before.len() + bytes.len() + after.len()) as u64);
+        file.write_vectored_at(&slices, start)
     }
 
     /// What the guest reads now in the `len` bytes before or behind `at`. Zeroes are written too, even where the

@@ -3,7 +3,10 @@
 use std::{
     os::fd::AsFd,
     path::PathBuf,
-    sync::atomic::{AtomicBool, AtomicI32},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicI32},
+    },
 };
 
 use rustix::{
@@ -14,7 +17,7 @@ use rustix::{
 use super::{FileStorage, Kind};
 use crate::{
     Error, Result,
-    storage::{CacheMode, Identity, block, direct::Direct, lock},
+    storage::{CacheMode, Identity, block, direct::Direct, lock, space},
 };
 
 /// How a host file is opened. The default reads an existing file through the page cache.
@@ -146,6 +149,8 @@ impl FileOptions {
             }
             _ => None,
         };
+        let reserves =
+            self.write && kind == Kind::Regular && direct.is_none() && space::is_cheaper_reserved(fd.as_fd());
         Ok(FileStorage {
             path,
             fd,
@@ -156,6 +161,8 @@ impl FileOptions {
             writable: self.write,
             cache: self.cache,
             punches: AtomicBool::new(kind != Kind::Character),
+            long_write: Mutex::new(()),
+            reserves: AtomicBool::new(reserves),
             failed_flush: AtomicI32::new(0),
             locks: lock::Locks::default(),
         })
