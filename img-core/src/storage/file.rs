@@ -332,6 +332,7 @@ impl Storage for FileStorage {
         if len_bytes < space::WORTH_RESERVING_BYTES || !self.reserves.load(Ordering::Relaxed) {
             return;
         }
+        let _turn = self.long_write.lock().unwrap_or_else(PoisonError::into_inner);
         // A refusal costs nothing: the write takes its space by itself, or tells why it cannot.
         if !matches!(space::reserve_kept_size(self.fd.as_fd(), range_bytes), Ok(true)) {
             self.reserves.store(false, Ordering::Relaxed);
