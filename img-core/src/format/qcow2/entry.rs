@@ -145,3 +145,67 @@ impl L2Entry {
         self.word & COPIED != 0
     }
 }
+
+/// How many entries from the first on say the same, each a cluster further: at least 1. The table has entries
+/// of 8 bytes, and the first is no compressed cluster.
+pub(super) fn like_the_first(entries: &[[u8; 8]], geometry: Geometry) -> usize {
+    /// Entries compared without a branch between them.
+    const CHUNK: usize = 16;
+    let first = u64::from_be_bytes(entries[0]);
+    let placed = first & OFFSET_MASK != 0 || (geometry.external_data && first & COPIED != 0);
+    let (step, most) = if placed {
+        // A sum that leaves the bits of the offset is not the next cluster.
+        let step = geometry.cluster_bytes();
+        (step, (OFFSET_MASK - (first & OFFSET_MASK)) / step + 1)
+    } else {
+        (0, u64::MAX)
+    };
+    let entries = &entries[..entries.len().min(usize::try_from(most).unwrap_or(usize::MAX))];
+    let differs = |entry: &[u8; 8], index: usize| u64::from_be_bytes(*entry) ^ (first + index as u64 * step);
+    if entries.get(1).is_none_or(|entry| differs(entry, 1) != 0) {
+        return 1;
+    }
+    let chunks = entries[1..].as_chunks::<CHUNK>().0.iter().zip((1..).step_by(CHUNK));
+    let alike = chunks.take_while(|(chunk, at)| {
+        chunk.iter().zip(*at..).fold(0, |bits, (entry, index)| bits | differs(entry, index)) == 0
+    });
+    let run = 1 + alike.count() * CHUNK;
+    let rest = entries[run..].iter().zip(run..);
+    run + rest.take_while(|(entry, index)| differs(entry, *index) == 0).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// A run ends where a comparison one by one ends it.
+        #[test]
+        fn runs_of_entries(
+            first in prop_oneof![
+                Just(0), Just(ZERO), Just(COPIED), Just(COPIED | 0x50000), Just(0x50000 | ZERO),
+                Just(OFFSET_MASK & !0xffff), Just((OFFSET_MASK & !0xffff) - 0x10_0000),
+            ],
+            length in 1_usize..100,
+            broken in proptest::option::of((1_usize..100, 0_u32..64)),
+            external_data: bool,
+        ) {
+            let geometry =
+                Geometry { version: 3, cluster_bits: 16, refcount_order: 4, extended_l2: false, external_data };
+            let placed = first & OFFSET_MASK != 0 || (external_data && first & COPIED != 0);
+            let step = if placed { 0x10000 } else { 0 };
+            let mut entries: Vec<[u8; 8]> =
+                (0..length as u64).map(|index| (first.wrapping_add(index * step)).to_be_bytes()).collect();
+            if let Some((index, bit)) = broken && index < length {
+                entries[index] = (u64::from_be_bytes(entries[index]) ^ (1 << bit)).to_be_bytes();
+            }
+            let expected = (1..length).take_while(|&index| {
+                let word = first.wrapping_add(index as u64 * step);
+                u64::from_be_bytes(entries[index]) == word && (word ^ first) & !OFFSET_MASK == 0
+            });
+            prop_assert_eq!(like_the_first(&entries, geometry), expected.count() + 1);
+        }
+    }
+}

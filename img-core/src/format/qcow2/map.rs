@@ -1,15 +1,15 @@
 //! The question where guest bytes live: L1, L2, extent.
 //!
 //! [`TableMap`] holds the cached tables of one image and walks any L1 of it: the active one, or a
-//! snapshot's. Small questions are answered from cached slices. A walk over several L2 tables reads each
-//! as a whole into a buffer of its own, so that it neither thrashes the cache nor asks the host 16 times,
-//! and lays the cached slices, which may be newer than the file, over it.
+//! snapshot's. Small questions are answered from cached slices. Where a walk wants half of an L2 table or
+//! more, it reads the whole into a buffer of its own, so that it neither thrashes the cache nor asks the
+//! host 16 times, and lays the cached slices, which may be newer than the file, over it.
 
 use std::{ops::Range, sync::Arc};
 
 use super::{
     cache::SliceCache,
-    entry::{COMPRESSED, COPIED, Cluster, L1Entry, L2Entry, OFFSET_MASK},
+    entry::{COMPRESSED, Cluster, L1Entry, L2Entry, OFFSET_MASK, like_the_first},
     geometry::Geometry,
 };
 use crate::{
@@ -107,7 +107,6 @@ impl TableMap {
     /// Appends the extents of a guest range.
     pub(super) fn map_range(&self, root: Root, guest: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
         let geometry = self.geometry;
-        let bulk = guest.end.saturating_sub(guest.start) > geometry.l2_span_bytes();
         let mut buffer = Vec::new();
         let mut at = guest.start;
         while at < guest.end {
@@ -115,7 +114,7 @@ impl TableMap {
             let table_end = end_of_table(geometry, l1_index).min(guest.end);
             let entry = self.l1_entry(root, l1_index)?;
             match self.checked_table(root, l1_index, entry)? {
-                Some(table) if bulk => {
+                Some(table) if table_end - at >= geometry.l2_span_bytes() / 2 => {
                     self.read_table(table, &mut buffer)?;
                     let first = geometry.l2_index(at);
                     let skip = usize::try_from(first * geometry.l2_entry_bytes()).expect("inside a cluster");
@@ -265,7 +264,7 @@ impl Walk<'_> {
             let run = if geometry.extended_l2 || entry.word & COMPRESSED != 0 {
                 1
             } else {
-                like_the_first(bytes[index * 8..].as_chunks::<8>().0, geometry)
+                like_the_first(&bytes.as_chunks().0[index..], geometry)
             };
             // The first cluster of the run may be cut at the start, the last one at the end.
             let run_end = geometry.cluster_start(self.at) + run as u64 * geometry.cluster_bytes();
@@ -322,22 +321,4 @@ impl Walk<'_> {
             guest = next;
         }
     }
-}
-
-/// How many entries from the first on say the same, each a cluster further: at least 1.
-fn like_the_first(entries: &[[u8; 8]], geometry: Geometry) -> usize {
-    let first = u64::from_be_bytes(entries[0]);
-    let placed = first & OFFSET_MASK != 0 || (geometry.external_data && first & COPIED != 0);
-    let step = if placed { geometry.cluster_bytes() } else { 0 };
-    let mut expected = first;
-    let mut run = 1;
-    for &word in &entries[1..] {
-        expected = expected.wrapping_add(step);
-        // A sum that leaves the bits of the offset is not the next cluster.
-        if u64::from_be_bytes(word) != expected || (expected ^ first) & !OFFSET_MASK != 0 {
-            break;
-        }
-        run += 1;
-    }
-    run
 }
