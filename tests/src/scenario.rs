@@ -390,7 +390,8 @@ impl Planner {
 }
 
 impl Model {
-    fn apply(&mut self, op: &Op, layout: &Layout, has_below: bool) {
+    /// Does `op` to it.
+    pub fn apply(&mut self, op: &Op, layout: &Layout, has_below: bool) {
         let cluster = layout.cluster_bytes();
         match op {
             Op::Write { at, len, byte } | Op::Compress { at, len, byte } => self.fill(*at, at + len, *byte),

@@ -17,10 +17,11 @@ impl Qcow2Layer {
         }
         let mut state = self.state();
         let write = state.end(token);
-        let result = self.check_writable().and_then(|()| self.link(&mut state, &write));
+        let mut linked = 0;
+        let result = self.check_writable().and_then(|()| self.link(&mut state, &write, &mut linked));
         let result = match result {
             Ok(()) => Ok(()),
-            Err(error) => self.take_back(&mut state, &write).and(Err(error)),
+            Err(error) => self.take_back(&mut state, &write, linked).and(Err(error)),
         };
         self.landed.notify_all();
         result
@@ -35,12 +36,13 @@ impl Qcow2Layer {
         let write = state.end(token);
         // There is nobody to tell: the counts stay too high, a leak, which is what a crash here leaves too.
         // A corrupt image is marked, and the next write says so.
-        self.guard(self.take_back(&mut state, &write)).ok();
+        self.guard(self.take_back(&mut state, &write, 0)).ok();
         self.landed.notify_all();
     }
 
-    /// Frees what was allocated for a write that does not happen.
-    fn take_back(&self, state: &mut State, write: &Write) -> Result<()> {
+    /// Frees what was allocated for a write that does not happen, but for its first `linked` clusters: the map
+    /// points there already.
+    fn take_back(&self, state: &mut State, write: &Write, linked: u64) -> Result<()> {
         let cluster = self.geometry.cluster_bytes();
         match write.kind {
             WriteKind::Reuse { .. } => Ok(()),
@@ -48,16 +50,18 @@ impl Qcow2Layer {
             WriteKind::Fresh { .. } => {
                 let bytes = write.clusters.end - write.clusters.start;
                 debug_assert_eq!(bytes % cluster, 0);
-                self.unallocate(state, write.host..write.host + bytes)
+                self.unallocate(state, write.host + linked * cluster..write.host + bytes)
             }
+            WriteKind::Compressed { .. } if linked > 0 => Ok(()),
             WriteKind::Compressed { stored_bytes } => {
                 self.unallocate(state, write.host..write.host + u64::from(stored_bytes))
             }
         }
     }
 
-    /// Makes the map point at the bytes of a write.
-    fn link(&self, state: &mut State, write: &Write) -> Result<()> {
+    /// Makes the map point at the bytes of a write. `linked` counts the clusters for which it does, of which
+    /// there may be some when a table cannot be read again.
+    fn link(&self, state: &mut State, write: &Write, linked: &mut u64) -> Result<()> {
         let geometry = self.geometry;
         let cluster = geometry.cluster_bytes();
         let root = self.root();
@@ -69,7 +73,11 @@ impl Qcow2Layer {
         let mut old = Vec::new();
         for guest in write.clusters.clone().step_by(usize_of(cluster)) {
             let found = self.map.entry_at(table, geometry.l2_index(guest))?;
-            old.push((found.entry, self.map.checked(found, guest)?));
+            let was = self.map.checked(found, guest)?;
+            if !matches!(write.kind, WriteKind::Reuse { .. }) {
+                self.check_given_up(was)?;
+            }
+            old.push((found.entry, was));
         }
         let last = old.len() - 1;
         state.barrier = true;
@@ -97,6 +105,7 @@ impl Qcow2Layer {
                 }
             };
             self.set_entry(table, guest, entry)?;
+            *linked += 1;
             // In an external data file the cluster has its one place and stays there.
             if frees && (!geometry.external_data || matches!(was, Cluster::Compressed { .. })) {
                 self.free_entry(state, was, self.runtime.discard_other);

@@ -16,12 +16,15 @@
 //! there is after references that depend on nothing new. Under lazy refcounts steps 1 and 2 leave the counts
 //! in memory, and [`Qcow2Layer::finish`] writes them before it clears the dirty bit.
 
+use std::ops::Range;
+
 use super::{
     alloc::{Freed, State},
+    entry::Cluster,
     layer::Qcow2Layer,
     overlap::Kind,
 };
-use crate::{Result, storage::Flush};
+use crate::{Result, format::Layer, storage::Flush};
 
 impl Qcow2Layer {
     /// Makes all changes durable.
@@ -113,28 +116,47 @@ impl Qcow2Layer {
             freed.sort_by_key(|freed| (freed.in_data_file, freed.host.start));
             let mut holes: Vec<Freed> = Vec::new();
             for freed in freed {
-                if freed.in_data_file {
-                    note_hole(&mut holes, freed);
-                    continue;
-                }
                 for cluster in self.clusters_of(&freed.host) {
-                    if self.count_down(cluster)? == 0 {
-                        let host = cluster << self.geometry.cluster_bits;
-                        let host = host..host + self.geometry.cluster_bytes();
+                    let host = cluster << self.geometry.cluster_bits;
+                    let host = host..host + self.geometry.cluster_bytes();
+                    if freed.in_data_file {
+                        if !self.is_in_use_again(state, &host)? {
+                            note_hole(&mut holes, Freed { host, ..freed.clone() });
+                        }
+                    } else if self.count_down(cluster)? == 0 {
+                        // At once: where a later step fails, its count is zero and all that is known of it
+                        // must agree. Nobody gets it before the hole is punched, as the state is held.
+                        self.cluster_is_free(state, cluster);
                         note_hole(&mut holes, Freed::clusters(host, freed.punch));
                     }
                 }
             }
             for hole in holes {
                 self.punch(&hole)?;
-                if !hole.in_data_file {
-                    for cluster in self.clusters_of(&hole.host) {
-                        self.cluster_is_free(state, cluster);
-                    }
-                }
             }
         }
         Ok(())
+    }
+
+    /// Whether a cluster of the external data file, where each has its one place, was given up and has been
+    /// written again since, or is being written.
+    fn is_in_use_again(&self, state: &State, host: &Range<u64>) -> Result<bool> {
+        if state.is_in_flight(host.clone()) {
+            return Ok(true);
+        }
+        if host.start >= self.virtual_size_bytes() {
+            return Ok(false);
+        }
+        let Some(found) = self.map.l2_entry(self.root(), host.start)? else { return Ok(false) };
+        Ok(match self.map.checked(found, host.start)? {
+            Cluster::Standard { .. }
+            | Cluster::Zero { reserved: Some(_) }
+            | Cluster::Subclusters { at: Some(_), .. } => true,
+            Cluster::Unallocated
+            | Cluster::Zero { reserved: None }
+            | Cluster::Compressed { .. }
+            | Cluster::Subclusters { at: None, .. } => false,
+        })
     }
 
     fn punch(&self, hole: &Freed) -> Result<()> {

@@ -57,6 +57,8 @@ pub(super) struct Qcow2Layer {
     pub(super) places_known: AtomicBool,
     /// Nothing is written any more: the image turned out to be corrupt.
     broken: AtomicBool,
+    /// Nothing is written any more: see [`Self::halt`].
+    halted: AtomicBool,
     /// Tables end here at the latest; see [`Root::end_bytes`].
     pub(super) end_bytes: AtomicU64,
     has_sparse_data: OnceLock<bool>,
@@ -129,6 +131,7 @@ impl Qcow2Layer {
             places: RwLock::new(Places::new(geometry, runtime.overlap)),
             places_known: AtomicBool::new(false),
             broken: AtomicBool::new(false),
+            halted: AtomicBool::new(false),
             end_bytes: AtomicU64::new(end_bytes),
             has_sparse_data: OnceLock::new(),
             bitmaps_marked: AtomicBool::new(false),
@@ -159,6 +162,9 @@ impl Qcow2Layer {
 
     /// What a crash under lazy refcounts left: counts are made right again before anything is allocated.
     fn repair_dirty(&self) -> Result<()> {
+        // Who left the image dirty may have been killed between a write and its flush: what is read here and
+        // not durable may be gone after a power cut, and what it replaced must not be overwritten before.
+        self.image_file().flush(Flush::Data)?;
         let mut header = self.header().clone();
         let report = super::check::check(self.storage(), &mut header, Repair::All, &mut |_: Finding| {})?;
         if report.check_errors != 0 || report.corruptions != 0 {
@@ -188,13 +194,14 @@ impl Qcow2Layer {
         self.header.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the header and makes it durable. When that fails the header in memory stays as it was.
+    /// Changes the header and makes it durable. When that fails nobody can tell which header is on disk, and
+    /// what would be written by the one in memory might be lost: nothing is written any more.
     pub(super) fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
         let mut header = self.header.write().unwrap_or_else(PoisonError::into_inner);
         let mut changed = header.clone();
         change(&mut changed);
-        changed.write(self.image_file())?;
-        self.image_file().flush(Flush::Data)?;
+        let written = changed.write(self.image_file()).and_then(|()| self.image_file().flush(Flush::Data));
+        self.or_halt(written)?;
         self.virtual_size_bytes.store(changed.virtual_size_bytes, Ordering::SeqCst);
         *header = changed;
         Ok(())
@@ -256,10 +263,35 @@ impl Qcow2Layer {
         Ok(())
     }
 
+    /// Stops all writing until the image is opened again, after a change of several steps failed between two
+    /// of them. Whatever is on disk then is what a power cut there would have left.
+    pub(super) fn halt(&self) {
+        self.halted.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether [`Self::halt`] was called.
+    pub(super) fn is_halted(&self) -> bool {
+        self.halted.load(Ordering::SeqCst)
+    }
+
+    /// Passes a result on; [halts](Self::halt) when it is an error.
+    pub(super) fn or_halt<T>(&self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.halt();
+        }
+        result
+    }
+
     /// Refuses when nothing may be written.
     pub(super) fn check_writable(&self) -> Result<()> {
         if !self.mode.writes() {
             return Err(Error::ReadOnly { file: self.path().to_owned() });
+        }
+        if self.is_halted() {
+            return Err(Error::Invalid(format!(
+                "{}: a change could not be finished; nothing is written until the image is opened again",
+                self.path().display()
+            )));
         }
         if self.broken.load(Ordering::SeqCst) {
             return Err(Error::corrupt(
@@ -363,8 +395,12 @@ impl Layer for Qcow2Layer {
     }
 
     fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
-        // The audit looks at the file, not at what is cached of it.
-        self.drain()?;
+        // The audit looks at the file, not at what is cached of it, lazy counts included.
+        if self.mode == OpenMode::Write {
+            self.guard(self.settle())?;
+        } else {
+            self.drain()?;
+        }
         let mut header = self.header().clone();
         let report = super::check::check(self.storage(), &mut header, repair, findings);
         if repair != Repair::Nothing {

@@ -49,6 +49,11 @@ impl Kind {
     fn bit(self) -> u16 {
         1 << self as u16
     }
+
+    /// What messages call it.
+    pub(super) fn name(self) -> &'static str {
+        KINDS[self as usize].2
+    }
 }
 
 /// A set of kinds that are checked.

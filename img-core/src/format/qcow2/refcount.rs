@@ -193,21 +193,38 @@ impl Qcow2Layer {
         let block = new << geometry.cluster_bits;
         self.check_overlap(&(block..block + geometry.cluster_bytes()), None)?;
         self.note_allocated(block + geometry.cluster_bytes());
-        self.refcount_blocks.fill_with_zeroes(block..block + geometry.cluster_bytes());
+        let host = block..block + geometry.cluster_bytes();
+        self.refcount_blocks.fill_with_zeroes(host.clone());
         let index = cluster / per_block;
-        if new / per_block == index {
-            self.set_refcount(block, new, 1)?;
-        } else if self.count_up(state, new..new + 1)? == Counted::SearchAgain {
+        let counts_itself = new / per_block == index;
+        let counted = if counts_itself {
+            self.set_refcount(block, new, 1).map(|()| Counted::Done)
+        } else {
+            self.count_up(state, new..new + 1)
+        };
+        if !matches!(counted, Ok(Counted::Done)) {
             // The block for the block came first; this one is made when the caller comes back.
-            self.refcount_blocks.forget(block..block + geometry.cluster_bytes());
-            return Ok(());
+            self.refcount_blocks.forget(host);
+            return counted.map(|_| ());
         }
-        self.note_place(Kind::RefcountBlock, block..block + geometry.cluster_bytes());
-        if index < self.refcount_table_entries() {
-            self.set_table_entry(self.header().refcount_table_offset, index, block)
+        self.note_place(Kind::RefcountBlock, host.clone());
+        state.barrier = true;
+        let linked = if index < self.refcount_table_entries() {
+            let table = self.header().refcount_table_offset;
+            self.set_table_entry(table, index, block)
         } else {
             self.grow_refcount_table(state, index, block, cluster.max(new) + 1)
+        };
+        if linked.is_err() && !self.is_halted() {
+            // Nothing names the block: what is known of it in memory must not reach the file.
+            self.refcount_blocks.forget(host.clone());
+            self.forget_place(Kind::RefcountBlock, host);
+            if !counts_itself {
+                self.count_down(new)?;
+            }
+            self.cluster_is_free(state, new);
         }
+        linked
     }
 
     fn set_table_entry(&self, table: u64, index: u64, block: u64) -> Result<()> {
@@ -249,45 +266,69 @@ impl Qcow2Layer {
         let area = first_block..table + table_bytes;
         self.check_overlap(&area, None)?;
         self.note_allocated(area.end);
-        self.refcount_blocks.fill_with_zeroes(first_block..table);
-        for cluster in start..start + blocks + table_clusters {
-            let own = first_block + ((cluster - start) / per_block) * cluster_bytes;
-            self.set_refcount(own, cluster, 1)?;
-        }
-        self.note_place(Kind::RefcountBlock, first_block..table);
-        let (old_table, old_entries) = (self.header().refcount_table_offset, self.refcount_table_entries());
-        self.refcount_table.fill_with_zeroes(table..area.end);
-        for old in 0..old_entries {
-            let (slice, within) = self.refcount_table.get(self.image_file(), old_table + old * 8)?;
-            let word = slice.word(within);
-            if word != 0 {
-                self.set_table_entry(table, old, word)?;
-            }
-        }
-        self.set_table_entry(table, index, block)?;
-        for (new, at) in (first_block..table).step_by(usize_of(cluster_bytes)).enumerate() {
-            self.set_table_entry(table, start / per_block + new as u64, at)?;
-        }
-        self.note_place(Kind::RefcountTable, table..area.end);
+        let old = self.header().refcount_table_offset;
+        let old = old..old + self.refcount_table_entries() * 8;
         // (1)
-        self.write_refcount_blocks()?;
-        self.refcount_table.write_back(
-            self.image_file(),
-            |at| (table..area.end).contains(&at),
-            |host| self.check_overlap(&host, Some(Kind::RefcountTable)),
-        )?;
-        self.image_file().flush(Flush::Data)?;
+        let written = self.write_larger_table(&area, table, (index, block), &old);
+        if let Err(error) = written {
+            // Nothing names the new table: what is known of it in memory must not reach the file.
+            self.refcount_blocks.forget(first_block..table);
+            self.refcount_table.forget(table..area.end);
+            self.forget_place(Kind::RefcountBlock, first_block..table);
+            self.forget_place(Kind::RefcountTable, table..area.end);
+            return Err(error);
+        }
         // (2)
         self.update_header(|header| {
             header.refcount_table_offset = table;
             header.refcount_table_clusters = u32::try_from(table_clusters).expect("at most 8 MiB");
         })?;
         // (3)
-        let old = old_table..old_table + old_entries * 8;
         self.refcount_table.forget(old.clone());
         self.forget_place(Kind::RefcountTable, old.clone());
         state.free(Freed::clusters(old, self.runtime.discard_other));
         Ok(())
+    }
+
+    /// Step 1 of a larger refcount table, which stands at `table` behind its own blocks in `area`: it has the
+    /// entries of the one at `old`, those of its blocks, and `added`.
+    fn write_larger_table(
+        &self,
+        area: &Range<u64>,
+        table: u64,
+        added: (u64, u64),
+        old: &Range<u64>,
+    ) -> Result<()> {
+        let geometry = self.geometry;
+        let (cluster_bytes, per_block) = (geometry.cluster_bytes(), geometry.refcounts_per_block());
+        let first_block = area.start;
+        let (start, end) = (first_block >> geometry.cluster_bits, area.end >> geometry.cluster_bits);
+        self.refcount_blocks.fill_with_zeroes(first_block..table);
+        for cluster in start..end {
+            let own = first_block + ((cluster - start) / per_block) * cluster_bytes;
+            self.set_refcount(own, cluster, 1)?;
+        }
+        self.note_place(Kind::RefcountBlock, first_block..table);
+        self.refcount_table.fill_with_zeroes(table..area.end);
+        for (index, at) in (old.start..old.end).step_by(8).enumerate() {
+            let (slice, within) = self.refcount_table.get(self.image_file(), at)?;
+            let word = slice.word(within);
+            if word != 0 {
+                self.set_table_entry(table, index as u64, word)?;
+            }
+        }
+        self.set_table_entry(table, added.0, added.1)?;
+        for (new, at) in (first_block..table).step_by(usize_of(cluster_bytes)).enumerate() {
+            self.set_table_entry(table, start / per_block + new as u64, at)?;
+        }
+        self.note_place(Kind::RefcountTable, table..area.end);
+        self.write_refcount_blocks()?;
+        self.refcount_table.write_back(
+            self.image_file(),
+            |at| (table..area.end).contains(&at),
+            |host| self.check_overlap(&host, Some(Kind::RefcountTable)),
+        )?;
+        self.image_file().flush(Flush::Data)
     }
 
     /// Writes the changed refcount blocks. At any time but the last step of a drain they differ from the

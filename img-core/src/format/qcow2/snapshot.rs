@@ -25,6 +25,9 @@
 //! 3. counts of the snapshot's tree and of the old table down; a sync in version 2, so that a flag is never
 //!    set ahead of its count; copied flags set where counts are one now; a sync;
 //! 4. the dirty bit goes, durable.
+//!
+//! Where a step fails and what came before it cannot be undone, writing stops ([`Qcow2Layer::halt`]): the image
+//! is then what a power cut at that step leaves, dirty bit included, and repaired when it is opened again.
 
 use std::{collections::HashSet, io, sync::Arc};
 
@@ -33,6 +36,7 @@ use super::{
     feature::incompatible,
     header::{Header, MAX_SNAPSHOTS},
     layer::Qcow2Layer,
+    overlap::Kind,
     snapshot_counts::Counts,
     snapshot_table::{MAX_TABLE_BYTES, NewSnapshot, Snapshot, encode_table, read_table},
     snapshot_tree::{L1, data_runs, set_copied, visit_tables, write_changed},
@@ -91,14 +95,44 @@ impl Qcow2Layer {
             let source = io::Error::from_raw_os_error(libc::ENOTSUP);
             return Err(Error::io(self.path(), "use snapshots with an external data file", source));
         }
-        let result = change();
+        let result = self.check_structures().and_then(|()| change());
         let result = self.guard(result);
-        if result.is_err() {
-            // What waited from before is not lost; where the change got to the file, nothing waits.
-            self.drain()?;
+        if result.is_err() && self.check_writable().is_ok() {
+            // What waited from before is not lost, lazy counts included; where the change got to the file, nothing
+            // waits.
+            self.or_halt(self.settle())?;
         }
-        let reloaded = self.reload();
+        if self.map.l1.is_dirty(|_| true) || self.map.l2.is_dirty(|_| true) {
+            // It failed early, and writing stopped: what was written before can still be read.
+            return result;
+        }
+        // Copied flags and counts in memory may be those from before the change.
+        let reloaded = self.or_halt(self.reload());
         result.and(reloaded)
+    }
+
+    /// Tables are changed in the file itself: none may stand where another structure does.
+    fn check_structures(&self) -> Result<()> {
+        self.know_places()?;
+        let cluster = self.geometry.cluster_bytes();
+        let header = self.header().clone();
+        let l1 = header.l1_offset..header.l1_offset + u64::from(header.l1_entries) * 8;
+        self.check_overlap(&l1, Some(Kind::ActiveL1))?;
+        let table = header.refcount_table_offset
+            ..header.refcount_table_offset + u64::from(header.refcount_table_clusters) * cluster;
+        self.scan_words(&table, |at, word| match self.checked_refcount_block(at, word)? {
+            Some(block) => self.check_overlap(&(block..block + cluster), Some(Kind::RefcountBlock)),
+            None => Ok(()),
+        })
+    }
+
+    /// Refuses an L2 table, active or not, that stands where another structure does.
+    fn check_l2_place(&self, offset: u64) -> Result<()> {
+        let host = offset..offset + self.geometry.cluster_bytes();
+        match self.check_overlap(&host, Some(Kind::ActiveL2)) {
+            Err(Error::Overlap { structure, .. }) if structure == Kind::InactiveL2.name() => Ok(()),
+            result => result,
+        }
     }
 
     /// The reference looks through the ids first, then through the names.
@@ -122,7 +156,7 @@ impl Qcow2Layer {
     }
 
     /// Everything in caches goes to disk, the counts of new clusters too.
-    fn settle(&self) -> Result<()> {
+    pub(super) fn settle(&self) -> Result<()> {
         self.finish(&mut self.state())
     }
 
@@ -189,12 +223,14 @@ impl Qcow2Layer {
             .write_at(&bytes, table_offset)
             .and_then(|()| self.share_active(&header, new.l1_offset));
         if let Err(error) = shared {
-            self.clear_dirty()?;
-            self.reload()?;
-            self.give_back(&[(new.l1_offset, l1_bytes), (table_offset, table_bytes)])?;
+            if !self.is_halted() {
+                self.clear_dirty()?;
+                self.reload()?;
+                self.give_back(&[(new.l1_offset, l1_bytes), (table_offset, table_bytes)])?;
+            }
             return Err(error);
         }
-        self.image_file().flush(Flush::Data)?;
+        self.or_halt(self.image_file().flush(Flush::Data))?;
         // 3.
         let count = u32::try_from(table.len()).expect("at most MAX_SNAPSHOTS");
         let dirty = self.dirty_bit();
@@ -211,7 +247,7 @@ impl Qcow2Layer {
     }
 
     /// Step 2 of creating: the active tree is counted once more and loses its copied flags, and its L1 table
-    /// is copied. On failure all of it is undone.
+    /// is copied. On failure all of it is undone, or writing stops.
     fn share_active(&self, header: &Header, l1_copy: u64) -> Result<()> {
         let file = self.image_file();
         let mut l1 = L1::read(file, header.l1_offset, header.l1_entries)?;
@@ -222,34 +258,36 @@ impl Qcow2Layer {
         }
         let mut counts = Counts::new(file, header)?;
         if let Err(error) = self.count_up_tree(&mut counts, &offsets, true) {
-            self.set_flags(&mut counts, header)?;
-            counts.write()?;
-            file.flush(Flush::Data)?;
+            if !self.is_halted() {
+                let undone = self.set_flags(&mut counts, header).and_then(|()| counts.write());
+                self.or_halt(undone.and_then(|()| file.flush(Flush::Data)))?;
+            }
             return Err(error);
         }
         let before = l1.bytes.clone();
         for &(index, _) in &tables {
             l1.set_copied(index, false);
         }
-        write_changed(file, header.l1_offset, &before, &l1.bytes)?;
-        counts.write()
+        let written = write_changed(file, header.l1_offset, &before, &l1.bytes);
+        self.or_halt(written.and_then(|()| counts.write()))
     }
 
     /// Counts L2 tables and what they refer to once more, clearing copied flags in them where asked. On
-    /// failure the counts are as before; flags are not.
+    /// failure the counts are as before, or writing stops; flags are not.
     fn count_up_tree(&self, counts: &mut Counts<'_>, tables: &[u64], clear_flags: bool) -> Result<()> {
         let mut done = 0;
         let result = self.count_tree(counts, tables, true, clear_flags, &mut done);
         if result.is_err() {
             let (file, geometry) = (self.image_file(), self.geometry);
             let mut parts = done;
-            visit_tables(file, geometry, tables, &mut |_, offset, table| {
+            let undone = visit_tables(file, geometry, tables, &mut |_, offset, table| {
                 counts.undo(self.run_of(offset, 1), &mut parts)?;
                 let undone =
                     data_runs(file, geometry, offset, table, &mut |run| counts.undo(run, &mut parts));
                 // The entry that stopped the counting stops this as well, with nothing left to undo.
                 if parts == 0 { Ok(()) } else { undone }
-            })?;
+            });
+            self.or_halt(undone)?;
         }
         result
     }
@@ -263,9 +301,15 @@ impl Qcow2Layer {
         done: &mut u64,
     ) -> Result<()> {
         let (file, geometry) = (self.image_file(), self.geometry);
+        let bits = geometry.cluster_bits;
         visit_tables(file, geometry, tables, &mut |_, offset, table| {
+            self.check_l2_place(offset)?;
             counts.add(self.run_of(offset, 1), up, done)?;
-            data_runs(file, geometry, offset, table, &mut |run| counts.add(run, up, done))?;
+            data_runs(file, geometry, offset, table, &mut |run| {
+                // Where this is the last reference its space is punched out.
+                self.check_overlap(&(run.start << bits..(run.start + run.clusters) << bits), None)?;
+                counts.add(run, up, done)
+            })?;
             if clear_flags {
                 set_copied(geometry, table, &mut |_| Ok(false))?;
             }
@@ -375,6 +419,12 @@ impl Qcow2Layer {
             header.snapshot_count -= 1;
             header.incompatible |= dirty;
         })?;
+        // 3. and 4.
+        self.or_halt(self.forget_tree(&snapshot, (before.snapshots_offset, old_bytes)))
+    }
+
+    /// Steps 3 and 4 of deleting a snapshot; `old_table` is where the snapshot table stood.
+    fn forget_tree(&self, snapshot: &Snapshot, old_table: (u64, u64)) -> Result<()> {
         // 3.
         let header = self.header().clone();
         let (file, geometry) = (self.image_file(), self.geometry);
@@ -383,9 +433,9 @@ impl Qcow2Layer {
         let tables: Vec<u64> = l1.tables(file, geometry)?.iter().map(|&(_, offset)| offset).collect();
         self.count_tree(&mut counts, &tables, false, false, &mut 0)?;
         counts.add(self.run_of(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8), false, &mut 0)?;
-        counts.add(self.run_of(before.snapshots_offset, old_bytes), false, &mut 0)?;
+        counts.add(self.run_of(old_table.0, old_table.1), false, &mut 0)?;
         counts.write()?;
-        if dirty == 0 {
+        if self.dirty_bit() == 0 {
             file.flush(Flush::Data)?;
         }
         self.set_flags(&mut counts, &header)?;

@@ -320,10 +320,26 @@ impl Qcow2Layer {
 
     /// Gives up what an entry referred to.
     pub(super) fn free_entry(&self, state: &mut State, cluster: Cluster, punch: bool) {
-        let (host, in_data_file) = match cluster {
+        if let Some((host, in_data_file)) = self.place_of(cluster) {
+            state.free(Freed { host, in_data_file, punch });
+        }
+    }
+
+    /// Refuses to give up what an entry refers to where a table stands there: its space would be punched out
+    /// and given to someone else.
+    pub(super) fn check_given_up(&self, cluster: Cluster) -> Result<()> {
+        match self.place_of(cluster) {
+            Some((host, false)) => self.check_overlap(&host, None),
+            Some((_, true)) | None => Ok(()),
+        }
+    }
+
+    /// The host clusters that an entry refers to, and whether they are in the external data file.
+    fn place_of(&self, cluster: Cluster) -> Option<(Range<u64>, bool)> {
+        Some(match cluster {
             Cluster::Unallocated
             | Cluster::Zero { reserved: None }
-            | Cluster::Subclusters { at: None, .. } => return,
+            | Cluster::Subclusters { at: None, .. } => return None,
             Cluster::Standard { at }
             | Cluster::Zero { reserved: Some(at) }
             | Cluster::Subclusters { at: Some(at), .. } => {
@@ -334,8 +350,7 @@ impl Qcow2Layer {
                 let bits = self.geometry.cluster_bits;
                 (touched.start << bits..touched.end << bits, false)
             }
-        };
-        state.free(Freed { host, in_data_file, punch });
+        })
     }
 
     /// Drains before so much is changed or freed in memory that the bounds of the caches are passed.

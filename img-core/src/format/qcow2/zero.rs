@@ -160,6 +160,9 @@ impl Qcow2Layer {
                 (self.partly_zero(found.entry, was, at..end), false)
             };
             if entry != found.entry {
+                if frees {
+                    self.check_given_up(was)?;
+                }
                 self.set_entry(table, start, entry)?;
                 if frees {
                     let punch = match change {
