@@ -253,6 +253,7 @@ impl Qcow2Layer {
         let mut l1 = L1::read(file, header.l1_offset, header.l1_entries)?;
         let tables = l1.tables(file, self.geometry)?;
         let offsets: Vec<u64> = tables.iter().map(|&(_, offset)| offset).collect();
+        offsets.iter().try_for_each(|&offset| self.check_l2_place(offset))?;
         if !l1.bytes.is_empty() {
             file.write_at(&l1.bytes, l1_copy)?;
         }
@@ -328,6 +329,7 @@ impl Qcow2Layer {
             let copied = counts.get(offset >> geometry.cluster_bits)? == 1;
             l1.set_copied(index, copied);
             if copied {
+                self.check_l2_place(offset)?;
                 own.push(offset);
             }
         }

@@ -1,0 +1,129 @@
+//! An image whose entries name its own tables as guest data is refused when it is written to, and no table is
+//! harmed: not by giving the "data" up, nor by a snapshot that counts it.
+
+use std::sync::Arc;
+
+use img_core::{
+    Error, Result,
+    format::OpenMode,
+    image::Image,
+    storage::{MemoryStorage, Storage},
+};
+use img_tests::{
+    memory,
+    scenario::{Layout, Op, apply},
+};
+
+const LAYOUT: Layout = Layout {
+    version: 3,
+    cluster_bits: 12,
+    refcount_bits: 16,
+    extended_l2: false,
+    zstd: false,
+    lazy_refcounts: false,
+};
+const CLUSTER: u64 = 1 << 12;
+const COPIED: u64 = 1 << 63;
+
+fn word(storage: &dyn Storage, at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    storage.read_at(&mut bytes, at).expect("readable");
+    u64::from_be_bytes(bytes)
+}
+
+/// An image with three clusters of data, and where its tables are: L1, L2, refcount table and block.
+fn image() -> (Arc<dyn Storage>, [u64; 4]) {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("hostile.qcow2"));
+    memory::create(&storage, &LAYOUT, 1 << 20).expect("created");
+    let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
+    image.write_at(&[1; 3 << 12], 0).expect("written");
+    image.close().expect("closed");
+    let (l1, table) = (word(&*storage, 40), word(&*storage, 48));
+    let tables = [l1, word(&*storage, l1) & !COPIED, table, word(&*storage, table)];
+    (storage, tables)
+}
+
+type Attack = fn(&Image) -> Result<()>;
+
+#[test]
+fn entries_that_name_tables_do_no_harm() {
+    let attacks: [(&str, Attack); 8] = [
+        ("discard", |image| image.discard(CLUSTER..2 * CLUSTER)),
+        ("zeroes", |image| image.write_zeroes(CLUSTER..2 * CLUSTER, true)),
+        ("a write", |image| image.write_at(&[7; 100], CLUSTER + 100)),
+        ("a compressed write", |image| {
+            apply(image, &Op::Compress { at: CLUSTER, len: CLUSTER, byte: 7 }, &LAYOUT)
+        }),
+        ("a smaller disk", |image| image.resize(CLUSTER, img_core::storage::Preallocation::Off)),
+        ("a snapshot", |image| image.snapshot_create("s", (1, 2))),
+        ("a snapshot and its end", |image| {
+            image.snapshot_create("s", (1, 2))?;
+            image.snapshot_delete("s")
+        }),
+        ("a snapshot, a write and going back", |image| {
+            image.snapshot_create("s", (1, 2))?;
+            image.write_at(&[7; 100], CLUSTER + 100)?;
+            image.snapshot_apply("s")
+        }),
+    ];
+    for which in 0..4 {
+        for flag in [0, COPIED] {
+            for (name, attack) in attacks {
+                let (storage, tables) = image();
+                let target = tables[which];
+                storage.write_at(&(target | flag).to_be_bytes(), tables[1] + 8).expect("written");
+                let before = tables.map(|table| {
+                    let mut bytes = vec![0; 1 << 12];
+                    storage.read_at(&mut bytes, table).expect("readable");
+                    bytes
+                });
+                let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
+                let result = attack(&image).and_then(|()| image.flush());
+                let what = format!("{name}, table {which}, flag {flag:#x}");
+                assert!(matches!(result, Err(Error::Overlap { .. })), "{what}: {result:?}");
+                assert!(image.flush().is_err(), "{what}: nothing is written any more");
+                drop(image);
+                for (index, (table, before)) in tables.iter().zip(&before).enumerate() {
+                    let mut bytes = vec![0; 1 << 12];
+                    storage.read_at(&mut bytes, *table).expect("readable");
+                    // Counts of what was allocated meanwhile, and flags that a snapshot cleared, may differ.
+                    let differ = bytes.iter().zip(before).filter(|(now, then)| now != then).count();
+                    assert!(differ <= 8, "{what}: {differ} bytes of table {index} changed");
+                }
+                let context = memory::open(Arc::clone(&storage), OpenMode::Write);
+                assert!(context.is_err(), "{what}: it is marked");
+            }
+        }
+    }
+}
+
+/// The same for tables that are named as L2 tables.
+#[test]
+fn tables_named_as_l2_tables_do_no_harm() {
+    for which in [0, 2, 3] {
+        for flag in [0, COPIED] {
+            let (storage, tables) = image();
+            storage.write_at(&(tables[which] | flag).to_be_bytes(), tables[0]).expect("written");
+            let before = word(&*storage, tables[2]);
+            for attack in [
+                (|image| image.snapshot_create("s", (1, 2))) as Attack,
+                |image| image.write_at(&[7; 100], 0),
+                |image| image.discard(0..1 << 20),
+            ] {
+                let copy: Arc<dyn Storage> = {
+                    let len = usize::try_from(storage.len_bytes().expect("known")).expect("small");
+                    let mut bytes = vec![0; len];
+                    storage.read_at(&mut bytes, 0).expect("readable");
+                    Arc::new(MemoryStorage::from_bytes("copy.qcow2", &bytes))
+                };
+                let image = memory::open(Arc::clone(&copy), OpenMode::Write).expect("it opens");
+                let result = attack(&image).and_then(|()| image.flush());
+                assert!(
+                    matches!(result, Err(Error::Overlap { .. } | Error::Corrupt { .. })),
+                    "table {which}, flag {flag:#x}: {result:?}"
+                );
+                assert_eq!(word(&*copy, tables[2]), before, "table {which}, flag {flag:#x}");
+            }
+        }
+    }
+}
