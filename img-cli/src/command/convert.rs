@@ -5,7 +5,10 @@ use img_core::{
     Error, JobStep,
     format::{OpenMode, OptionSet},
     image::{CacheMode, Image},
-    job::convert::{ConvertOptions, convert},
+    job::{
+        bitmaps,
+        convert::{ConvertOptions, convert},
+    },
 };
 
 use crate::{
@@ -293,6 +296,12 @@ struct Job<'a> {
 impl Job<'_> {
     fn run(&self, created: &mut Created) -> Result<(), Failure> {
         let sources = self.open_sources()?;
+        if self.args.bitmaps {
+            if sources.len() > 1 {
+                return Err(Failure::new("Copying bitmaps only possible with single source"));
+            }
+            bitmaps::check_bitmaps(&sources[0], self.args.skip_broken_bitmaps)?;
+        }
         let total_bytes = sources
             .iter()
             .try_fold(0u64, |sum, source| sum.checked_add(source.virtual_size_bytes()))
@@ -311,9 +320,11 @@ impl Job<'_> {
         if self.args.no_create && self.args.compress && !target.layers()[0].driver().can_compress() {
             return Err(Failure::new("Compression not supported for this file format"));
         }
-        self.copy(&sources, &target, has_backing)?;
-        target.close()?;
-        Ok(())
+        // A target that stays is closed after a failure too: what was written until then counts.
+        let filled = self.fill(&sources, &target, has_backing);
+        let closed = target.close();
+        filled?;
+        closed.map_err(Failure::from)
     }
 
     fn stop_if_asked(&self) -> Result<(), Failure> {
@@ -406,9 +417,6 @@ impl Job<'_> {
         if self.args.compress {
             self.check_compression(driver.can_compress(), &options)?;
         }
-        if self.args.bitmaps {
-            check_bitmaps(driver.name(), sources)?;
-        }
         created.expect(names::path(self.target));
         if let Some(data_file) = options.get("data_file") {
             created.expect(names::path(data_file));
@@ -446,6 +454,20 @@ impl Job<'_> {
         .open(self.context)
     }
 
+    /// Copies everything that is asked for.
+    fn fill(&self, sources: &[Image], target: &Image, has_backing: bool) -> Result<(), Failure> {
+        if self.args.bitmaps {
+            bitmaps::check_bitmap_target(target)?;
+        }
+        self.copy(sources, target, has_backing)?;
+        if self.args.bitmaps {
+            bitmaps::copy_bitmaps(&sources[0], target, &mut |name| {
+                self.context.warning(&format!("Skipping inconsistent bitmap '{name}'"));
+            })?;
+        }
+        Ok(())
+    }
+
     fn copy(&self, sources: &[Image], target: &Image, has_backing: bool) -> Result<(), Failure> {
         let options = ConvertOptions {
             sparse_bytes: self.numbers.sparse_bytes.unwrap_or(4096),
@@ -479,22 +501,4 @@ impl Job<'_> {
             other => Failure::from(other),
         })
     }
-}
-
-/// Bitmaps are not copied yet: sources that have some are refused.
-fn check_bitmaps(format: &str, sources: &[Image]) -> Result<(), Failure> {
-    if format == "raw" {
-        return Err(Failure::new(format!("Format driver '{format}' does not support bitmaps")));
-    }
-    if sources.len() > 1 {
-        return Err(Failure::new("Copying bitmaps only possible with single source"));
-    }
-    for source in sources {
-        let details = source.layers()[0].details()?;
-        let bitmaps = details.as_ref().and_then(|details| details["data"]["bitmaps"].as_array());
-        if bitmaps.is_some_and(|bitmaps| !bitmaps.is_empty()) {
-            return Err(Failure::new("Copying persistent bitmaps (--bitmaps) is not supported yet"));
-        }
-    }
-    Ok(())
 }

@@ -4,7 +4,7 @@ use std::{fmt, ops::Range, path::Path, sync::Arc};
 
 use serde_json::Value;
 
-use super::{Codec, Extent, HostFile, LayerWriter, OptionDescription, OptionSet};
+use super::{Bitmaps, Codec, Extent, HostFile, LayerWriter, OptionDescription, OptionSet};
 use crate::{Error, Result, storage::Storage};
 
 /// A format: how its images are recognised, made and opened. One static value each, listed in the
@@ -173,6 +173,11 @@ pub trait Layer: Send + Sync + fmt::Debug {
 
     /// Internal snapshots, where the format has them.
     fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
+    }
+
+    /// The dirty bitmaps that the image keeps, where the format and its version have them.
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
         None
     }
 

@@ -5,6 +5,7 @@
 //! [`image`](crate::image) above it does. Each format is a folder here with a [`Driver`], and
 //! [`registry`] is the only place that knows their names.
 
+mod dirty;
 mod extent;
 mod layer;
 mod options;
@@ -14,6 +15,7 @@ mod write;
 pub mod qcow2;
 pub mod raw;
 
+pub use dirty::{BitmapInfo, Bitmaps, DirtyMap, MAX_MAP_BYTES, NewBitmap};
 pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
 pub use layer::{
     Backing, CheckReport, CreateRequest, Driver, Finding, Layer, Lease, OpenContext, OpenFile, OpenMode,

@@ -1,9 +1,10 @@
-//! Whole-image work: convert, compare, map; with progress and cancellation.
+//! Whole-image work: convert, compare, map, bitmaps; with progress and cancellation.
 //!
 //! Each job is one walk over an image's map (`status`) whose pieces are shared out to plain threads. What must
 //! come out the same at any number of threads goes through `ordered`. `zeroes` finds zeroes in memory,
 //! `compress` makes compressed clusters. Nothing here knows a format or a command line.
 
+pub mod bitmaps;
 pub mod compare;
 pub mod convert;
 pub mod create;

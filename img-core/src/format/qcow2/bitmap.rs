@@ -1,17 +1,14 @@
-//! Persistent dirty bitmaps: their directory, their clusters, and how they are kept honest ("Bitmaps").
+//! Persistent dirty bitmaps: their directory ("Bitmaps").
 //!
-//! This build does not track changes in bitmaps. An enabled bitmap (flag `auto`) must reflect every change
-//! of the disk, so before the first change its flag `in_use` is set, durably: every reader then knows that
-//! it is out of date. Disabled bitmaps, and all bitmaps of an image that is only read, stay as they are, and
-//! so does the autoclear bit, which says that the directory itself is sound.
+//! An entry of the directory names a bitmap, its flags and its table. `bitmap_store` reads and writes what
+//! the tables lead to, `bitmap_track` keeps enabled bitmaps up to date while the disk changes.
 
-use std::{path::Path, sync::atomic::Ordering};
+use std::path::Path;
 
 use super::{
     entry::OFFSET_MASK,
     extension::{BitmapsExtension, be32, be64, text},
     geometry::Geometry,
-    layer::Qcow2Layer,
 };
 use crate::{
     Error, Result,
@@ -29,13 +26,13 @@ const EXTRA_DATA_COMPATIBLE: u32 = 4;
 /// "type": a dirty tracking bitmap.
 const DIRTY_TRACKING: u8 = 1;
 /// Entries of a bitmap table (the reference's limit).
-const MAX_TABLE_ENTRIES: u32 = 0x800_0000;
+pub(super) const MAX_TABLE_ENTRIES: u32 = 0x800_0000;
 /// Bytes of a bitmap's data (the reference's limit).
-const MAX_DATA_BYTES: u64 = 0x2000_0000;
+pub(super) const MAX_DATA_BYTES: u64 = 0x2000_0000;
 /// The reference's limit of names.
-const MAX_NAME_BYTES: u16 = 1023;
+pub(super) const MAX_NAME_BYTES: u16 = 1023;
 /// The reference's granularities: 512 bytes to 2 GiB.
-const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
+pub(super) const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 
 /// A bitmap as the directory describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,9 +47,39 @@ pub(super) struct Bitmap {
     granularity_bits: u8,
     /// Its name.
     pub(super) name: String,
+    /// The entry as it stands in the directory, without padding.
+    raw: Vec<u8>,
 }
 
 impl Bitmap {
+    /// An entry without a table yet. Granularity and name are within their limits.
+    pub(super) fn new(name: &str, granularity_bytes: u64) -> Self {
+        let granularity_bits = u8::try_from(granularity_bytes.trailing_zeros()).expect("at most 64");
+        let name_bytes = u16::try_from(name.len()).expect("checked: at most MAX_NAME_BYTES");
+        let mut raw = vec![0; ENTRY_BYTES];
+        raw[16] = DIRTY_TRACKING;
+        raw[17] = granularity_bits;
+        raw[18..20].copy_from_slice(&name_bytes.to_be_bytes());
+        raw.extend_from_slice(name.as_bytes());
+        let name = name.to_owned();
+        Self { entry_at: 0, table_offset: 0, table_entries: 0, flags: 0, granularity_bits, name, raw }
+    }
+
+    /// Makes the entry one of a bitmap that is up to date, with another table.
+    pub(super) fn put(&mut self, table_offset: u64, table_entries: u32, enabled: bool) {
+        self.flags = self.flags & EXTRA_DATA_COMPATIBLE | if enabled { AUTO } else { 0 };
+        (self.table_offset, self.table_entries) = (table_offset, table_entries);
+        self.raw[..8].copy_from_slice(&table_offset.to_be_bytes());
+        self.raw[8..12].copy_from_slice(&table_entries.to_be_bytes());
+        self.raw[12..16].copy_from_slice(&self.flags.to_be_bytes());
+    }
+
+    /// Whether its bits mean something: it is up to date, and nothing unknown changes their meaning.
+    pub(super) fn is_usable(&self) -> bool {
+        let has_extra = be32(&self.raw, 20) != 0;
+        !self.is_in_use() && (!has_extra || self.flags & EXTRA_DATA_COMPATIBLE != 0)
+    }
+
     /// Whether it may be out of date.
     pub(super) fn is_in_use(&self) -> bool {
         self.flags & IN_USE != 0
@@ -119,7 +146,7 @@ pub(super) fn read_directory(
             );
         };
         let name = text(&body[ENTRY_BYTES + extra_bytes..], file, "bitmap name", at)?;
-        bitmaps.push(entry.parse(geometry, name)?);
+        bitmaps.push(entry.parse(geometry, name, body.to_vec())?);
         rest = rest.get(body.len().next_multiple_of(8)..).unwrap_or_default();
     }
     Ok(bitmaps)
@@ -147,7 +174,7 @@ impl Entry<'_> {
         Err(Error::corrupt(self.file, field, self.at + offset, expected, found))
     }
 
-    fn parse(&self, geometry: Geometry, name: String) -> Result<Bitmap> {
+    fn parse(&self, geometry: Geometry, name: String, raw: Vec<u8>) -> Result<Bitmap> {
         let table_offset = be64(self.fixed, 0);
         let in_file = table_offset != 0 && table_offset & !OFFSET_MASK == 0;
         if !in_file || geometry.in_cluster(table_offset) != 0 {
@@ -174,32 +201,30 @@ impl Entry<'_> {
         if !(1..=MAX_NAME_BYTES).contains(&self.u16(18)) {
             return self.corrupt("bitmap name_size", 18, format_args!("1 to {MAX_NAME_BYTES}"), self.u16(18));
         }
-        Ok(Bitmap { entry_at: self.at, table_offset, table_entries, flags, granularity_bits, name })
+        let entry_at = self.at;
+        Ok(Bitmap { entry_at, table_offset, table_entries, flags, granularity_bits, name, raw })
     }
 }
 
-/// Which bitmaps a change of the image puts out of date.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stale {
-    /// Those that must reflect all changes of guest data.
-    Enabled,
-    /// All of them: the disk gets another size, which every bitmap depends on.
-    All,
+/// The bytes of a directory.
+pub(super) fn encode_directory(bitmaps: &[Bitmap]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for bitmap in bitmaps {
+        bytes.extend_from_slice(&bitmap.raw);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+    }
+    bytes
 }
 
-/// Says of bitmaps, durably, that they may be out of date. Done before the change; a crash while at it leaves
-/// some of them marked, which costs those bitmaps and nothing else. Returns whether there was anything to
-/// mark.
+/// Says of the `wanted` bitmaps, durably, that they may be out of date. Done before the change; a crash while
+/// at it leaves some of them marked, which costs those bitmaps and nothing else.
 pub(super) fn mark_in_use(
     storage: &dyn Storage,
-    geometry: Geometry,
-    extension: BitmapsExtension,
-    stale: Stale,
-) -> Result<bool> {
-    let bitmaps = read_directory(storage, geometry, extension)?;
-    let wanted = |bitmap: &&Bitmap| !bitmap.is_in_use() && (bitmap.is_auto() || stale == Stale::All);
+    bitmaps: &[Bitmap],
+    wanted: impl Fn(&Bitmap) -> bool,
+) -> Result<()> {
     let mut marked = false;
-    for bitmap in bitmaps.iter().filter(wanted) {
+    for bitmap in bitmaps.iter().filter(|bitmap| !bitmap.is_in_use() && wanted(bitmap)) {
         // Four aligned bytes: never torn.
         storage.write_at(&(bitmap.flags | IN_USE).to_be_bytes(), bitmap.entry_at + 12)?;
         marked = true;
@@ -207,104 +232,5 @@ pub(super) fn mark_in_use(
     if marked {
         storage.flush(Flush::Data)?;
     }
-    Ok(marked)
-}
-
-impl Qcow2Layer {
-    /// To be called before guest data changes: the first time, enabled bitmaps are marked out of date.
-    pub(super) fn before_guest_change(&self) -> Result<()> {
-        if self.bitmaps_marked.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        self.check_writable()?;
-        // Whoever comes second must not go on before the marks are durable.
-        let _state = self.state();
-        if !self.bitmaps_marked.load(Ordering::Acquire) {
-            self.mark_bitmaps(Stale::Enabled)?;
-            self.bitmaps_marked.store(true, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// To be called before the disk gets another size: all bitmaps are marked out of date.
-    pub(super) fn before_resize(&self) -> Result<()> {
-        self.check_writable()?;
-        self.mark_bitmaps(Stale::All)
-    }
-
-    fn mark_bitmaps(&self, stale: Stale) -> Result<()> {
-        let extension = self.header().bitmaps;
-        if let Some(extension) = extension {
-            mark_in_use(self.image_file(), self.geometry, extension, stale)?;
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::format::{
-        Driver, OpenContext, OpenMode, OptionSet,
-        qcow2::{
-            Qcow2,
-            header::Header,
-            oracle::{self, file, qemu_img, qemu_io},
-        },
-    };
-
-    fn image_with_bitmaps(directory: &Path) -> std::sync::Arc<dyn Storage> {
-        qemu_img(directory, &["create", "-q", "-f", "qcow2", "x", "64M"]);
-        qemu_img(directory, &["bitmap", "--add", "x", "on"]);
-        qemu_img(directory, &["bitmap", "--add", "--disable", "-g", "4096", "x", "off"]);
-        qemu_io(directory, "x", &["write 0 1M", "write 20M 1k"]);
-        file(&directory.join("x"))
-    }
-
-    #[test]
-    fn enabled_bitmaps_are_marked_and_the_others_left_alone() {
-        let directory = oracle::directory();
-        let storage = image_with_bitmaps(directory.path());
-        let header = Header::read(&*storage, OpenMode::Write).unwrap();
-        let extension = header.bitmaps.expect("a bitmaps extension");
-        let before = read_directory(&*storage, header.geometry, extension).unwrap();
-        let names: Vec<_> = before.iter().map(|bitmap| (bitmap.name.as_str(), bitmap.is_auto())).collect();
-        assert_eq!(names, [("on", true), ("off", false)]);
-        assert!(before.iter().all(|bitmap| !bitmap.is_in_use()));
-        assert!(mark_in_use(&*storage, header.geometry, extension, Stale::Enabled).unwrap());
-        assert!(
-            !mark_in_use(&*storage, header.geometry, extension, Stale::Enabled).unwrap(),
-            "once is enough"
-        );
-        let info = qemu_img(directory.path(), &["info", "--output=json", "x"]);
-        assert_eq!(info.matches("in-use").count(), 1, "{info}");
-        qemu_img(directory.path(), &["check", "x"]);
-    }
-
-    /// A write, in place or not, marks the enabled bitmap; a new size marks both; reading marks none.
-    #[test]
-    fn changes_of_the_disk_mark_bitmaps() {
-        let directory = oracle::directory();
-        drop(image_with_bitmaps(directory.path()));
-        let path = directory.path().join("x");
-        let in_use = || qemu_img(directory.path(), &["info", "--output=json", "x"]).matches("in-use").count();
-        let options = OptionSet::new();
-        let open_file = |name: &str, _| Ok(file(Path::new(name)));
-        let open = || {
-            let context = OpenContext { mode: OpenMode::Write, options: &options, open_file: &open_file };
-            Qcow2.open(file(&path), &context).unwrap()
-        };
-        let layer = open();
-        layer.map_range(0..1 << 20, &mut Vec::new()).unwrap();
-        layer.snapshots().unwrap().create("s", (1, 2)).unwrap();
-        layer.writer().unwrap().close().unwrap();
-        assert_eq!(in_use(), 0);
-        let layer = open();
-        drop(layer.writer().unwrap().prepare_write(0..512).unwrap());
-        assert_eq!(in_use(), 1);
-        layer.writer().unwrap().resize(96 << 20, crate::storage::Preallocation::Off).unwrap();
-        layer.writer().unwrap().close().unwrap();
-        assert_eq!(in_use(), 2);
-        qemu_img(directory.path(), &["check", "x"]);
-    }
+    Ok(())
 }

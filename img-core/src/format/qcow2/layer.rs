@@ -15,6 +15,7 @@ use serde_json::Value;
 use super::{
     Qcow2,
     alloc::State,
+    bitmap_track::Tracking,
     cache::{SliceCache, lock},
     feature::{compatible, incompatible},
     geometry::Geometry,
@@ -27,7 +28,7 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, CheckReport, Codec, Driver, Extent, Finding, HostFile, Layer, LayerWriter, Lease,
+        Backing, Bitmaps, CheckReport, Codec, Driver, Extent, Finding, HostFile, Layer, LayerWriter, Lease,
         OpenContext, OpenMode, Repair, Snapshots,
     },
     storage::{Flush, Storage},
@@ -35,7 +36,7 @@ use crate::{
 
 /// An opened image.
 ///
-/// Lock order: `state`, `header`, `places`, then those inside the caches. Readers of the map take none of
+/// Lock order: `state`, `tracking`, `header`, `places`, then those inside the caches. Readers of the map take none of
 /// the first.
 pub(super) struct Qcow2Layer {
     pub(super) mode: OpenMode,
@@ -62,8 +63,8 @@ pub(super) struct Qcow2Layer {
     /// Tables end here at the latest; see [`Root::end_bytes`].
     pub(super) end_bytes: AtomicU64,
     has_sparse_data: OnceLock<bool>,
-    /// Enabled bitmaps say that they are out of date.
-    pub(super) bitmaps_marked: AtomicBool,
+    /// The bitmaps that are kept in memory while the disk changes.
+    pub(super) tracking: Tracking,
 }
 
 impl fmt::Debug for Qcow2Layer {
@@ -134,7 +135,7 @@ impl Qcow2Layer {
             halted: AtomicBool::new(false),
             end_bytes: AtomicU64::new(end_bytes),
             has_sparse_data: OnceLock::new(),
-            bitmaps_marked: AtomicBool::new(false),
+            tracking: Tracking::default(),
             runtime,
             header: RwLock::new(header),
         })
@@ -411,6 +412,10 @@ impl Layer for Qcow2Layer {
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
+    }
+
+    fn bitmaps(&self) -> Option<&dyn Bitmaps> {
+        (self.geometry.version >= 3).then_some(self)
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {

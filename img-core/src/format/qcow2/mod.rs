@@ -7,6 +7,8 @@
 
 mod alloc;
 mod bitmap;
+mod bitmap_store;
+mod bitmap_track;
 mod cache;
 mod check;
 mod commit;
@@ -37,6 +39,8 @@ mod snapshot_tree;
 mod write;
 mod zero;
 
+#[cfg(test)]
+mod bitmap_tests;
 #[cfg(test)]
 mod header_tests;
 #[cfg(test)]

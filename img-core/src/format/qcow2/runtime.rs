@@ -24,6 +24,8 @@ pub(super) struct Runtime {
     pub(super) overlap: Classes,
     /// Freed host space is given back for discards of the user.
     pub(super) discard_requests: bool,
+    /// ... for what snapshots alone referred to.
+    pub(super) discard_snapshots: bool,
     /// ... for what is freed otherwise.
     pub(super) discard_other: bool,
     /// A discard keeps the cluster and its place.
@@ -46,11 +48,10 @@ impl Runtime {
             lazy_refcounts: options.switch("lazy-refcounts")?,
             overlap: Classes::parse(options)?,
             discard_requests: options.switch("pass-discard-request")?.unwrap_or(true),
+            discard_snapshots: options.switch("pass-discard-snapshot")?.unwrap_or(true),
             discard_other: options.switch("pass-discard-other")?.unwrap_or(true),
             discard_no_unref: options.switch("discard-no-unref")?.unwrap_or(false),
         };
-        // Snapshots are deleted with the same deferred frees as everything else.
-        options.switch("pass-discard-snapshot")?;
         for (name, _) in options.iter() {
             let known = matches!(
                 name,
@@ -86,9 +87,13 @@ impl Runtime {
         let total = options.size("cache-size")?;
         let l2 = options.size("l2-cache-size")?;
         let refcounts = options.size("refcount-cache-size")?;
-        // Cleaning by the clock rule keeps the bound at all times; the interval has nothing left to free.
-        if let Some(text) = options.get("cache-clean-interval") {
-            text.parse::<u32>().map_err(|_| not_a_number("cache-clean-interval"))?;
+        // Tables stay in the caches, within their bounds, until others need the room.
+        if let Some(text) = options.get("cache-clean-interval")
+            && text.parse::<u64>().map_err(|_| not_a_number("cache-clean-interval"))? != 0
+        {
+            return Err(Error::Invalid(
+                "Option 'cache-clean-interval' is not supported yet, except for 0".to_owned(),
+            ));
         }
         if let Some(entry) = options.size("l2-cache-entry-size")? {
             if !entry.is_power_of_two() || entry < 512 || entry > cluster {

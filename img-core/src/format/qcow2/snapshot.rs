@@ -240,7 +240,7 @@ impl Qcow2Layer {
             header.incompatible &= !dirty;
         })?;
         // 4.
-        let mut counts = Counts::new(self.image_file(), &header)?;
+        let mut counts = Counts::new(self.image_file(), &header, self.runtime.discard_snapshots)?;
         counts.add(self.run_of(before.snapshots_offset, old_bytes), false, &mut 0)?;
         counts.write()?;
         counts.punch_freed()
@@ -257,7 +257,7 @@ impl Qcow2Layer {
         if !l1.bytes.is_empty() {
             file.write_at(&l1.bytes, l1_copy)?;
         }
-        let mut counts = Counts::new(file, header)?;
+        let mut counts = Counts::new(file, header, self.runtime.discard_snapshots)?;
         if let Err(error) = self.count_up_tree(&mut counts, &offsets, true) {
             if !self.is_halted() {
                 let undone = self.set_flags(&mut counts, header).and_then(|()| counts.write());
@@ -355,7 +355,7 @@ impl Qcow2Layer {
         let header = self.header().clone();
         let old = L1::read(file, header.l1_offset, header.l1_entries)?;
         let mut new = L1::read(file, snapshot.l1_offset, snapshot.l1_entries)?;
-        let mut counts = Counts::new(file, &header)?;
+        let mut counts = Counts::new(file, &header, self.runtime.discard_snapshots)?;
         let prepared = (|| {
             let old_tables = old.tables(file, geometry)?;
             let new_tables = new.tables(file, geometry)?;
@@ -430,7 +430,7 @@ impl Qcow2Layer {
         // 3.
         let header = self.header().clone();
         let (file, geometry) = (self.image_file(), self.geometry);
-        let mut counts = Counts::new(file, &header)?;
+        let mut counts = Counts::new(file, &header, self.runtime.discard_snapshots)?;
         let l1 = L1::read(file, snapshot.l1_offset, snapshot.l1_entries)?;
         let tables: Vec<u64> = l1.tables(file, geometry)?.iter().map(|&(_, offset)| offset).collect();
         self.count_tree(&mut counts, &tables, false, false, &mut 0)?;

@@ -38,17 +38,21 @@ pub(super) struct Counts<'a> {
     blocks: BTreeMap<u64, Block>,
     /// Clusters whose count went to zero.
     freed: Vec<Run>,
+    /// Their space is given back to the host.
+    punches: bool,
 }
 
 impl<'a> Counts<'a> {
-    /// Reads the refcount table, at most 8 MiB.
-    pub(super) fn new(storage: &'a dyn Storage, header: &Header) -> Result<Self> {
+    /// Reads the refcount table, at most 8 MiB. With `punches` the space of clusters whose count goes to zero
+    /// is given back to the host.
+    pub(super) fn new(storage: &'a dyn Storage, header: &Header, punches: bool) -> Result<Self> {
         let geometry = header.geometry;
         let bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_bytes();
         let mut table = vec![0; usize::try_from(bytes).expect("the header's check: at most 8 MiB")];
         storage.read_at(&mut table, header.refcount_table_offset)?;
         let table_offset = header.refcount_table_offset;
-        Ok(Self { storage, geometry, table_offset, table, blocks: BTreeMap::new(), freed: Vec::new() })
+        let (blocks, freed) = (BTreeMap::new(), Vec::new());
+        Ok(Self { storage, geometry, table_offset, table, blocks, freed, punches })
     }
 
     /// The count of a host cluster.
@@ -180,10 +184,10 @@ impl<'a> Counts<'a> {
         Ok(())
     }
 
-    /// Gives the space of freed clusters back to the host. Whatever referred to them is durably gone already;
+    /// Gives the space of freed clusters back to the host, where that is wanted. Whatever referred to them is durably gone already;
     /// the counts need not be durable, since a cluster counted too high is only a leak.
     pub(super) fn punch_freed(&mut self) -> Result<()> {
-        if !self.storage.limits().can_punch {
+        if !self.punches || !self.storage.limits().can_punch {
             self.freed.clear();
             return Ok(());
         }

@@ -402,12 +402,14 @@ impl LayerWriter for Qcow2Layer {
     fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>> {
         self.before_guest_change()?;
         let (token, plan) = self.guard(self.prepare(guest_bytes))?;
+        self.note_change(&plan.guest_bytes);
         Ok(PreparedWrite::new(self, token, plan))
     }
 
     fn prepare_compressed(&self, guest_offset: u64, stored_bytes: u32) -> Result<PreparedWrite<'_>> {
         self.before_guest_change()?;
         let (token, plan) = self.guard(self.prepare_packed(guest_offset, stored_bytes))?;
+        self.note_change(&plan.guest_bytes);
         Ok(PreparedWrite::new(self, token, plan))
     }
 
@@ -425,11 +427,17 @@ impl LayerWriter for Qcow2Layer {
 
     fn write_zeroes(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<bool> {
         self.before_guest_change()?;
-        self.guard(self.zero(guest_bytes, may_unmap))
+        let result = self.guard(self.zero(guest_bytes.clone(), may_unmap));
+        // One that failed may have changed a part.
+        if !matches!(result, Ok(false)) {
+            self.note_change(&guest_bytes);
+        }
+        result
     }
 
     fn discard(&self, guest_bytes: Range<u64>) -> Result<()> {
         self.before_guest_change()?;
+        self.note_change(&guest_bytes);
         self.guard(self.discard_range(guest_bytes))
     }
 
@@ -439,12 +447,15 @@ impl LayerWriter for Qcow2Layer {
 
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
         self.before_resize()?;
-        self.guard(self.change_size(virtual_size_bytes, preallocation))
+        let result = self.guard(self.change_size(virtual_size_bytes, preallocation));
+        self.after_resize();
+        result
     }
 
     fn close(&self) -> Result<()> {
         let mut state = self.state();
-        let result = self.finish(&mut state);
-        self.guard(result)
+        let stored = self.store_tracked(&mut state);
+        let finished = self.finish(&mut state);
+        self.guard(finished.and(stored))
     }
 }
