@@ -39,7 +39,7 @@ use super::{
     overlap::Kind,
     snapshot_counts::Counts,
     snapshot_table::{MAX_TABLE_BYTES, NewSnapshot, Snapshot, encode_table, read_table},
-    snapshot_tree::{L1, data_runs, set_copied, visit_tables, write_changed},
+    snapshot_tree::{L1, clear_copied, data_runs, set_copied, visit_tables, write_changed},
 };
 use crate::{
     Error, Result,
@@ -312,7 +312,7 @@ impl Qcow2Layer {
                 counts.add(run, up, done)
             })?;
             if clear_flags {
-                set_copied(geometry, table, &mut |_| Ok(false))?;
+                clear_copied(geometry, table);
             }
             Ok(())
         })
@@ -334,7 +334,7 @@ impl Qcow2Layer {
             }
         }
         visit_tables(file, geometry, &own, &mut |_, _, table| {
-            set_copied(geometry, table, &mut |cluster| Ok(counts.get(cluster)? == 1))
+            set_copied(geometry, table, &mut |run| counts.all_one(run))
         })?;
         write_changed(file, header.l1_offset, &before, &l1.bytes)
     }

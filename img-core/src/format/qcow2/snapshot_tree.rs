@@ -1,8 +1,10 @@
 //! All L2 tables below an L1 table, read in large pieces, and the host clusters they refer to.
 
+use std::ops::Range;
+
 use super::{
     create_layout::Run,
-    entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET_MASK},
+    entry::{COPIED, Cluster, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET_MASK, like_the_first},
     extension::be64,
     geometry::Geometry,
 };
@@ -115,6 +117,41 @@ pub(super) fn write_changed(storage: &dyn Storage, at: u64, before: &[u8], now: 
     }
 }
 
+/// What an entry refers to on the host.
+enum Target {
+    Nothing,
+    /// A cluster of its own, or one reserved for it.
+    Cluster(u64),
+    /// Every host cluster that the stored bytes touch.
+    Compressed(Run),
+    /// What no entry may say.
+    Corrupt,
+}
+
+/// What the entry at `index` refers to, and how many entries from there on do the same, each a cluster
+/// further: at least 1.
+fn target(geometry: Geometry, table: &[u8], index: usize) -> (Target, usize) {
+    let entry = L2Entry::read(table, index, geometry);
+    if let Cluster::Compressed { at, stored_bytes } = entry.cluster(geometry) {
+        let end = at + u64::from(stored_bytes) - 1; // at most 2^62 + 2^22
+        let start = at >> geometry.cluster_bits;
+        let run = Run { start, clusters: (end >> geometry.cluster_bits) - start + 1 };
+        return (if end >> 56 == 0 { Target::Compressed(run) } else { Target::Corrupt }, 1);
+    }
+    let at = entry.word & OFFSET_MASK;
+    if entry.word & L2_RESERVED != 0 || geometry.in_cluster(at) != 0 {
+        return (Target::Corrupt, 1);
+    }
+    let alike =
+        if geometry.extended_l2 { 1 } else { like_the_first(&table.as_chunks().0[index..], geometry) };
+    let target = if at == 0 { Target::Nothing } else { Target::Cluster(at >> geometry.cluster_bits) };
+    (target, alike)
+}
+
+fn entries(geometry: Geometry) -> usize {
+    usize::try_from(geometry.l2_entries()).expect("at most 2^18")
+}
+
 /// Tells the host clusters that the entries of one table refer to, as runs in the order of the entries. A
 /// compressed cluster refers to every host cluster it touches.
 pub(super) fn data_runs(
@@ -125,35 +162,22 @@ pub(super) fn data_runs(
     visit: &mut dyn FnMut(Run) -> Result<()>,
 ) -> Result<()> {
     let mut run = Run { start: 0, clusters: 0 };
-    let entry_bytes = geometry.l2_entry_bytes();
-    for index in 0..usize::try_from(geometry.l2_entries()).expect("at most 2^18") {
-        let entry = L2Entry::read(table, index, geometry);
-        if entry.word == 0 {
-            continue;
-        }
-        let corrupt = || {
-            Error::corrupt(
-                storage.path(),
-                "L2 entry",
-                table_offset + index as u64 * entry_bytes,
-                "a host offset below 2^56, aligned to clusters, and no reserved bits",
-                format_args!("{:#x}", entry.word),
-            )
-        };
-        let next = match entry.cluster(geometry) {
-            Cluster::Compressed { at, stored_bytes } => {
-                let end = at + u64::from(stored_bytes) - 1; // at most 2^62 + 2^22
-                if end >> 56 != 0 {
-                    return Err(corrupt());
-                }
-                let start = at >> geometry.cluster_bits;
-                Some(Run { start, clusters: (end >> geometry.cluster_bits) - start + 1 })
+    let mut index = 0;
+    while index < entries(geometry) {
+        let (target, alike) = target(geometry, table, index);
+        let next = match target {
+            Target::Nothing => None,
+            Target::Cluster(start) => Some(Run { start, clusters: alike as u64 }),
+            Target::Compressed(run) => Some(run),
+            Target::Corrupt => {
+                return Err(Error::corrupt(
+                    storage.path(),
+                    "L2 entry",
+                    table_offset + index as u64 * geometry.l2_entry_bytes(),
+                    "a host offset below 2^56, aligned to clusters, and no reserved bits",
+                    format_args!("{:#x}", L2Entry::read(table, index, geometry).word),
+                ));
             }
-            _ => match standard_place(entry) {
-                _ if entry.word & L2_RESERVED != 0 => return Err(corrupt()),
-                Some(at) if geometry.in_cluster(at) != 0 => return Err(corrupt()),
-                at => at.map(|at| Run { start: at >> geometry.cluster_bits, clusters: 1 }),
-            },
         };
         match next {
             None => {}
@@ -165,37 +189,57 @@ pub(super) fn data_runs(
                 run = next;
             }
         }
+        index += alike;
     }
     if run.clusters > 0 { visit(run) } else { Ok(()) }
 }
 
-/// Sets the copied flag of every entry as `copied` says of its host cluster; those of compressed and
-/// unallocated ones are cleared.
+/// Clears the copied flag of every entry.
+pub(super) fn clear_copied(geometry: Geometry, table: &mut [u8]) {
+    let rest = u64::from_ne_bytes((!COPIED).to_be_bytes());
+    let clear = |word: &mut [u8; 8]| *word = (u64::from_ne_bytes(*word) & rest).to_ne_bytes();
+    let words = table.as_chunks_mut().0.iter_mut();
+    if geometry.extended_l2 {
+        words.step_by(2).for_each(clear);
+    } else {
+        words.for_each(clear);
+    }
+}
+
+/// Makes the copied flag of every entry say whether its host cluster has a count of one, which `all_one`
+/// tells of runs; those of compressed and unallocated ones are cleared. Corrupt entries stay as they are.
 pub(super) fn set_copied(
     geometry: Geometry,
     table: &mut [u8],
-    copied: &mut dyn FnMut(u64) -> Result<bool>,
+    all_one: &mut dyn FnMut(Run) -> Result<bool>,
 ) -> Result<()> {
-    for index in 0..usize::try_from(geometry.l2_entries()).expect("at most 2^18") {
-        let mut entry = L2Entry::read(table, index, geometry);
-        if entry.word == 0 {
-            continue;
-        }
-        let set = match standard_place(entry) {
-            Some(at) => copied(at >> geometry.cluster_bits)?,
-            None => false,
+    let entry_len = usize::try_from(geometry.l2_entry_bytes()).expect("8 or 16");
+    let mut index = 0;
+    while index < entries(geometry) {
+        let (target, alike) = target(geometry, table, index);
+        let end = index + alike;
+        let mut mark = |entries: Range<usize>, copied: bool| {
+            for index in entries {
+                // The flag is the highest bit of a big-endian word.
+                let first = &mut table[index * entry_len];
+                *first = if copied { *first | 0x80 } else { *first & 0x7f };
+            }
         };
-        let word = if set { entry.word | COPIED } else { entry.word & !COPIED };
-        if word != entry.word {
-            entry.word = word;
-            entry.write(table, index, geometry);
+        match target {
+            Target::Cluster(start) => {
+                let run = Run { start, clusters: alike as u64 };
+                if all_one(run)? {
+                    mark(index..end, true);
+                } else {
+                    for (index, start) in (index..end).zip(start..) {
+                        mark(index..index + 1, all_one(Run { start, clusters: 1 })?);
+                    }
+                }
+            }
+            Target::Nothing | Target::Compressed(_) => mark(index..end, false),
+            Target::Corrupt => {}
         }
+        index = end;
     }
     Ok(())
-}
-
-/// The host cluster behind a standard entry, whatever it reads as.
-fn standard_place(entry: L2Entry) -> Option<u64> {
-    let at = entry.word & OFFSET_MASK;
-    (entry.word & COMPRESSED == 0 && at != 0).then_some(at)
 }
