@@ -20,32 +20,6 @@ pub(crate) struct FormatArgs {
     pub(crate) image_opts: bool,
 }
 
-/// Objects that images may refer to.
-#[derive(Debug, clap::Args)]
-pub(crate) struct ObjectArgs {
-    /// An object that images refer to by id: secret,id=ID,data=TEXT
-    #[arg(long, value_name = "OBJDEF")]
-    pub(crate) object: Vec<String>,
-}
-
-impl ObjectArgs {
-    /// # Errors
-    /// For an object of unknown kind or without an id.
-    pub(crate) fn check(&self) -> Result<(), Failure> {
-        for object in &self.object {
-            let kind = object.split(',').next().unwrap_or_default();
-            let kind = kind.strip_prefix("qom-type=").unwrap_or(kind);
-            if kind != "secret" {
-                return Err(Failure::new(format!("Parameter 'qom-type' does not accept value '{kind}'")));
-            }
-            if !object.split(',').any(|part| part.strip_prefix("id=").is_some_and(|id| !id.is_empty())) {
-                return Err(Failure::new("Parameter 'id' is missing"));
-            }
-        }
-        Ok(())
-    }
-}
-
 /// Sharing with running guests.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ShareArgs {

@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use img_core::text;
+
 use crate::error::{Failure, os_text};
 
 /// Files that did not exist when the command started. They go when [`remove`](Self::remove) is called, or at
@@ -17,8 +19,9 @@ pub(crate) struct Created {
 impl Created {
     /// The command is about to make `file`: it is this command's to remove if nothing stands there now.
     pub(crate) fn expect(&mut self, file: &str) {
-        if fs::symlink_metadata(file).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-            self.files.push(PathBuf::from(file));
+        let file = text::to_path(file);
+        if fs::symlink_metadata(&file).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            self.files.push(file);
         }
     }
 
@@ -37,7 +40,7 @@ impl Created {
             if let Err(why) = remove(&file) {
                 outcome = Err(Failure::new(format!(
                     "{}: an unfinished image is left, it could not be removed: {}",
-                    file.display(),
+                    text::from_path(&file),
                     os_text(&why)
                 )));
             }

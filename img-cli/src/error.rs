@@ -1,6 +1,6 @@
 //! How a command fails: what is printed, and the exit code.
 
-use img_core::Error;
+use img_core::{Error, text};
 
 /// Why a command stopped, ready to print.
 #[derive(Debug, PartialEq, Eq)]
@@ -63,10 +63,13 @@ impl From<Error> for Failure {
 pub(crate) fn words(error: &Error) -> String {
     match error {
         Error::Io { file, operation: "open", source, .. } => {
-            format!("Could not open '{}': {}", file.display(), os_text(source))
+            format!("Could not open '{}': {}", text::from_path(file), os_text(source))
         }
         Error::Io { file, operation: "create", source, .. } => {
-            format!("Could not create '{}': {}", file.display(), os_text(source))
+            format!("Could not create '{}': {}", text::from_path(file), os_text(source))
+        }
+        Error::Io { operation: "resize", source, .. } => {
+            format!("Could not resize file: {}", os_text(source))
         }
         Error::WrongFormat { format, .. } => format!("Image is not in {format} format"),
         Error::Open { source, .. } => words(source),
@@ -81,6 +84,14 @@ pub(crate) fn reason(error: &Error) -> String {
         Error::Io { source, .. } => os_text(source),
         other => words(other),
     }
+}
+
+/// The system's code at the root of `error` in the words of `strerror`; damage in an image counts as an I/O
+/// error.
+pub(crate) fn system_reason(error: &Error) -> String {
+    /// `EIO`.
+    const IO_ERROR: i32 = 5;
+    os_text(&std::io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(IO_ERROR)))
 }
 
 /// The system's message without Rust's ` (os error N)`.

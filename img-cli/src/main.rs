@@ -12,6 +12,7 @@ mod created;
 mod error;
 mod getopt;
 mod names;
+mod object;
 mod option_list;
 mod output;
 mod progress;
@@ -24,20 +25,12 @@ mod trace;
 use std::{env, process::ExitCode};
 
 use clap::FromArgMatches as _;
+use img_core::text;
 
 use crate::{cli::Cli, context::Context, error::Failure, output::Out, output::complain};
 
 fn main() -> ExitCode {
-    let mut words = Vec::new();
-    for word in env::args_os() {
-        match word.into_string() {
-            Ok(word) => words.push(word),
-            Err(word) => {
-                complain(format_args!("img: argument is not UTF-8: {}", word.display()));
-                return ExitCode::FAILURE;
-            }
-        }
-    }
+    let mut words: Vec<String> = env::args_os().map(|word| text::from_os(&word)).collect();
     let called_as = if words.is_empty() { "img".to_owned() } else { words.remove(0) };
     let out = match Out::stdout() {
         Ok(out) => out,

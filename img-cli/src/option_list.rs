@@ -23,7 +23,7 @@ fn is_well_formed(list: &str) -> bool {
 }
 
 /// The parts of a list, with doubled commas made single.
-fn split(list: &str) -> Vec<String> {
+pub(crate) fn split(list: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut characters = list.chars().peekable();
     while let Some(character) = characters.next() {

@@ -10,6 +10,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use img_core::text::to_bytes;
+
 /// Standard output, shared by the threads of a command.
 #[derive(Clone, Debug)]
 pub(crate) struct Out(Arc<Mutex<Sink>>);
@@ -54,12 +56,12 @@ impl Out {
 
     /// Prints `text`. A failure is kept for [`Self::finish`].
     pub(crate) fn print(&self, text: impl std::fmt::Display) {
-        self.lock().run(|stream| write!(stream, "{text}"));
+        self.bytes(&to_bytes(&text.to_string()));
     }
 
     /// Prints `text` and a newline.
     pub(crate) fn line(&self, text: impl std::fmt::Display) {
-        self.lock().run(|stream| writeln!(stream, "{text}"));
+        self.bytes(&to_bytes(&format!("{text}\n")));
     }
 
     /// Prints bytes.
@@ -139,5 +141,5 @@ impl Write for Stream {
 
 /// Writes a line to standard error. Where that fails there is nobody left to tell.
 pub(crate) fn complain(line: impl std::fmt::Display) {
-    writeln!(io::stderr().lock(), "{line}").ok();
+    io::stderr().lock().write_all(&to_bytes(&format!("{line}\n"))).ok();
 }

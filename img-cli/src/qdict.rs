@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use img_core::text::is_raw_byte;
 use serde_json::{Map, Value};
 
 /// How many buckets QEMU's dictionary has.
@@ -86,6 +87,7 @@ fn write_string(text: &mut String, string: &str) {
             '\r' => text.push_str("\\r"),
             '\t' => text.push_str("\\t"),
             ' '..='~' => text.push(character),
+            _ if is_raw_byte(character) => text.push_str("\\uFFFD"),
             _ => {
                 for unit in character.encode_utf16(&mut [0; 2]) {
                     write!(text, "\\u{unit:04X}").expect("a String takes everything");

@@ -29,14 +29,27 @@ pub(crate) fn parse(text: &str, context: &Context) -> Result<Wanted, Failure> {
         match part.split_once('=') {
             Some(("snapshot.id", value)) => id = Some(value.to_owned()),
             Some(("snapshot.name", value)) => name = Some(value.to_owned()),
-            other => {
-                let key = other.map_or(part, |(key, _)| key);
-                context.error(&format!("Invalid parameter '{key}'"));
-                return Err(Failure::new(format!("Failed in parsing snapshot param '{text}'")));
+            Some((key, _)) => return Err(unknown(key, text, context)),
+            // A name alone is switched on, or off with a `no` in front, as if it were a switch.
+            None => {
+                let (key, value) = part.strip_prefix("no").map_or((part, "on"), |key| (key, "off"));
+                context.warning(&format!(
+                    "short-form boolean option '{part}' deprecated\nPlease use {key}={value} instead"
+                ));
+                match key {
+                    "snapshot.id" => id = Some(value.to_owned()),
+                    "snapshot.name" => name = Some(value.to_owned()),
+                    _ => return Err(unknown(key, text, context)),
+                }
             }
         }
     }
     Ok(Wanted::Exactly { id, name })
+}
+
+fn unknown(key: &str, text: &str, context: &Context) -> Failure {
+    context.error(&format!("Invalid parameter '{key}'"));
+    Failure::new(format!("Failed in parsing snapshot param '{text}'"))
 }
 
 impl Wanted {

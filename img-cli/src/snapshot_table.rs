@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use img_core::format::SnapshotInfo;
+use img_core::{format::SnapshotInfo, text::to_bytes};
 use jiff::{Timestamp, tz::TimeZone};
 use serde_json::{Value, json};
 
@@ -30,7 +30,12 @@ pub(crate) fn table(snapshots: &[SnapshotInfo]) -> String {
 }
 
 fn row(text: &mut String, [id, tag, size, date, clock, icount]: [&str; 6]) {
-    writeln!(text, "{id:<7} {tag:<16} {size:>8} {date:>19} {clock:>15} {icount:>10}")
+    // As in C, columns count bytes, not characters.
+    let [id, tag] = [(id, 7), (tag, 16)].map(|(word, width)| {
+        let missing = usize::saturating_sub(width, to_bytes(word).len());
+        format!("{word}{}", " ".repeat(missing))
+    });
+    writeln!(text, "{id} {tag} {size:>8} {date:>19} {clock:>15} {icount:>10}")
         .expect("a String takes everything");
 }
 

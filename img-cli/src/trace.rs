@@ -3,9 +3,12 @@
 
 use std::fs;
 
+use img_core::text;
+
 use crate::{
     context::Context,
     error::{Failure, os_text},
+    output::complain,
 };
 
 /// Takes one `-T` value.
@@ -16,8 +19,10 @@ pub(crate) fn accept(trace: &str, context: &Context) -> Result<(), Failure> {
     for (index, part) in trace.split(',').enumerate() {
         match part.split_once('=') {
             Some(("events", file)) => {
-                let list = fs::read_to_string(file).map_err(|error| {
-                    Failure::new(format!("could not open trace events file '{file}': {}", os_text(&error)))
+                let list = fs::read_to_string(text::to_path(file)).map_err(|error| {
+                    // The reference puts no space between its name and the file's.
+                    complain(format_args!("{}:{file}: {}", context.name(), os_text(&error)));
+                    Failure::silent(1)
                 })?;
                 let lines = list.lines().map(str::trim);
                 lines.filter(|line| !line.is_empty() && !line.starts_with('#')).for_each(|line| {
@@ -27,10 +32,12 @@ pub(crate) fn accept(trace: &str, context: &Context) -> Result<(), Failure> {
             Some(("enable", pattern)) => unknown(pattern, context),
             Some(("file", file)) => {
                 // There is nothing to trace, so the file stays empty, as the reference leaves it then.
-                fs::File::create(file)
+                fs::File::create(text::to_path(file))
                     .map_err(|error| Failure::new(format!("could not open '{file}': {}", os_text(&error))))?;
             }
             Some((name, _)) => return Err(Failure::new(format!("Invalid parameter '{name}'"))),
+            // The list of all events, and there are none.
+            None if index == 0 && matches!(part, "help" | "?") => {}
             None if index == 0 => unknown(part, context),
             None => return Err(Failure::new(format!("Invalid parameter '{part}'"))),
         }

@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::text;
+
 /// What the library's operations return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -16,7 +18,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused an operation on a host file.
-    #[error("{}: {operation}{}: {}", file.display(), at(*at_bytes), os_text(source))]
+    #[error("{}: {operation}{}: {}", text::from_path(file), at(*at_bytes), os_text(source))]
     Io {
         /// The host file.
         file: PathBuf,
@@ -29,7 +31,7 @@ pub enum Error {
     },
 
     /// A host file could not be opened.
-    #[error("Could not open '{}': {}", file.display(), os_text(source))]
+    #[error("Could not open '{}': {}", text::from_path(file), os_text(source))]
     OpenFile {
         /// The host file.
         file: PathBuf,
@@ -38,7 +40,7 @@ pub enum Error {
     },
 
     /// A host file could not be made.
-    #[error("Could not create '{}': {}", file.display(), os_text(source))]
+    #[error("Could not create '{}': {}", text::from_path(file), os_text(source))]
     CreateFile {
         /// The host file.
         file: PathBuf,
@@ -47,7 +49,10 @@ pub enum Error {
     },
 
     /// A structure of the image breaks its format's rules.
-    #[error("{}: {structure} at byte {at_bytes:#x}: expected {expected}, found {found}", file.display())]
+    #[error(
+        "{}: {structure} at byte {at_bytes:#x}: expected {expected}, found {found}",
+        text::from_path(file)
+    )]
     Corrupt {
         /// The host file.
         file: PathBuf,
@@ -62,7 +67,7 @@ pub enum Error {
     },
 
     /// The image is well-formed but needs something this build does not do.
-    #[error("{}: {feature} is not supported", file.display())]
+    #[error("{}: {feature} is not supported", text::from_path(file))]
     Unsupported {
         /// The host file.
         file: PathBuf,
@@ -71,7 +76,7 @@ pub enum Error {
     },
 
     /// The bytes are not of the format that the caller named.
-    #[error("{}: not a {format} image", file.display())]
+    #[error("{}: not a {format} image", text::from_path(file))]
     WrongFormat {
         /// The host file.
         file: PathBuf,
@@ -80,7 +85,7 @@ pub enum Error {
     },
 
     /// Another process holds a lock that excludes this use.
-    #[error("Failed to get {} lock\nIs another process using the image [{}]?", lock_name(permission, *shared), file.display())]
+    #[error("Failed to get {} lock\nIs another process using the image [{}]?", lock_name(permission, *shared), text::from_path(file))]
     Locked {
         /// The host file.
         file: PathBuf,
@@ -91,14 +96,17 @@ pub enum Error {
     },
 
     /// The image was opened without write access.
-    #[error("{}: the image is read-only", file.display())]
+    #[error("{}: the image is read-only", text::from_path(file))]
     ReadOnly {
         /// The host file.
         file: PathBuf,
     },
 
     /// A change would have overwritten metadata; the image is marked corrupt and no longer written.
-    #[error("{}: refused to write {length_bytes} bytes at {at_bytes:#x}: overlaps with {structure}; the image is marked corrupt", file.display())]
+    #[error(
+        "{}: refused to write {length_bytes} bytes at {at_bytes:#x}: overlaps with {structure}; the image is marked corrupt",
+        text::from_path(file)
+    )]
     Overlap {
         /// The host file.
         file: PathBuf,
@@ -111,7 +119,7 @@ pub enum Error {
     },
 
     /// A backing chain names a file that is already above it.
-    #[error("{}: the backing chain loops back to this file", file.display())]
+    #[error("{}: the backing chain loops back to this file", text::from_path(file))]
     BackingLoop {
         /// The file met twice.
         file: PathBuf,
@@ -122,7 +130,7 @@ pub enum Error {
     Invalid(String),
 
     /// No snapshot has that id or name.
-    #[error("{}: no snapshot has the id or name '{name}'", file.display())]
+    #[error("{}: no snapshot has the id or name '{name}'", text::from_path(file))]
     NoSuchSnapshot {
         /// The host file.
         file: PathBuf,
@@ -154,7 +162,7 @@ pub enum Error {
 
     /// A whole-image job had to stop. The place is what a user of the disk sees, the cause says what
     /// happened on the host.
-    #[error("error while {step} at byte {at_bytes}: {source}")]
+    #[error("error while {step} at {} {at_bytes}: {source}", step.unit())]
     Job {
         /// What the job was doing.
         step: JobStep,
@@ -176,6 +184,16 @@ pub enum JobStep {
     Read,
     /// Writing guest bytes.
     Write,
+}
+
+impl JobStep {
+    /// What the reference calls the place.
+    fn unit(self) -> &'static str {
+        match self {
+            Self::Map => "offset",
+            Self::Read | Self::Write => "byte",
+        }
+    }
 }
 
 impl fmt::Display for JobStep {
@@ -241,7 +259,7 @@ fn at(at_bytes: Option<u64>) -> String {
 }
 
 /// The system's message without Rust's ` (os error N)`, as every other tool prints it.
-fn os_text(error: &io::Error) -> String {
+pub(crate) fn os_text(error: &io::Error) -> String {
     let text = error.to_string();
     match text.find(" (os error ") {
         Some(end) => text[..end].to_owned(),

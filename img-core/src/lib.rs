@@ -16,5 +16,6 @@ pub mod format;
 pub mod image;
 pub mod job;
 pub mod storage;
+pub mod text;
 
 pub use error::{Error, JobStep, Result};

@@ -82,6 +82,7 @@ fn create_ours(folder: &Path, scenario: &Scenario, plan: &Plan, below: Option<&s
         }),
         options: options(scenario),
     })
+    .map(drop)
     .map_err(ours("create"))
 }
 

@@ -103,3 +103,29 @@ fn compare_options_and_refusals() {
         ])
         .agree();
 }
+
+/// What cannot be read is not different: that has exit codes of its own. The reasons given are ours.
+#[test]
+fn compare_tells_bad_tables_from_bad_data() {
+    let mut twins = Twins::new(&[
+        "qemu-img create -q -f qcow2 good 1M",
+        "qemu-io -c 'write -P 5 0 64k' -c 'write -P 6 128k 64k' good >/dev/null",
+        "cp good l2 && printf '\\002' | dd of=l2 bs=1 seek=$((0x40016)) conv=notrunc 2>/dev/null",
+        "cp good l1 && printf '\\002' | dd of=l1 bs=1 seek=$((0x30006)) conv=notrunc 2>/dev/null",
+        "qemu-img convert -O qcow2 -c good zip",
+        "cp zip data && yes | dd of=data bs=1 seek=$((0x50000)) count=80 conv=notrunc 2>/dev/null",
+        "qemu-img create -q -f qcow2 other 1M && qemu-io -c 'write -P 7 0 64k' other >/dev/null",
+    ])
+    .without_files();
+    for broken in ["l1", "l2", "data"] {
+        for sound in ["good", "zip", "other"] {
+            twins.line(&format!("qemu-img compare {broken} {sound} 2>/dev/null"));
+            twins.line(&format!("qemu-img compare {sound} {broken} 2>/dev/null"));
+            twins.line(&format!("qemu-img compare -s {sound} {broken} 2>/dev/null"));
+        }
+    }
+    for line in ["map l1", "map l2", "convert l1 o", "convert l2 o", "convert data o", "compare l1 l1"] {
+        twins.line(&format!("qemu-img {line} >/dev/null 2>&1"));
+    }
+    twins.agree();
+}

@@ -234,3 +234,67 @@ fn progress() {
         ])
         .agree();
 }
+
+#[test]
+fn snapshots_of_a_chain() {
+    let mut twins = Twins::new(SETUP);
+    twins.line("qemu-img snapshot -c os over && qemu-io -c 'write -P 10 1M 64k' over >/dev/null");
+    for line in [
+        "-l os over o",
+        "-l snapshot.id=1 over o",
+        "-l snapshot.name=os -O qcow2 over o",
+        "-l snapshot.name=os,snapshot.id=2 over o",
+        "-l snapshot.foo=os over o",
+        "-l snapshot. over o",
+        "-l snapshot.id over o",
+        "-l snapshot.id= over o",
+        "-l '' over o",
+        "-l os over over o",
+        "-l os -B c1 -F qcow2 -O qcow2 over o",
+    ] {
+        twins.line("rm -f o");
+        twins.line(&format!("qemu-img convert {line}"));
+    }
+    twins.agree();
+}
+
+#[test]
+fn several_sources_of_odd_sizes_and_existing_targets() {
+    let mut twins = Twins::new(SETUP);
+    twins.line("yes abcdefg | head -c 100000 > odd2");
+    for line in [
+        "odd odd2 c1 o",
+        "-O qcow2 odd odd2 odd o",
+        "-O qcow2 -S 0 odd2 c1 odd2 o",
+        "-O qcow2 -o cluster_size=512 odd2 odd odd2 o",
+        "-O qcow2 -o extended_l2=on odd2 odd o",
+        "-B odd2 -F raw -O qcow2 c1 o",
+    ] {
+        twins.line("rm -f o");
+        twins.line(&format!("qemu-img convert {line}"));
+    }
+    for below in ["-b c1 -F qcow2", ""] {
+        for line in ["-n -B c1 -F qcow2", "-n", "-n -S 0"] {
+            twins.line(&format!("rm -f t; qemu-img create -q -f qcow2 {below} t 16M"));
+            twins.line(&format!("qemu-img convert {line} -O qcow2 over t"));
+        }
+    }
+    twins.agree();
+}
+
+/// What cannot be read becomes zeroes; how many sectors are named is the same, but not by how many threads.
+#[test]
+fn salvaging() {
+    let mut twins = Twins::new(&[
+        "qemu-img create -q -f qcow2 c1 1M && qemu-io -c 'write -P 1 0 512k' c1 >/dev/null",
+        "qemu-img convert -O qcow2 -c c1 zip",
+        "yes | dd of=zip bs=1 seek=$((0x50000)) count=200 conv=notrunc 2>/dev/null",
+    ]);
+    for format in ["raw", "qcow2"] {
+        twins.line(&format!("qemu-img convert -O {format} zip o 2>/dev/null; code=$?; rm -f o; exit $code"));
+        twins.line(&format!("qemu-img convert --salvage -O {format} zip o 2>&1 | sort -u; rm o"));
+        twins.line(&format!("qemu-img convert --salvage -q -O {format} zip o 2>/dev/null"));
+        twins.line("rm o");
+    }
+    twins.agree();
+}

@@ -97,10 +97,16 @@ fn resize() {
         "qemu-img resize r +1",
         "qemu-img resize -f raw r 2M",
         "qemu-img resize -f raw r --preallocation=full 3M",
+        "qemu-img resize -f raw r --preallocation=metadata 4M",
+        "qemu-img resize -f raw r 7E",
         "qemu-img resize -f raw --shrink r 1k",
         "qemu-img resize -f nope r 1k",
         "qemu-img resize --image-opts driver=raw,file.filename=r 5k",
         "qemu-img resize o 1M",
+        "qemu-img resize --preallocation=metadata o 2M",
+        "qemu-img map --output json o",
+        "qemu-img resize --preallocation=metadata s +4M",
+        "qemu-img map --output json s",
         "qemu-img check s",
     ])
     .agree();

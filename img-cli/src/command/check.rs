@@ -8,9 +8,10 @@ use img_core::{
 use serde_json::{Map, Value};
 
 use crate::{
-    args::{FileArg, FormatArgs, Layout, ObjectArgs, Opening, OutputArgs, ShareArgs, source_cache},
+    args::{FileArg, FormatArgs, Layout, Opening, OutputArgs, ShareArgs, source_cache},
     context::Context,
     error::{Failure, Outcome, reason},
+    object::ObjectArgs,
     output::{Out, complain},
     qdict,
 };
@@ -67,7 +68,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         }
     };
     let layout = args.output.layout()?;
-    args.objects.check()?;
+    args.objects.check(context)?;
     let file = args.file.one()?;
     let repairs = repair != Repair::Nothing;
     let opening = Opening {

@@ -2,26 +2,31 @@
 
 use clap::ValueHint;
 use img_core::{
+    Error, JobStep,
     format::OpenMode,
     image::{CacheMode, Image},
     job::compare::{CompareOptions, Comparison, compare},
 };
 
 use crate::{
-    args::{ObjectArgs, Opening, ShareArgs, source_cache},
+    args::{Opening, ShareArgs, source_cache},
     context::Context,
-    error::{Failure, Outcome},
+    error::{Failure, Outcome, reason},
+    object::ObjectArgs,
     progress::{Reporter, Style},
 };
 
 /// The exit code when an image cannot be opened, or the command line makes no sense.
 const TROUBLE: u8 = 2;
-/// The exit code when an image cannot be read.
+/// The exit code when the tables of an image cannot be read.
+const UNMAPPABLE: u8 = 3;
+/// The exit code when the data of an image cannot be read.
 const UNREADABLE: u8 = 4;
 
 /// Tell whether two images have the same contents
 ///
-/// Exit codes: 0 the same, 1 different, 2 an image could not be opened, 3 and 4 one could not be read.
+/// Exit codes: 0 the same, 1 different, 2 an image could not be opened,
+/// 3 the tables of one could not be read, 4 its data could not.
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "img compare [OPTIONS] FILENAME1 FILENAME2", after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -71,7 +76,10 @@ Examples:
 
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
-    args.objects.check()?;
+    args.objects.check(context).map_err(|failure| match failure.code {
+        0 => failure,
+        _ => failure.with_code(TROUBLE),
+    })?;
     let [a, b] = args.files.as_slice() else {
         return Err(Failure::usage("Expecting two image file names"));
     };
@@ -84,6 +92,23 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let outcome = run_compare(args, cache, a, b, &reporter, context);
     reporter.finish();
     outcome.map_err(|failure| reporter.interrupted().unwrap_or(failure))
+}
+
+/// Why the comparison stopped.
+fn trouble(error: &Error, names: [&str; 2]) -> Failure {
+    match error {
+        Error::Job { step: JobStep::Map, input, source, .. } => {
+            Failure::new(format!("Sector allocation test failed for {}: {}", names[*input], reason(source)))
+                .with_code(UNMAPPABLE)
+        }
+        Error::Job { step: JobStep::Read, input, at_bytes, source } => Failure::new(format!(
+            "Error while reading offset {at_bytes} of {}: {}",
+            names[*input],
+            reason(source)
+        ))
+        .with_code(UNREADABLE),
+        error => Failure::from(error).with_code(UNREADABLE),
+    }
 }
 
 fn run_compare(
@@ -117,7 +142,7 @@ fn run_compare(
     let options = CompareOptions { strict: args.strict };
     let mut size_warning = || say("Warning: Image size mismatch!");
     let answer = compare([&images[0], &images[1]], options, &mut size_warning, reporter)
-        .map_err(|error| Failure::from(&error).with_code(UNREADABLE))?;
+        .map_err(|error| trouble(&error, [a, b]))?;
     match answer {
         Comparison::Identical => {
             reporter.complete();

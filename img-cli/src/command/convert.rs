@@ -12,12 +12,14 @@ use img_core::{
 };
 
 use crate::{
-    args::{ObjectArgs, Opening, ShareArgs, cache_mode, print_warnings, source_cache},
+    args::{Opening, ShareArgs, cache_mode, print_warnings, source_cache},
     command::create,
     context::Context,
     created::Created,
-    error::{Failure, Outcome, reason},
-    names, option_list,
+    error::{Failure, Outcome, reason, system_reason},
+    names,
+    object::ObjectArgs,
+    option_list,
     progress::{Reporter, Style},
     size, snapshot_param,
 };
@@ -193,7 +195,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let list = option_list::join(&args.options)?;
     let numbers = Numbers::read(args)?;
     let snapshot = args.snapshot.as_deref().map(|text| snapshot_param::parse(text, context)).transpose()?;
-    args.objects.check()?;
+    args.objects.check(context)?;
     check_combination(args, list.is_some())?;
     let (target, sources) = match args.files.split_last() {
         Some((target, sources)) if !sources.is_empty() => (Some(target), sources),
@@ -421,7 +423,7 @@ impl Job<'_> {
         if let Some(data_file) = options.get("data_file") {
             created.expect(names::path(data_file));
         }
-        create::make_for("converting", driver, self.target, options, &known)?;
+        create::make_for("converting", driver, self.target, options, &known, self.context)?;
         Ok(has_backing)
     }
 
@@ -485,12 +487,11 @@ impl Job<'_> {
             if self.args.quiet {
                 return;
             }
-            let (at, source) = (lost.offset_bytes, &self.sources[lost.source]);
+            // One line a sector: as short as the reference's, for which damage is an I/O error, too.
+            let (at, why) = (lost.offset_bytes, system_reason(error));
             self.context.warning(&match lost.step {
-                JobStep::Map => {
-                    format!("error while reading block status at offset {at} of {source}: {}", reason(error))
-                }
-                _ => format!("error while reading offset {at} of {source}"),
+                JobStep::Map => format!("error while reading block status at offset {at}: {why}"),
+                _ => format!("error while reading offset {at}: {why}"),
             });
         };
         convert(sources, target, &options, &salvaged, self.reporter).map_err(|error| match error {

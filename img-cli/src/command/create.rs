@@ -6,13 +6,16 @@ use img_core::{
     format::{Backing, Driver, OpenMode, OptionDescription, OptionSet, registry},
     image::{CacheMode, ImageName},
     job::create::{CreateImage, create},
+    text,
 };
 
 use crate::{
-    args::{ObjectArgs, Opening, is_missing_format, missing_format},
+    args::{Opening, is_missing_format, missing_format},
     context::Context,
     error::{Failure, Outcome, os_text},
-    names, option_list, size,
+    names,
+    object::ObjectArgs,
+    option_list, size,
 };
 
 /// Make a new image
@@ -60,7 +63,7 @@ Examples:
 
 /// Runs the command. Operands: `FILENAME [SIZE]`.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
-    args.objects.check()?;
+    args.objects.check(context)?;
     let list = option_list::join(&args.options)?;
     let file = args.operands.first();
     if let Some(list) = &list
@@ -147,7 +150,7 @@ fn create_named(
         context.out.line(format_args!("Formatting '{file}', fmt={}{options}", driver.name()));
         context.out.flush();
     }
-    make(driver, file, options, &known)
+    make(driver, file, options, &known, context)
 }
 
 /// Takes `-b` and `-F` into the options.
@@ -231,6 +234,7 @@ pub(crate) fn make(
     file: &str,
     mut options: OptionSet,
     known: &[OptionDescription],
+    context: &Context,
 ) -> Result<(), Failure> {
     let size_bytes = options.take("size").unwrap_or_default();
     let size_bytes: u64 = size_bytes
@@ -255,7 +259,11 @@ pub(crate) fn make(
     };
     let name = ImageName::from_path(names::path(file));
     let request = CreateImage { name: &name, driver, virtual_size_bytes: size_bytes, backing, options };
-    create(&request).map_err(|error| refusal(driver, known, &error))
+    let warnings = create(&request).map_err(|error| refusal(driver, known, &error))?;
+    for warning in warnings {
+        context.warning(&warning);
+    }
+    Ok(())
 }
 
 /// Why the image was not made.
@@ -271,7 +279,7 @@ fn refusal(driver: &dyn Driver, known: &[OptionDescription], error: &Error) -> F
             Failure::new(format!("The image size is too large for file format '{format}'{hint}"))
         }
         Error::Io { file, operation: "open", source, .. } => {
-            Failure::new(format!("Could not create '{}': {}", file.display(), os_text(source)))
+            Failure::new(format!("Could not create '{}': {}", text::from_path(file), os_text(source)))
         }
         error => Failure::from(error),
     }
@@ -284,8 +292,9 @@ pub(crate) fn make_for(
     file: &str,
     options: OptionSet,
     known: &[OptionDescription],
+    context: &Context,
 ) -> Result<(), Failure> {
-    make(driver, file, options, known).map_err(|failure| Failure {
+    make(driver, file, options, known, context).map_err(|failure| Failure {
         text: format!("{file}: error while {what} {}: {}", driver.name(), failure.text),
         ..failure
     })

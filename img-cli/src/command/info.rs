@@ -5,14 +5,17 @@ use std::{collections::HashSet, fmt::Write as _, fs, os::unix::fs::FileTypeExt a
 use img_core::{
     format::{HostFile, OpenMode, SnapshotInfo},
     storage::Identity,
+    text,
 };
 use serde_json::{Map, Value, json};
 
 use crate::{
-    args::{FileArg, FormatArgs, Layout, ObjectArgs, Opening, OutputArgs, ShareArgs},
+    args::{FileArg, FormatArgs, Layout, Opening, OutputArgs, ShareArgs},
     context::Context,
     error::{Failure, Outcome},
-    names, qdict,
+    names,
+    object::ObjectArgs,
+    qdict,
     size::Human,
     snapshot_table,
 };
@@ -47,7 +50,7 @@ Examples:
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let layout = args.output.layout()?;
-    args.objects.check()?;
+    args.objects.check(context)?;
     let file = args.file.one()?;
     let mut opening = Opening {
         force_share: args.share.force_share,
@@ -141,7 +144,7 @@ impl Facts {
         let image = opening.open(context)?;
         let layer = &image.layers()[0];
         let storage = layer.file(HostFile::IMAGE).ok_or_else(|| Failure::new("The image has no file"))?;
-        let file_name = storage.path().display().to_string();
+        let file_name = text::from_path(storage.path());
         let name = opening.image_name()?.display();
         let backing = layer.backing().map(|backing| BackingFacts {
             full_name: names::full_backing_name(&file_name, &backing.name),

@@ -3,12 +3,14 @@
 use img_core::{
     format::OpenMode,
     job::map::{MapEntry, map},
+    text,
 };
 
 use crate::{
-    args::{FileArg, FormatArgs, Layout, ObjectArgs, Opening, OutputArgs, ShareArgs},
+    args::{FileArg, FormatArgs, Layout, Opening, OutputArgs, ShareArgs},
     context::Context,
     error::{Failure, Outcome},
+    object::ObjectArgs,
     output::Out,
     size,
 };
@@ -53,7 +55,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let start_bytes = bytes("start offset", &args.start_offset)?.unwrap_or(0);
     let length_bytes = bytes("max length", &args.max_length)?;
     let layout = args.output.layout()?;
-    args.objects.check()?;
+    args.objects.check(context)?;
     let file = args.file.one()?;
     let opening =
         Opening { force_share: args.share.force_share, ..Opening::new(file, &args.formats, OpenMode::Read) };
@@ -96,6 +98,9 @@ impl<'a> Printer<'a> {
         if layout == Layout::Human {
             out.line(format_args!("{:<16}{:<16}{:<16}{}", "Offset", "Length", "Mapped to", "File"));
         }
+        if layout == Layout::Json {
+            out.print("[");
+        }
         Self { layout, out, rows: 0 }
     }
 
@@ -109,7 +114,7 @@ impl<'a> Printer<'a> {
     }
 
     fn json_row(&self, entry: &MapEntry) {
-        self.out.print(if self.rows == 0 { "[" } else { ",\n" });
+        self.out.print(if self.rows == 0 { "" } else { ",\n" });
         self.out.print(format_args!(
             "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \
              \"data\": {}, \"compressed\": {}",
@@ -141,7 +146,7 @@ impl<'a> Printer<'a> {
                 Hex(entry.start_bytes),
                 Hex(entry.length_bytes),
                 Hex(offset_bytes),
-                file.display()
+                text::from_path(file)
             ));
         }
         Ok(())

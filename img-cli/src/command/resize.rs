@@ -4,9 +4,10 @@ use clap::ValueHint;
 use img_core::{format::OpenMode, storage::Preallocation};
 
 use crate::{
-    args::{FormatArgs, ObjectArgs, Opening},
+    args::{FormatArgs, Opening},
     context::Context,
     error::{Failure, Outcome},
+    object::ObjectArgs,
     option_list, size,
 };
 
@@ -25,7 +26,7 @@ pub(crate) struct Args {
     #[arg(long)]
     shrink: bool,
 
-    /// How space for the new part is set aside: off, falloc, full
+    /// How space for the new part is set aside: off, metadata, falloc, full
     #[arg(long, value_name = "PREALLOC")]
     preallocation: Option<String>,
 
@@ -44,6 +45,15 @@ enum Change {
     Less(u64),
 }
 
+/// What is done for the new part.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Growth {
+    /// It is mapped; space is not set aside.
+    Mapped,
+    /// It is not mapped unless space is set aside for it.
+    Storage(Preallocation),
+}
+
 /// Shown below the help.
 const EXAMPLES: &str = "\
 Examples:
@@ -52,8 +62,8 @@ Examples:
 
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
-    let preallocation = preallocation(args.preallocation.as_deref())?;
-    args.objects.check()?;
+    let growth = growth(args.preallocation.as_deref())?;
+    args.objects.check(context)?;
     let (file, text) = match args.operands.as_slice() {
         [file, text] => (file, text),
         [] | [_] => return Err(Failure::usage("Expecting image file name and size")),
@@ -70,7 +80,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let new = new
         .filter(|bytes| (1..=size::MAX_BYTES).contains(bytes))
         .ok_or_else(|| Failure::new("New image size must be positive"))?;
-    if new <= old && preallocation != Preallocation::Off {
+    if new <= old && growth != Growth::Storage(Preallocation::Off) {
         return Err(Failure::new("Preallocation can only be used for growing images"));
     }
     if new < old && !args.shrink {
@@ -81,11 +91,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         );
         return Err(Failure::silent(1));
     }
-    // Formats that allocate in clusters count their disks in sectors.
-    if image.layers()[0].cluster_size_bytes().is_some() && new % 512 != 0 {
-        return Err(Failure::new("The new size must be a multiple of 512"));
+    match growth {
+        Growth::Mapped => image.grow_mapped(new)?,
+        Growth::Storage(preallocation) => image.resize(new, preallocation)?,
     }
-    image.resize(new, preallocation)?;
     image.close()?;
     if !args.quiet {
         context.out.line("Image resized.");
@@ -93,14 +102,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     Ok(0)
 }
 
-fn preallocation(text: Option<&str>) -> Result<Preallocation, Failure> {
+fn growth(text: Option<&str>) -> Result<Growth, Failure> {
     match text {
-        None | Some("off") => Ok(Preallocation::Off),
-        Some("falloc") => Ok(Preallocation::Falloc),
-        Some("full") => Ok(Preallocation::Full),
-        Some("metadata") => {
-            Err(Failure::new("Growing with preallocation mode 'metadata' is not supported yet"))
-        }
+        None | Some("off") => Ok(Growth::Storage(Preallocation::Off)),
+        Some("falloc") => Ok(Growth::Storage(Preallocation::Falloc)),
+        Some("full") => Ok(Growth::Storage(Preallocation::Full)),
+        Some("metadata") => Ok(Growth::Mapped),
         Some(other) => Err(Failure::new(format!("Invalid preallocation mode '{other}'"))),
     }
 }

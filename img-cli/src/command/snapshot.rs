@@ -5,9 +5,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use img_core::{Error, format::OpenMode, image::Image};
 
 use crate::{
-    args::{FileArg, FormatArgs, ObjectArgs, Opening, ShareArgs},
+    args::{FileArg, FormatArgs, Opening, ShareArgs},
     context::Context,
     error::{Failure, Outcome, reason},
+    object::ObjectArgs,
     snapshot_table,
 };
 
@@ -59,7 +60,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     if asked > 1 {
         return Err(Failure::usage("Cannot mix '-l', '-a', '-c', '-d'"));
     }
-    args.objects.check()?;
+    args.objects.check(context)?;
     let file = args.file.one()?;
     let changes = !(args.create.is_empty() && args.apply.is_empty() && args.delete.is_empty());
     let mode = if changes { OpenMode::Write } else { OpenMode::Read };

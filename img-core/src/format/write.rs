@@ -3,7 +3,7 @@
 use std::{fmt, ops::Range};
 
 use super::{HostFile, HostOffset};
-use crate::{Result, storage::Preallocation};
+use crate::{Error, Result, storage::Preallocation};
 
 /// Where prepared guest bytes will live, and what must be written there before the commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +112,13 @@ pub trait LayerWriter: Send + Sync {
     /// Changes the virtual size. No request is in flight. New guest bytes are unallocated, or set aside as
     /// asked. Metadata preallocation maps them as well.
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()>;
+
+    /// Grows the disk as [`Self::resize`] does and maps the new guest bytes, but sets no space aside for them.
+    /// Formats without a map refuse.
+    fn grow_mapped(&self, virtual_size_bytes: u64) -> Result<()> {
+        let _ = virtual_size_bytes;
+        Err(Error::Invalid("Unsupported preallocation mode: metadata".to_owned()))
+    }
 
     /// Last flush before the layer is dropped; afterwards the image is marked clean. No request is in
     /// flight, and none follows.

@@ -29,6 +29,7 @@ fn make(
             .map(|(name, format)| Backing { name: name.to_owned(), format: format.map(str::to_owned) }),
         options: set,
     })
+    .map(drop)
 }
 
 fn open(path: &Path, mode: OpenMode) -> Result<Image> {

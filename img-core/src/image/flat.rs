@@ -89,7 +89,10 @@ pub(super) fn parse_json(name: &str) -> Result<Flat> {
         return Err(Error::Invalid(format!("a json: name is longer than {MAX_NAME_BYTES} bytes")));
     }
     let body = name.strip_prefix("json:").unwrap_or(name);
-    let value: Value = serde_json::from_str(body).map_err(|error| {
+    if body.trim().is_empty() {
+        return Err(Error::Invalid("Could not parse the JSON options: Expecting a JSON value".to_owned()));
+    }
+    let value: Value = serde_json::from_str(&double_quoted(body)).map_err(|error| {
         let why = if error.is_eof() { "premature EOI".to_owned() } else { error.to_string() };
         Error::Invalid(format!("Could not parse the JSON options: JSON parse error, {why}"))
     })?;
@@ -99,6 +102,34 @@ pub(super) fn parse_json(name: &str) -> Result<Flat> {
     let mut flat = Flat::default();
     flatten("", Value::Object(members), 0, &mut flat)?;
     Ok(flat)
+}
+
+/// The reference takes strings in single quotes as well.
+fn double_quoted(json: &str) -> String {
+    let mut plain = String::with_capacity(json.len());
+    let mut open = None;
+    let mut characters = json.chars();
+    while let Some(c) = characters.next() {
+        match (open, c) {
+            (_, '\\') => match characters.next() {
+                // JSON has no such escape, and needs none.
+                Some('\'') => plain.push('\''),
+                Some(other) => plain.extend(['\\', other]),
+                None => plain.push('\\'),
+            },
+            (None, '"' | '\'') => {
+                open = Some(c);
+                plain.push('"');
+            }
+            (Some(quote), _) if c == quote => {
+                open = None;
+                plain.push('"');
+            }
+            (Some('\''), '"') => plain.push_str("\\\""),
+            _ => plain.push(c),
+        }
+    }
+    plain
 }
 
 fn flatten(prefix: &str, value: Value, depth: usize, flat: &mut Flat) -> Result<()> {

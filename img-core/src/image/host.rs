@@ -11,6 +11,7 @@ use crate::{
     Error, Result,
     format::OpenMode,
     storage::{FileOptions, Identity, Storage, lock::Use},
+    text,
 };
 
 /// How the files of one layer are opened.
@@ -50,7 +51,8 @@ impl HostAccess {
 
     /// Opens a file without locking it yet: its identity is looked at first.
     pub(super) fn open(self, path: &str) -> Result<Arc<dyn Storage>> {
-        let file = FileOptions::new().write(self.mode.writes()).cache(self.cache).open(path)?;
+        let file =
+            FileOptions::new().write(self.mode.writes()).cache(self.cache).open(text::to_path(path))?;
         Ok(Arc::new(file))
     }
 

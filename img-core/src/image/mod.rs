@@ -38,6 +38,7 @@ use crate::{
     Error, Result,
     format::{CheckReport, Extent, Finding, HostFile, Layer, Place, Repair},
     storage::Storage,
+    text,
 };
 
 /// The deepest chain that is opened: far beyond what people build, far below what exhausts descriptors.
@@ -140,7 +141,7 @@ impl Image {
             return Err(Error::Invalid("a disk has at least one layer".to_owned()));
         }
         let name = |layer: &Arc<dyn Layer>| {
-            layer.file(HostFile::IMAGE).map_or(String::new(), |file| file.path().display().to_string())
+            layer.file(HostFile::IMAGE).map_or(String::new(), |file| text::from_path(file.path()))
         };
         let names = layers.iter().map(name).collect();
         Ok(Self::over(layers, names))

@@ -153,6 +153,7 @@ impl Node {
             Some(Value::String(name)) => {
                 return Err(Error::Invalid(format!("Cannot find device='{name}' nor node-name='{name}'")));
             }
+            Some(Value::Null) => Flat::default(),
             Some(other) => return Err(Error::Invalid(format!("Invalid value for 'file': {other}"))),
             None => flat.take_prefix("file."),
         };
@@ -306,6 +307,7 @@ mod tests {
             "a.qcow2",
             "file:a.qcow2",
             r#"json:{"file.filename":"a.qcow2"}"#,
+            "json:{'file.filename':'a.qcow2'}",
             r#"json:{"file":{"driver":"file","filename":"a.qcow2"}}"#,
             r#"json:{"file":{"driver":"raw","file":{"driver":"file","filename":"a.qcow2"}}}"#,
         ] {
@@ -324,6 +326,7 @@ mod tests {
             ("fd:x", "Unknown protocol 'fd'"),
             ("", "The 'file' block driver requires a file name"),
             ("json:{", "Could not parse the JSON options: JSON parse error, premature EOI"),
+            ("json:", "Could not parse the JSON options: Expecting a JSON value"),
             ("json:{}", "Must specify either driver or file"),
             ("json:[1]", "Invalid JSON object given"),
             (r#"json:{"driver":"foo"}"#, "Unknown driver 'foo'"),

@@ -7,9 +7,11 @@ use std::{cell::RefCell, path::PathBuf, sync::Arc};
 
 use crate::{
     Error, Result,
+    error::os_text,
     format::{Backing, CreateRequest, Driver, OpenMode, OptionSet},
     image::{ImageName, data_file_path},
     storage::{FileOptions, FileStorage, Preallocation, Storage, lock::Use},
+    text,
 };
 
 /// Guest disks are whole sectors.
@@ -34,10 +36,12 @@ pub struct CreateImage<'a> {
     pub options: OptionSet,
 }
 
-/// Files that this call made and that go when it fails.
+/// What this call did to the host.
 #[derive(Debug, Default)]
 struct Made {
+    /// Files that it made and that go when it fails.
     paths: RefCell<Vec<PathBuf>>,
+    warnings: RefCell<Vec<String>>,
 }
 
 impl Drop for Made {
@@ -50,12 +54,12 @@ impl Drop for Made {
 }
 
 /// Makes the image, replacing the contents of an existing file. A failure removes the file if this call
-/// made it.
+/// made it. Returned are warnings: wishes that the host did not grant.
 ///
 /// # Errors
 /// [`Error::CreateFile`] when the system refuses the file; [`Error::Locked`] when another process uses it;
 /// [`Error::Invalid`] for options that the format refuses.
-pub fn create(request: &CreateImage<'_>) -> Result<()> {
+pub fn create(request: &CreateImage<'_>) -> Result<Vec<String>> {
     let path = request.name.path_to_create()?;
     let virtual_size_bytes = request
         .virtual_size_bytes
@@ -75,7 +79,7 @@ pub fn create(request: &CreateImage<'_>) -> Result<()> {
     if !storage.is_regular() && request.driver.name() == "raw" {
         check_device(&storage, virtual_size_bytes, &options)?;
         made.paths.take();
-        return Ok(());
+        return Ok(made.warnings.take());
     }
     let storage: Arc<dyn Storage> = Arc::new(storage);
     let open_file = |name: &str, mode: OpenMode| -> Result<Arc<dyn Storage>> {
@@ -87,7 +91,7 @@ pub fn create(request: &CreateImage<'_>) -> Result<()> {
             }
             return Ok(Arc::new(file));
         }
-        let file = FileOptions::new().open(&path)?;
+        let file = FileOptions::new().open(text::to_path(&path))?;
         file.lock(Use::Read)?;
         Ok(Arc::new(file))
     };
@@ -101,7 +105,7 @@ pub fn create(request: &CreateImage<'_>) -> Result<()> {
         },
     )?;
     made.paths.take();
-    Ok(())
+    Ok(made.warnings.take())
 }
 
 /// What the user wants of the host file itself.
@@ -113,13 +117,14 @@ struct Wishes {
 
 /// Makes a file, or takes over the one that is there, locked and empty.
 fn take_file(path: &str, wishes: Wishes, made: &Made) -> Result<FileStorage> {
-    let storage = match FileOptions::new().create_new(true).open(path) {
+    let host_path = text::to_path(path);
+    let storage = match FileOptions::new().create_new(true).open(&host_path) {
         Ok(storage) => {
-            made.paths.borrow_mut().push(path.into());
+            made.paths.borrow_mut().push(host_path);
             storage
         }
         Err(Error::CreateFile { source, .. }) if source.kind() == std::io::ErrorKind::AlreadyExists => {
-            FileOptions::new().create(true).open(path)?
+            FileOptions::new().create(true).open(&host_path)?
         }
         Err(error) => return Err(error),
     };
@@ -133,7 +138,15 @@ fn take_file(path: &str, wishes: Wishes, made: &Made) -> Result<FileStorage> {
         storage.turn_off_copy_on_write().ok();
     }
     match wishes.extent_size_hint.map(u32::try_from) {
-        Some(Ok(bytes)) if bytes > 0 => storage.set_extent_size_hint(bytes)?,
+        Some(Ok(bytes)) if bytes > 0 => {
+            if let Err(error) = storage.set_extent_size_hint(bytes) {
+                let why = match &error {
+                    Error::Io { source, .. } => os_text(source),
+                    other => other.to_string(),
+                };
+                made.warnings.borrow_mut().push(format!("Failed to set extent size hint: {why}"));
+            }
+        }
         // Nobody asked: file systems without hints do without.
         None => drop(storage.set_extent_size_hint(EXTENT_SIZE_HINT_BYTES)),
         Some(Err(_)) => return Err(Error::Invalid("Extent size hint is too large".to_owned())),

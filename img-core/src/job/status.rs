@@ -193,9 +193,10 @@ impl<'a> Walk<'a> {
                 Err(error) => error,
             };
             self.window.clear();
-            let Some(on_lost) = self.on_lost else { return Err(self.map_error(error)) };
+            // Less and less is asked for, until the bad place is first or alone: what comes before it is good.
             let len = end - self.at;
             if len <= 512 {
+                let Some(on_lost) = self.on_lost else { return Err(self.map_error(error)) };
                 on_lost(self.input, self.at, &error);
                 // A place that is neither a hole nor a known zero: the read will tell.
                 let place = Place::Encoded {

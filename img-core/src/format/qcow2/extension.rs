@@ -127,7 +127,7 @@ impl Extensions {
                 }
                 self.backing_format = Some(text(data, rules.file, "backing format name", at)?);
             }
-            kind::DATA_FILE => self.data_file = Some(text(data, rules.file, "data file name", at)?),
+            kind::DATA_FILE => self.data_file = Some(name(data)),
             kind::FEATURE_NAMES => {
                 self.feature_names = feature::parse_names(data);
             }
@@ -212,7 +212,12 @@ fn bitmaps(data: &[u8], at: u64, rules: &Rules<'_>) -> Result<Option<BitmapsExte
     Ok(Some(BitmapsExtension { count, directory_bytes, directory_offset }))
 }
 
-/// A name in the file. Ends at a zero byte, as it does for the reference.
+/// A name in the file, whatever its bytes. Ends at a zero byte, as it does for the reference.
+pub(super) fn name(data: &[u8]) -> String {
+    crate::text::from_bytes(data.split(|byte| *byte == 0).next().unwrap_or_default())
+}
+
+/// A word in the file, which is text. Ends as a [`name`] does.
 pub(super) fn text(data: &[u8], file: &Path, structure: &'static str, at: u64) -> Result<String> {
     let end = data.iter().position(|&byte| byte == 0).unwrap_or(data.len());
     String::from_utf8(data[..end].to_vec())

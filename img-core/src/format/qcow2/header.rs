@@ -20,6 +20,7 @@ use crate::{
     Error, Result,
     format::{Backing, Codec, OpenMode},
     storage::Storage,
+    text::to_bytes,
 };
 
 /// The fixed fields, big-endian. Version 2 ends after `snapshots_offset` (72 bytes); version 3 images may
@@ -390,7 +391,7 @@ impl Header {
         let old = self.geometry.version < 3;
         let field_bytes = if old { VERSION_2_BYTES } else { HEADER_BYTES + self.unknown_fields.len() };
         let area = self.encode_extensions(cluster_bytes.saturating_sub(field_bytes));
-        let name = self.backing.as_ref().map_or("", |backing| &backing.name);
+        let name = to_bytes(self.backing.as_ref().map_or("", |backing| &backing.name));
         let name_at = field_bytes + area.len();
         if name_at + name.len() > cluster_bytes || name.len() as u64 > MAX_BACKING_NAME_BYTES {
             return Err(Error::Invalid(format!(
@@ -435,7 +436,7 @@ impl Header {
             cluster.extend_from_slice(&self.unknown_fields);
         }
         cluster.extend(area);
-        cluster.extend_from_slice(name.as_bytes());
+        cluster.extend_from_slice(&name);
         cluster.resize(cluster_bytes, 0);
         Ok(cluster)
     }
@@ -446,7 +447,7 @@ impl Header {
             area.push(kind::BACKING_FORMAT, format.as_bytes());
         }
         if let Some(name) = self.data_file.as_ref().filter(|_| self.geometry.external_data) {
-            area.push(kind::DATA_FILE, name.as_bytes());
+            area.push(kind::DATA_FILE, &to_bytes(name));
         }
         if let Some(pointer) = self.encryption {
             area.push(kind::ENCRYPTION, &pointer.encode());
@@ -594,7 +595,7 @@ impl<'a> Head<'a> {
                 length,
             ));
         }
-        let name = extension::text(self.bytes(offset, offset + length)?, file, "backing file name", offset)?;
+        let name = extension::name(self.bytes(offset, offset + length)?);
         Ok((!name.is_empty()).then_some(name))
     }
 }

@@ -23,7 +23,8 @@ use crate::{
 };
 
 impl Qcow2Layer {
-    pub(super) fn change_size(&self, bytes: u64, preallocation: Preallocation) -> Result<()> {
+    /// With `mapped` the new clusters are mapped even where no space is set aside for them.
+    pub(super) fn change_size(&self, bytes: u64, preallocation: Preallocation, mapped: bool) -> Result<()> {
         self.check_writable()?;
         self.know_places()?;
         let old = self.virtual_size_bytes();
@@ -31,7 +32,7 @@ impl Qcow2Layer {
             return Err(Error::Invalid("Can't resize a v2 image which has snapshots".to_owned()));
         }
         if bytes < old {
-            if preallocation != Preallocation::Off {
+            if mapped || preallocation != Preallocation::Off {
                 return Err(Error::Invalid("Preallocation can't be used for shrinking an image".to_owned()));
             }
             return self.shrink(bytes, old);
@@ -53,7 +54,7 @@ impl Qcow2Layer {
             data.resize(bytes, preallocation)?;
         }
         self.update_header(|header| header.virtual_size_bytes = bytes)?;
-        if preallocation != Preallocation::Off || self.is_raw_data() {
+        if mapped || preallocation != Preallocation::Off || self.is_raw_data() {
             self.preallocate(old.next_multiple_of(self.geometry.cluster_bytes())..bytes, preallocation)?;
         }
         self.drain()

@@ -1,11 +1,11 @@
 //! The snapshot table: its entries read, checked, and kept byte for byte ("Snapshots").
 
 use super::{
-    extension::{be32, be64, text},
+    extension::{be32, be64, name},
     geometry::Geometry,
     header::{Header, MAX_L1_BYTES, SNAPSHOT_HEADER_BYTES},
 };
-use crate::{Error, Result, format::SnapshotInfo, storage::Storage};
+use crate::{Error, Result, format::SnapshotInfo, storage::Storage, text::to_bytes};
 
 /// The fixed part of an entry.
 const FIXED_BYTES: usize = 40;
@@ -49,17 +49,21 @@ impl Snapshot {
     /// A new entry, with the extra data that version 3 demands.
     pub(super) fn new(new: &NewSnapshot<'_>) -> Self {
         let id = new.id.to_string();
-        let mut end = new.name.len().min(MAX_NAME_BYTES);
-        while !new.name.is_char_boundary(end) {
-            end -= 1;
-        }
-        let name = &new.name[..end];
-        let length = |text: &str| u16::try_from(text.len()).expect("at most 255 bytes").to_be_bytes();
-        let mut raw = Vec::with_capacity(FIXED_BYTES + 24 + id.len() + name.len());
+        let mut name = new.name;
+        let stored = loop {
+            let bytes = to_bytes(name);
+            if bytes.len() <= MAX_NAME_BYTES {
+                break bytes;
+            }
+            let last = name.char_indices().next_back().map_or(0, |(at, _)| at);
+            name = &name[..last];
+        };
+        let length = |bytes: &[u8]| u16::try_from(bytes.len()).expect("at most 255 bytes").to_be_bytes();
+        let mut raw = Vec::with_capacity(FIXED_BYTES + 24 + id.len() + stored.len());
         raw.extend(new.l1_offset.to_be_bytes());
         raw.extend(new.l1_entries.to_be_bytes());
-        raw.extend(length(&id));
-        raw.extend(length(name));
+        raw.extend(length(id.as_bytes()));
+        raw.extend(length(&stored));
         raw.extend(new.date.0.to_be_bytes());
         raw.extend(new.date.1.to_be_bytes());
         raw.extend(0_u64.to_be_bytes()); // guest clock
@@ -69,7 +73,7 @@ impl Snapshot {
         raw.extend(new.virtual_size_bytes.to_be_bytes());
         raw.extend(0_u64.to_be_bytes()); // instruction count
         raw.extend(id.as_bytes());
-        raw.extend(name.as_bytes());
+        raw.extend(&*stored);
         let info = SnapshotInfo {
             id,
             name: name.to_owned(),
@@ -111,8 +115,8 @@ impl Snapshot {
         let id_at = FIXED_BYTES + sizes.extra;
         let name_at = id_at + sizes.id;
         let info = SnapshotInfo {
-            id: text(&bytes[id_at..name_at], file, "snapshot id", at)?,
-            name: text(&bytes[name_at..name_at + sizes.name], file, "snapshot name", at)?,
+            id: name(&bytes[id_at..name_at]),
+            name: name(&bytes[name_at..name_at + sizes.name]),
             vm_state_bytes: word(0).unwrap_or_else(|| be32(bytes, 32).into()),
             date: (be32(bytes, 16), be32(bytes, 20)),
             vm_clock_nsec: be64(bytes, 24),

@@ -447,7 +447,14 @@ impl LayerWriter for Qcow2Layer {
 
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
         self.before_resize()?;
-        let result = self.guard(self.change_size(virtual_size_bytes, preallocation));
+        let result = self.guard(self.change_size(virtual_size_bytes, preallocation, false));
+        self.after_resize();
+        result
+    }
+
+    fn grow_mapped(&self, virtual_size_bytes: u64) -> Result<()> {
+        self.before_resize()?;
+        let result = self.guard(self.change_size(virtual_size_bytes, Preallocation::Off, true));
         self.after_resize();
         result
     }

@@ -172,14 +172,13 @@ impl Pairs<'_> {
     }
 
     /// All that the reference's strict mode compares, except for the reach.
-    fn visible(&self, input: usize, status: &Status) -> [bool; 6] {
+    fn visible(&self, input: usize, status: &Status) -> [bool; 5] {
         [
             status.data,
             status.zero,
             status.host().is_some(),
             self.is_allocated(input, status),
             status.is_compressed(),
-            status.looked_through,
         ]
     }
 
@@ -339,6 +338,19 @@ fn run(
     first.into_inner().transpose()
 }
 
+/// Looks for the first sector that cannot be read where `buffer` could not be filled from `start` on.
+fn unreadable(image: &Image, input: usize, start: u64, buffer: &mut [u8], mut why: Error) -> Error {
+    let (mut at, mut len) = (start, buffer.len());
+    while len > SECTOR_BYTES {
+        let half = (len / 2).next_multiple_of(SECTOR_BYTES);
+        match image.read_at(&mut buffer[..half], at) {
+            Ok(()) => (at, len) = (at + half as u64, len - half),
+            Err(error) => (why, len) = (error, half),
+        }
+    }
+    Error::Job { step: JobStep::Read, input, at_bytes: at, source: Box::new(why) }
+}
+
 /// The first sector of `start..start + len` that breaks `check`.
 fn difference(
     images: [&Image; 2],
@@ -353,12 +365,9 @@ fn difference(
         if buffer.len() < len {
             buffer.resize(len, 0);
         }
-        images[input].read_at(&mut buffer[..len], start).map_err(|error| Error::Job {
-            step: JobStep::Read,
-            input,
-            at_bytes: start,
-            source: Box::new(error),
-        })?;
+        images[input]
+            .read_at(&mut buffer[..len], start)
+            .map_err(|error| unreadable(images[input], input, start, &mut buffer[..len], error))?;
         Ok::<_, Error>(len)
     };
     let at = match check {

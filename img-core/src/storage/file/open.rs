@@ -18,6 +18,7 @@ use super::{FileStorage, Kind};
 use crate::{
     Error, Result,
     storage::{CacheMode, Identity, block, direct::Direct, lock, space},
+    text,
 };
 
 /// How a host file is opened. The default reads an existing file through the page cache.
@@ -90,7 +91,7 @@ impl FileOptions {
             let (file, source) = (path.clone(), errno.into());
             if self.cache.is_direct() && errno == Errno::INVAL {
                 let verb = if creates { "create" } else { "open" };
-                let file = file.display();
+                let file = text::from_path(&file);
                 return Error::Invalid(format!(
                     "Could not {verb} '{file}': filesystem does not support O_DIRECT"
                 ));
@@ -125,7 +126,7 @@ impl FileOptions {
             _ => {
                 return Err(Error::Invalid(format!(
                     "'file' driver requires '{}' to be a regular file",
-                    path.display()
+                    text::from_path(&path)
                 )));
             }
         };

@@ -90,8 +90,7 @@ impl Snapshot {
 }
 
 fn text(bytes: &[u8]) -> String {
-    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
+    crate::text::from_bytes(bytes.split(|byte| *byte == 0).next().unwrap_or_default())
 }
 
 /// Reads the table that the header points to, shortening it in the header where `mode` repairs.
