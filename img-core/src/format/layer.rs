@@ -274,6 +274,6 @@ pub trait Snapshots {
     /// Forgets one and gives its space back.
     fn delete(&self, id_or_name: &str) -> Result<()>;
 
-    /// A read-only view of the disk as it was.
+    /// A read-only view of the disk as it was, in the size that the disk has now.
     fn view(&self, id_or_name: &str) -> Result<Arc<dyn Layer>>;
 }

@@ -111,7 +111,8 @@ impl Image {
         open::open(name, options)
     }
 
-    /// Like [`Self::open`], from an internal snapshot of the top layer, read-only.
+    /// Like [`Self::open`], from an internal snapshot of the top layer, read-only. The disk has its present size, not
+    /// the one that it had: what came later reads as if nothing was written there.
     ///
     /// # Errors
     /// As [`Self::open`]; [`Error::NoSuchSnapshot`] and [`Error::Unsupported`] without [`Error::Open`]

@@ -69,19 +69,10 @@ impl Snapshots for Qcow2Layer {
         let mut header = self.header().clone();
         let table = read_table(self.image_file(), &header)?;
         let snapshot = &table[self.find(&table, id_or_name)?];
-        let needed = header.geometry.l1_entries_for(snapshot.info.virtual_size_bytes);
-        if u64::from(snapshot.l1_entries) < needed {
-            return Err(Error::corrupt(
-                self.path(),
-                "snapshot, L1 entries",
-                header.snapshots_offset,
-                format_args!("at least {needed} for its disk size"),
-                snapshot.l1_entries,
-            ));
-        }
+        // The disk keeps its present size: what the snapshot's table does not reach is unallocated, and what it
+        // has beyond the disk's end is not shown. The reference loads a snapshot for reading the same way.
         header.l1_offset = snapshot.l1_offset;
         header.l1_entries = snapshot.l1_entries;
-        header.virtual_size_bytes = snapshot.info.virtual_size_bytes;
         let (file, data) = (Arc::clone(self.storage()), self.data_file.clone());
         Ok(Arc::new(Self::assemble(OpenMode::Read, file, header, self.runtime.clone(), data)?))
     }

@@ -89,7 +89,7 @@ impl Snapshot {
     /// Reads one entry that begins at host offset `at`, from `bytes` on; and its length without padding.
     fn parse(file: &std::path::Path, bytes: &[u8], at: u64, header: &Header) -> Result<Self> {
         let corrupt = |field, offset: u64, expected: &str, found: String| {
-            Err(Error::corrupt(file, field, at + offset, expected, found))
+            Err(Error::corrupt(file, field, at.saturating_add(offset), expected, found))
         };
         let sizes = Sizes::of(bytes);
         let (l1_offset, l1_entries) = (be64(bytes, 0), be32(bytes, 8));
@@ -161,14 +161,14 @@ pub(super) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<S
     let mut snapshots = Vec::new();
     let mut position = 0;
     for _ in 0..header.snapshot_count {
-        let at = header.snapshots_offset + position as u64;
+        let at = header.snapshots_offset.saturating_add(position as u64);
         let sizes = Sizes::of(source.get(position, FIXED_BYTES)?);
         if sizes.extra > MAX_EXTRA_BYTES {
             let expected = format!("at most {MAX_EXTRA_BYTES} bytes");
             return Err(Error::corrupt(
                 storage.path(),
                 "snapshot, extra data",
-                at + 36,
+                at.saturating_add(36),
                 expected,
                 sizes.extra,
             ));
@@ -202,9 +202,10 @@ impl Source<'_> {
         let end = position + length; // below MAX_TABLE_BYTES plus the largest entry
         let known = self.bytes.len();
         if end > known {
-            let at = self.start + known as u64;
+            let at = self.start.saturating_add(known as u64);
             let file_end = self.storage.len_bytes()?;
-            if end > MAX_TABLE_BYTES || self.start + end as u64 > file_end {
+            let table_end = self.start.checked_add(end as u64);
+            if end > MAX_TABLE_BYTES || table_end.is_none_or(|table_end| table_end > file_end) {
                 return Err(Error::corrupt(
                     self.storage.path(),
                     "snapshot table",

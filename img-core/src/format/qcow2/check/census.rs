@@ -59,6 +59,9 @@ pub(super) struct Census {
     pub(super) uncopied: Vec<u64>,
     /// Something outside the L2 tables deserves a line.
     pub(super) is_region_faulty: bool,
+    /// There are references that were not counted: those of a table that cannot be read as one, and those of
+    /// entries that the audit does not follow.
+    pub(super) has_uncounted: bool,
     /// Of the virtual disk, each as often as it is referenced.
     pub(super) clusters: Clusters,
 }
@@ -78,13 +81,22 @@ pub(super) struct Gatherer {
     tables: Vec<TableUse>,
     merged: usize,
     is_faulty: bool,
+    has_uncounted: bool,
     overflow: Option<TooManyCounts>,
 }
 
 impl Gatherer {
     pub(super) fn new(rules: Rules, clusters: u64) -> Self {
         let counters = Counters::new(clusters);
-        Self { rules, counters, tables: Vec::new(), merged: 0, is_faulty: false, overflow: None }
+        Self {
+            rules,
+            counters,
+            tables: Vec::new(),
+            merged: 0,
+            is_faulty: false,
+            has_uncounted: false,
+            overflow: None,
+        }
     }
 
     /// Makes equal tables one.
@@ -144,6 +156,7 @@ impl Gatherer {
             faulty: Vec::new(),
             uncopied: Vec::new(),
             is_region_faulty: self.is_faulty,
+            has_uncounted: self.has_uncounted,
             clusters: Clusters::default(),
         };
         for worker in results {
@@ -151,6 +164,7 @@ impl Gatherer {
             census.counters.absorb(worker.counters).map_err(nomem)?;
             census.faulty.extend(worker.faulty);
             census.uncopied.extend(worker.uncopied);
+            census.has_uncounted |= worker.has_uncounted;
             census.clusters.allocated += worker.clusters.allocated;
             census.clusters.fragmented += worker.clusters.fragmented;
             census.clusters.compressed += worker.clusters.compressed;
@@ -170,16 +184,22 @@ impl Walker for Gatherer {
                     self.overflow = Some(error);
                 }
             }
-            None => self.is_faulty = true,
+            None => {
+                self.is_faulty = true;
+                self.has_uncounted = true;
+            }
         }
     }
 
-    fn fault(&mut self, _fault: Fault) {
+    fn fault(&mut self, fault: Fault) {
         self.is_faulty = true;
+        // With reserved bits, or beside a data file, a table is followed all the same.
+        self.has_uncounted |= !matches!(fault, Fault::L1Reserved { .. } | Fault::ExternalSnapshots { .. });
     }
 
     fn unreadable(&mut self, _what: &'static str) {
         self.is_faulty = true;
+        self.has_uncounted = true;
     }
 
     fn table(&mut self, offset: u64, is_active: bool) -> Result<()> {
@@ -225,6 +245,7 @@ struct Worker<'a> {
     clusters: Clusters,
     faulty: Vec<u64>,
     uncopied: Vec<u64>,
+    has_uncounted: bool,
     overflow: Option<TooManyCounts>,
     /// Of the table at hand.
     table: TableUse,
@@ -243,6 +264,7 @@ impl<'a> Worker<'a> {
             clusters: Clusters::default(),
             faulty: Vec::new(),
             uncopied: Vec::new(),
+            has_uncounted: false,
             overflow: None,
             table: TableUse { offset: 0, references: 0, active: 0 },
             of_table: Clusters::default(),
@@ -386,12 +408,17 @@ impl Visitor for Worker<'_> {
     fn refer(&mut self, offset: u64, bytes: u64) {
         match region(self.rules, offset, bytes) {
             Some(clusters) => self.add(clusters),
-            None => self.is_faulty = true,
+            None => {
+                self.is_faulty = true;
+                // The end of it is behind the file, the start may well hold data.
+                self.has_uncounted |= offset < self.rules.file_bytes;
+            }
         }
     }
 
-    fn fault(&mut self, _fault: Fault) {
+    fn fault(&mut self, fault: Fault) {
         self.is_faulty = true;
+        self.has_uncounted |= matches!(fault, Fault::CompressedSubclusters { .. });
     }
 
     fn reserved_unaligned(&mut self, _index: usize, _offset: u64) {

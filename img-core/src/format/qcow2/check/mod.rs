@@ -13,6 +13,7 @@ mod bitmaps;
 mod blocks;
 mod census;
 mod compare;
+mod consent;
 mod copied;
 mod counters;
 mod fault;
@@ -20,6 +21,7 @@ mod guard;
 mod narrate;
 mod place;
 mod rebuild;
+mod rehearsal;
 mod snapshots;
 mod table;
 #[cfg(test)]
@@ -35,6 +37,7 @@ use self::{
     fault::{Fault, Teller},
     guard::Guard,
     narrate::Narrator,
+    rehearsal::Rehearsal,
     snapshots::Snapshots,
     table::Rules,
 };
@@ -79,25 +82,54 @@ pub(super) fn check(
         Repair::All => Mode { leaks: true, errors: true },
     };
     let mut teller = Teller::new(findings, mode);
-    let result = audit(storage.as_ref(), header, mode, &mut teller);
+    if !mode.repairs() {
+        audit(storage.as_ref(), header, mode, &mut teller, None)?;
+        return Ok(teller.report);
+    }
+    let base = storage.as_ref();
+    let old_header = header.clone();
+    let rehearsal = Rehearsal::new(base)?;
+    let mut result = audit(&rehearsal, header, mode, &mut teller, Some(&rehearsal));
+    let is_held = rehearsal.is_held();
+    if result.is_ok() && rehearsal.has_changes() {
+        read_pointers(&rehearsal, header)?;
+        if !consent::is_no_worse(base, &old_header, &rehearsal, header)? {
+            teller.line("ERROR the repair would damage more than it mends; nothing was written".to_owned());
+            result = Err(Error::io(base.path(), "check", rustix::io::Errno::IO));
+        }
+    }
+    if result.is_ok() {
+        rehearsal.perform()?;
+    } else if is_held {
+        *header = old_header;
+    }
     let is_clean = result.is_ok() && teller.report.check_errors == 0 && teller.report.corruptions == 0;
-    if mode.repairs() && header.geometry.version >= 3 {
+    if header.geometry.version >= 3 {
         let bits = match (is_clean, teller.has_signalled()) {
             (true, _) => header.incompatible & !(incompatible::DIRTY | incompatible::CORRUPT),
             (false, true) => header.incompatible | incompatible::CORRUPT,
             (false, false) => header.incompatible,
         };
         if bits != header.incompatible {
-            storage.flush(Flush::Data)?;
-            storage.write_at(&bits.to_be_bytes(), INCOMPATIBLE_AT)?;
-            header.incompatible = bits;
+            set_features(base, header, bits, is_held)?;
         }
-        storage.flush(Flush::Data)?;
     }
-    if mode.repairs() {
-        read_pointers(storage.as_ref(), header)?;
-    }
+    base.flush(Flush::Data)?;
+    read_pointers(base, header)?;
     result.map(|()| teller.report)
+}
+
+/// Sets the incompatible feature bits, after everything else is durable. Where structures may overlap the
+/// header can be something else as well, and is left alone if that would suffer.
+fn set_features(base: &dyn Storage, header: &mut Header, bits: u64, may_overlap: bool) -> Result<()> {
+    base.flush(Flush::Data)?;
+    let rehearsal = Rehearsal::new(base)?;
+    rehearsal.write_at(&bits.to_be_bytes(), INCOMPATIBLE_AT)?;
+    if !may_overlap || consent::is_no_worse(base, header, &rehearsal, header)? {
+        rehearsal.perform()?;
+        header.incompatible = bits;
+    }
+    Ok(())
 }
 
 /// Takes up the pointers that a repair may have changed.
@@ -183,7 +215,15 @@ impl Image<'_> {
     }
 }
 
-fn audit(storage: &dyn Storage, header: &mut Header, mode: Mode, teller: &mut Teller<'_>) -> Result<()> {
+/// Audits, and repairs what `mode` says. A rehearsal ends, and its changes are carried out, when the image
+/// turns out to be one in which a repair cannot damage anything.
+fn audit(
+    storage: &dyn Storage,
+    header: &mut Header,
+    mode: Mode,
+    teller: &mut Teller<'_>,
+    rehearsal: Option<&Rehearsal<'_>>,
+) -> Result<()> {
     let subject = Subject::new(storage, header.geometry)?;
     let table_bytes = u64::from(header.refcount_table_clusters) * header.geometry.cluster_bytes();
     let blocks = Blocks::read(&subject, header.refcount_table_offset, table_bytes)?;
@@ -192,7 +232,8 @@ fn audit(storage: &dyn Storage, header: &mut Header, mode: Mode, teller: &mut Te
     if subject.clusters() > MAX_CLUSTERS {
         return Err(subject.failure(rustix::io::Errno::FBIG));
     }
-    let (image, census) = counts(subject, header, blocks, snapshots, mode, teller)?;
+    let rehearsal = rehearsal.filter(|_| of_snapshots == CheckReport::default());
+    let (image, census) = counts(subject, header, blocks, snapshots, mode, (teller, rehearsal))?;
     let of_counts = std::mem::replace(&mut teller.report, of_snapshots);
     if teller.report.corruptions > 0 && mode.errors {
         match snapshots::rewrite(&image, &census.counters, &Guard::new(&image)) {
@@ -218,7 +259,7 @@ fn counts<'a>(
     blocks: Blocks,
     snapshots: Snapshots,
     mode: Mode,
-    teller: &mut Teller<'_>,
+    (teller, rehearsal): (&mut Teller<'_>, Option<&Rehearsal<'_>>),
 ) -> Result<(Image<'a>, Census)> {
     let geometry = subject.geometry;
     teller.report.total_clusters = geometry.clusters_for(header.virtual_size_bytes / 512 * 512);
@@ -227,11 +268,21 @@ fn counts<'a>(
     let (mut census, past_end) = references(&image, mode, guard.as_ref(), teller)?;
     let mut must_rebuild = check_blocks(&mut image, &mut census, mode, teller)?;
     let before = teller.report.clone();
+    let is_sound = before.corruptions + before.corruptions_fixed + before.check_errors == 0;
+    if let Some(rehearsal) = rehearsal
+        && is_sound
+        && consent::are_apart(&image, &census)
+    {
+        rehearsal.perform()?;
+    }
+    // What was not counted looks like a leak: its counts are all that keeps it from being overwritten.
+    let frees = !census.has_uncounted;
+    let mode_of_counts = Mode { leaks: mode.leaks && frees, ..mode };
     let mut compared =
         compare::compare(&image.subject, &image.blocks, &census.counters, Mode::NOTHING, teller)?;
     must_rebuild |= compared.must_rebuild;
     let mut has_changed = false;
-    if must_rebuild && mode.errors {
+    if must_rebuild && mode.errors && frees {
         has_changed = true;
         let old = teller.report.clone();
         teller.line("Rebuilding refcount structure".to_owned());
@@ -262,7 +313,8 @@ fn counts<'a>(
         }
         if teller.report.leaks > 0 || teller.report.corruptions > 0 {
             teller.report = before;
-            compared = compare::compare(&image.subject, &image.blocks, &census.counters, mode, teller)?;
+            compared =
+                compare::compare(&image.subject, &image.blocks, &census.counters, mode_of_counts, teller)?;
             has_changed = compared.has_written;
         }
     }

@@ -90,9 +90,8 @@ pub(super) fn visit_entry(rules: Rules, number: usize, entry: L2Entry, visitor: 
                 visitor.fault(Fault::CompressedSubclusters { index: number, word });
                 return;
             }
-            let offset = word & offset_mask;
-            let sectors = ((word & (COMPRESSED - 1)) >> geometry.compressed_offset_bits()) + 1;
-            visitor.refer(offset, sectors * 512 - offset % 512);
+            let (offset, bytes) = compressed_place(word, geometry);
+            visitor.refer(offset, bytes);
             visitor.compressed();
         }
         Kind::ZeroReserved | Kind::Normal => {
@@ -124,6 +123,13 @@ pub(super) fn visit_entry(rules: Rules, number: usize, entry: L2Entry, visitor: 
             }
         }
     }
+}
+
+/// Offset and length of what a compressed cluster takes.
+pub(super) fn compressed_place(word: u64, geometry: Geometry) -> (u64, u64) {
+    let offset = word & ((1 << geometry.compressed_offset_bits()) - 1);
+    let sectors = ((word & (COMPRESSED - 1)) >> geometry.compressed_offset_bits()) + 1;
+    (offset, sectors * 512 - offset % 512)
 }
 
 /// Audits a whole table.

@@ -59,6 +59,19 @@ pub(super) fn walk(image: &Image<'_>, walker: &mut impl Walker) -> Result<()> {
     bitmaps::walk(image, walker)
 }
 
+/// Offset and entries of the L1 tables that are followed.
+pub(super) fn followed_tables(image: &Image<'_>) -> Vec<(u64, u64)> {
+    let is_followed = |(offset, entries): &(u64, u64)| {
+        image.subject.geometry.in_cluster(*offset) == 0
+            && *entries <= MAX_L1_BYTES / 8
+            && *offset <= i64::MAX.unsigned_abs() - entries * 8
+    };
+    let active = (image.header.l1_offset, u64::from(image.header.l1_entries));
+    let snapshots = image.snapshots.list.iter();
+    let inactive = snapshots.map(|snapshot| (snapshot.l1_offset, u64::from(snapshot.l1_entries)));
+    std::iter::once(active).chain(inactive).filter(is_followed).collect()
+}
+
 /// An L1 table.
 #[derive(Clone, Copy)]
 struct L1 {
