@@ -53,7 +53,25 @@ pub fn create(storage: &Arc<dyn Storage>, layout: &Layout, virtual_size_bytes: u
 /// # Errors
 /// As [`Driver::open`].
 pub fn open(storage: Arc<dyn Storage>, mode: OpenMode) -> Result<Image> {
-    let context = OpenContext { mode, options: &OptionSet::new(), open_file: &refuse_file };
+    open_with(storage, mode, &OptionSet::new())
+}
+
+/// Caches of the smallest size: tables are written early and read again often.
+#[must_use]
+pub fn smallest_caches() -> OptionSet {
+    let mut options = OptionSet::new();
+    for name in ["l2-cache-size", "refcount-cache-size", "l2-cache-entry-size"] {
+        options.set(name, "512");
+    }
+    options
+}
+
+/// [`open`] with runtime options.
+///
+/// # Errors
+/// As [`Driver::open`].
+pub fn open_with(storage: Arc<dyn Storage>, mode: OpenMode, options: &OptionSet) -> Result<Image> {
+    let context = OpenContext { mode, options, open_file: &refuse_file };
     Image::from_layers(vec![qcow2().open(storage, &context)?])
 }
 

@@ -48,6 +48,7 @@ fn in_small_clusters(scenario: Scenario) -> Scenario {
 /// A history in which one operation of the host fails.
 struct History<'a> {
     layout: &'a Layout,
+    small_caches: bool,
     recorder: CrashRecorder,
     failing: Arc<FailAt>,
     /// What the disk read as, from creation on.
@@ -66,8 +67,14 @@ impl<'a> History<'a> {
         storage.flush(img_core::storage::Flush::All).map_err(fail)?;
         recorder.mark(0);
         let failing = Arc::new(FailAt::once(storage, |_| true, nth));
-        let mut history =
-            Self { layout, recorder, failing, versions: vec![plan.models[0].clone()], durable: vec![0] };
+        let mut history = Self {
+            layout,
+            small_caches: nth % 2 == 1,
+            recorder,
+            failing,
+            versions: vec![plan.models[0].clone()],
+            durable: vec![0],
+        };
         let result = history.run(plan).and_then(|()| history.judge(seed));
         result.map_err(|text| {
             TestCaseError::fail(format!("operation {nth} of the host failed; then {text}"))
@@ -76,7 +83,9 @@ impl<'a> History<'a> {
     }
 
     fn open(&self) -> Result<Image, String> {
-        let open = || memory::open(Arc::clone(&self.failing) as Arc<dyn Storage>, OpenMode::Write);
+        let options = if self.small_caches { memory::smallest_caches() } else { OptionSet::new() };
+        let storage = || Arc::clone(&self.failing) as Arc<dyn Storage>;
+        let open = || memory::open_with(storage(), OpenMode::Write, &options);
         // The failure may meet the opening.
         open().or_else(|_| open()).map_err(|error| format!("it does not open: {error}"))
     }

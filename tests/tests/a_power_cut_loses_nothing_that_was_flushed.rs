@@ -16,7 +16,7 @@ use std::{
 
 use img_core::{
     Error,
-    format::{OpenMode, Repair},
+    format::{OpenMode, OptionSet, Repair},
     image::Image,
     storage::{MemoryStorage, Storage, testing::CrashRecorder},
 };
@@ -89,13 +89,15 @@ fn record(scenario: &Scenario, plan: &Plan) -> Result<CrashRecorder, Error> {
     let recorder = CrashRecorder::new();
     let storage = recorder.record(Arc::new(MemoryStorage::new("crash.qcow2")))?;
     memory::create(&storage, &scenario.layout, plan.size_bytes)?;
-    let mut image = memory::open(Arc::clone(&storage), OpenMode::Write)?;
+    let options = if scenario.size % 2 == 1 { memory::smallest_caches() } else { OptionSet::new() };
+    let open = || memory::open_with(Arc::clone(&storage), OpenMode::Write, &options);
+    let mut image = open()?;
     image.flush()?;
     recorder.mark(0);
     for (op, mark) in plan.ops.iter().zip(1..) {
         if *op == Op::Reopen {
             image.close()?;
-            image = memory::open(Arc::clone(&storage), OpenMode::Write)?;
+            image = open()?;
         } else {
             apply(&image, op, &scenario.layout)?;
         }

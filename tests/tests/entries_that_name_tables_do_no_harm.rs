@@ -97,6 +97,26 @@ fn entries_that_name_tables_do_no_harm() {
     }
 }
 
+/// A table that two L1 entries name is not given up with one of them.
+#[test]
+fn a_table_named_twice_is_not_given_up() {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("twice.qcow2"));
+    memory::create(&storage, &LAYOUT, 8 << 20).expect("created");
+    let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
+    image.write_at(&[1; 1 << 12], 0).expect("written");
+    image.write_at(&[2; 1 << 12], 4 << 20).expect("written");
+    image.close().expect("closed");
+    let l1 = word(&*storage, 40);
+    let first = word(&*storage, l1);
+    storage.write_at(&first.to_be_bytes(), l1 + 16).expect("written");
+    let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
+    let result = image.resize(2 << 20, img_core::storage::Preallocation::Off);
+    assert!(matches!(result, Err(Error::Corrupt { structure: "L1 entry", .. })), "{result:?}");
+    let mut guest = [0; 1 << 12];
+    image.read_at(&mut guest, 0).expect("readable");
+    assert!(guest.iter().all(|&byte| byte == 1));
+}
+
 /// The same for tables that are named as L2 tables.
 #[test]
 fn tables_named_as_l2_tables_do_no_harm() {

@@ -27,7 +27,10 @@ pub use name::ImageName;
 pub use open::{CacheMode, OpenOptions, Warning};
 pub use path::full_backing_name;
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex},
+};
 
 use codec::DecodedUnits;
 use gate::Gate;
@@ -57,6 +60,9 @@ pub struct Image {
     gate: Gate,
     /// Nobody said that the top is raw: its first sector must not begin to look like another format.
     guards_first_sector: bool,
+    /// Held between the look at the guarded sector and the write to it: two writes, harmless each, might make
+    /// another format's magic number together.
+    first_sector: Mutex<()>,
     /// Every write is flushed before it returns.
     writes_through: bool,
 }
@@ -159,6 +165,7 @@ impl Image {
             decoded: DecodedUnits::default(),
             gate: Gate::default(),
             guards_first_sector: false,
+            first_sector: Mutex::default(),
             writes_through: false,
         }
     }

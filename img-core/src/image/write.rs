@@ -4,6 +4,7 @@ use std::{
     io::{self, IoSlice},
     ops::Range,
     path::Path,
+    sync::PoisonError,
 };
 
 use super::{Image, ImageExtent};
@@ -105,10 +106,17 @@ impl Image {
 
     /// [`Self::write_at`] for who holds a pass or has the image alone.
     pub(super) fn write_inside(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
-        let writer = self.writer()?;
+        self.writer()?;
         if self.guards_first_sector && guest_offset < FIRST_SECTOR_BYTES as u64 {
+            let _alone = self.first_sector.lock().unwrap_or_else(PoisonError::into_inner);
             self.check_first_sector(buf, guest_offset)?;
+            return self.write_unguarded(buf, guest_offset);
         }
+        self.write_unguarded(buf, guest_offset)
+    }
+
+    fn write_unguarded(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
+        let writer = self.writer()?;
         let end = guest_offset + buf.len() as u64; // inside the disk
         let (mut rest, mut at) = (buf, guest_offset);
         while !rest.is_empty() {

@@ -5,7 +5,7 @@
 //! the new end is forgotten and its space freed, drain; (2) the header, sync; (3) the file is cut behind the
 //! last cluster in use.
 
-use std::{ops::Range, sync::atomic::Ordering};
+use std::{collections::HashSet, ops::Range, sync::atomic::Ordering};
 
 use super::{
     alloc::{Freed, State},
@@ -155,6 +155,7 @@ impl Qcow2Layer {
         let geometry = self.geometry;
         // (1)
         let start = bytes.next_multiple_of(geometry.cluster_bytes());
+        self.check_cut_tables(geometry.l1_entries_for(bytes))?;
         if start < old {
             self.forget_range(start..old)?;
         }
@@ -172,8 +173,26 @@ impl Qcow2Layer {
         self.update_header(|header| header.virtual_size_bytes = bytes)?;
         // (3)
         let mut state = self.state();
-        self.cut_refcount_blocks(&mut state)?;
+        // Blocks that the file still names are free in memory until this is durable.
+        self.or_halt(self.cut_refcount_blocks(&mut state))?;
         self.cut_file()
+    }
+
+    /// Refuses to give up the L2 tables of L1 entries from `entries` on where one of them is named twice: it
+    /// would be given to someone else while it is still in use.
+    fn check_cut_tables(&self, entries: u64) -> Result<()> {
+        let root = self.root();
+        let mut cut = HashSet::new();
+        for index in (0..root.l1_entries).rev() {
+            let entry = self.map.l1_entry(root, index)?;
+            let Some(table) = self.map.checked_table(root, index, entry)? else { continue };
+            let is_named_twice = if index >= entries { !cut.insert(table) } else { cut.contains(&table) };
+            if is_named_twice {
+                let at = root.l1_offset + index * 8;
+                return Err(self.map.corrupt("L1 entry", at, "an L2 table of its own", table));
+            }
+        }
+        Ok(())
     }
 
     /// Frees the L2 tables of L1 entries from `entries` on.
