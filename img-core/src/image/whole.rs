@@ -9,16 +9,13 @@ use crate::{
     storage::Preallocation,
 };
 
-/// Guest disks with clusters are whole sectors.
-const SECTOR_BYTES: u64 = 512;
-
 impl Image {
     /// Changes the guest-visible size; what is new reads as zeroes even over a longer backing file.
     ///
     /// # Errors
     /// [`Error::ReadOnly`]; when the format refuses the size, or the file cannot be changed.
     pub fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
-        self.change_size(virtual_size_bytes, |writer| writer.resize(virtual_size_bytes, preallocation))
+        self.change_size(|writer| writer.resize(virtual_size_bytes, preallocation))
     }
 
     /// Grows the disk as [`Self::resize`] does, and maps what is new without setting space aside for it.
@@ -26,18 +23,10 @@ impl Image {
     /// # Errors
     /// As [`Self::resize`]; [`Error::Invalid`] for formats without a map.
     pub fn grow_mapped(&self, virtual_size_bytes: u64) -> Result<()> {
-        self.change_size(virtual_size_bytes, |writer| writer.grow_mapped(virtual_size_bytes))
+        self.change_size(|writer| writer.grow_mapped(virtual_size_bytes))
     }
 
-    fn change_size(
-        &self,
-        virtual_size_bytes: u64,
-        change: impl FnOnce(&dyn LayerWriter) -> Result<()>,
-    ) -> Result<()> {
-        // Formats that allocate in clusters count their disks in sectors.
-        if self.layers[0].cluster_size_bytes().is_some() && !virtual_size_bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(Error::Invalid("The new size must be a multiple of 512".to_owned()));
-        }
+    fn change_size(&self, change: impl FnOnce(&dyn LayerWriter) -> Result<()>) -> Result<()> {
         let _alone = self.gate.drain();
         let old = self.virtual_size_bytes();
         change(self.writer()?)?;

@@ -26,6 +26,10 @@ impl Qcow2Layer {
     /// With `mapped` the new clusters are mapped even where no space is set aside for them.
     pub(super) fn change_size(&self, bytes: u64, preallocation: Preallocation, mapped: bool) -> Result<()> {
         self.check_writable()?;
+        // The size is counted in sectors where it matters: the reference refuses others.
+        if !bytes.is_multiple_of(512) {
+            return Err(Error::Invalid("The new size must be a multiple of 512".to_owned()));
+        }
         self.know_places()?;
         let old = self.virtual_size_bytes();
         if self.geometry.version < 3 && self.header().snapshot_count != 0 {

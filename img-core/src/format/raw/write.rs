@@ -72,9 +72,13 @@ impl LayerWriter for RawLayer {
         let too_big = || Error::Invalid("Disk size too large".to_owned());
         let end = self.start_bytes.checked_add(virtual_size_bytes).ok_or_else(too_big)?;
         let rounded = virtual_size_bytes.checked_next_multiple_of(SECTOR_BYTES).ok_or_else(too_big)?;
-        let was_empty = self.storage.len_bytes()? == 0;
+        let was = self.storage.len_bytes()?;
+        let is_device = self.storage.identity().is_some_and(|identity| identity.inode == 0);
+        if is_device && end != was {
+            return Err(Error::Invalid("Cannot resize device files".to_owned()));
+        }
         self.storage.resize(end, preallocation)?;
-        if was_empty && preallocation != Preallocation::Full {
+        if was == 0 && preallocation != Preallocation::Full {
             super::allocate_first_block(&*self.storage, end)?;
         }
         self.virtual_size_bytes.store(rounded, Ordering::Relaxed);
