@@ -352,6 +352,7 @@ fn fill_table(table: &mut [u8], blocks: impl Iterator<Item = (u64, u64)>, geomet
 fn write_l2(out: &mut Batch<'_>, tables: &Tables, geometry: Geometry) -> Result<()> {
     let cluster_len = usize::try_from(geometry.cluster_bytes()).expect("at most 2 MiB");
     let entry_len = usize::try_from(geometry.l2_entry_bytes()).expect("8 or 16");
+    let low_words = low_words(geometry);
     let mut data = tables.data.iter().copied();
     let mut run = Run { start: 0, clusters: 0 };
     let mut table = vec![0; cluster_len];
@@ -366,10 +367,7 @@ fn write_l2(out: &mut Batch<'_>, tables: &Tables, geometry: Geometry) -> Result<
             }
             let fitting = usize::try_from(run.clusters).map_or(rest.len(), |clusters| clusters * entry_len);
             let (now, later) = rest.split_at_mut(fitting.min(rest.len()));
-            // Of extended entries, the bitmap stays empty: a place is reserved, and the backing file shows.
-            for (entry, host) in now.chunks_exact_mut(entry_len).zip(run.start..) {
-                entry[..8].copy_from_slice(&(host << geometry.cluster_bits | COPIED).to_be_bytes());
-            }
+            fill_entries(now, entry_len, run.start, &low_words, geometry);
             let taken = (now.len() / entry_len) as u64;
             run = Run { start: run.start + taken, clusters: run.clusters - taken };
             rest = later;
@@ -378,6 +376,36 @@ fn write_l2(out: &mut Batch<'_>, tables: &Tables, geometry: Geometry) -> Result<
         out.put(cluster << geometry.cluster_bits, &table)?;
     }
     Ok(())
+}
+
+/// Cluster numbers below 256 as words of entries, in the order of the file.
+fn low_words(geometry: Geometry) -> [u64; 256] {
+    std::array::from_fn(|cluster| {
+        u64::from_ne_bytes(((cluster as u64) << geometry.cluster_bits).to_be_bytes())
+    })
+}
+
+/// Makes entries refer to the clusters from `host` on. Of extended entries, the bitmap stays empty: a place
+/// is reserved, and the backing file shows.
+fn fill_entries(entries: &mut [u8], entry_len: usize, host: u64, low_words: &[u64; 256], geometry: Geometry) {
+    let mut host = host;
+    let mut rest = entries;
+    while !rest.is_empty() {
+        // The low byte of a cluster number has bits of its own in the word, so that a loop over it needs
+        // no byte order: 4 TiB have 67 million entries.
+        let low = usize::from(host.to_le_bytes()[0]);
+        let base = u64::from_ne_bytes(((host - low as u64) << geometry.cluster_bits | COPIED).to_be_bytes());
+        let (now, later) = rest.split_at_mut(rest.len().min((low_words.len() - low) * entry_len));
+        let words = now.as_chunks_mut::<8>().0.iter_mut();
+        let fill = |(word, low): (&mut [u8; 8], &u64)| *word = (base | low).to_ne_bytes();
+        if entry_len == 8 {
+            words.zip(&low_words[low..]).for_each(fill);
+        } else {
+            words.step_by(2).zip(&low_words[low..]).for_each(fill);
+        }
+        host += (now.len() / entry_len) as u64;
+        rest = later;
+    }
 }
 
 /// Collects writes that continue each other.
