@@ -133,3 +133,30 @@ impl Runtime {
 fn not_a_number(name: &str) -> Error {
     Error::Invalid(format!("Parameter '{name}' expects a number"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(name: &str, value: &str) -> Result<Runtime> {
+        let mut options = OptionSet::new();
+        options.set(name, value);
+        let geometry = Geometry {
+            version: 3,
+            cluster_bits: 16,
+            refcount_order: 4,
+            extended_l2: false,
+            external_data: false,
+        };
+        Runtime::parse(&options, geometry)
+    }
+
+    #[test]
+    fn what_is_not_done_is_refused_by_name() {
+        assert!(parse("cache-clean-interval", "0").is_ok());
+        let refused = parse("cache-clean-interval", "600").expect_err("not done").to_string();
+        assert_eq!(refused, "Option 'cache-clean-interval' is not supported yet, except for 0");
+        assert!(parse("cache-clean-interval", "soon").is_err());
+        assert!(parse("no-such-option", "1").is_err());
+    }
+}

@@ -293,3 +293,30 @@ fn a_power_cut_leaves_leaks_or_the_dirty_bit() {
         }
     }
 }
+
+/// `pass-discard-snapshot` decides whether the space of a deleted snapshot goes back to the host.
+#[test]
+fn deleting_gives_space_back_as_asked() {
+    for (option, gives_back) in [(None, true), (Some("on"), true), (Some("off"), false)] {
+        let directory = oracle::directory();
+        let path = directory.path().join("x");
+        qemu_img(directory.path(), &["create", "-q", "-f", "qcow2", "x", "8M"]);
+        qemu_io(directory.path(), "x", &["write -P 1 0 4M"]);
+        qemu_img(directory.path(), &["snapshot", "-c", "s", "x"]);
+        qemu_io(directory.path(), "x", &["write -P 2 0 4M"]);
+        let mut options = OptionSet::new();
+        if let Some(value) = option {
+            options.set("pass-discard-snapshot", value);
+        }
+        let storage = oracle::file(&path);
+        let before = storage.allocated_bytes().unwrap();
+        let open_file = |name: &str, _| Ok(oracle::file(Path::new(name)));
+        let context = OpenContext { mode: OpenMode::Write, options: &options, open_file: &open_file };
+        let layer = Qcow2.open(std::sync::Arc::clone(&storage), &context).unwrap();
+        layer.snapshots().unwrap().delete("s").unwrap();
+        layer.writer().unwrap().close().unwrap();
+        let given_back = before.saturating_sub(storage.allocated_bytes().unwrap());
+        assert_eq!(given_back >= 4 << 20, gives_back, "{option:?}: {given_back} bytes");
+        qemu_img(directory.path(), &["check", "x"]);
+    }
+}
