@@ -85,6 +85,13 @@ impl Qcow2Layer {
     pub(super) fn open(storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Self> {
         let header = Header::read(&*storage, context.mode)?;
         let geometry = header.geometry;
+        if matches!(context.mode, OpenMode::Read | OpenMode::Write) {
+            // As the reference, which uses no image whose lists cannot be read, and tells of it and audits it.
+            super::snapshot_table::check_table(&*storage, &header)?;
+            if let Some(extension) = header.bitmaps {
+                super::bitmap::read_directory(&*storage, geometry, extension)?;
+            }
+        }
         let runtime = Runtime::parse(context.options, geometry)?;
         let data_file = match (&header.data_file, context.mode) {
             (_, OpenMode::Inspect) => None,

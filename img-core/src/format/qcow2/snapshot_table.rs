@@ -157,8 +157,28 @@ impl Sizes {
 /// # Errors
 /// [`Error::Corrupt`] for the first entry outside its limits.
 pub(super) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
-    let mut source = Source { storage, start: header.snapshots_offset, bytes: Vec::new() };
     let mut snapshots = Vec::new();
+    for_each_entry(storage, header, |entry, at| {
+        snapshots.push(Snapshot::parse(storage.path(), entry, at, header)?);
+        Ok(())
+    })?;
+    Ok(snapshots)
+}
+
+/// Follows the table from entry to entry, without looking at what they say.
+///
+/// # Errors
+/// [`Error::Corrupt`] for lengths outside their limits.
+pub(super) fn check_table(storage: &dyn Storage, header: &Header) -> Result<()> {
+    for_each_entry(storage, header, |_, _| Ok(()))
+}
+
+fn for_each_entry(
+    storage: &dyn Storage,
+    header: &Header,
+    mut each: impl FnMut(&[u8], u64) -> Result<()>,
+) -> Result<()> {
+    let mut source = Source { storage, start: header.snapshots_offset, bytes: Vec::new() };
     let mut position = 0;
     for _ in 0..header.snapshot_count {
         let at = header.snapshots_offset.saturating_add(position as u64);
@@ -174,10 +194,10 @@ pub(super) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<S
             ));
         }
         let entry = source.get(position, sizes.total())?;
-        snapshots.push(Snapshot::parse(storage.path(), entry, at, header)?);
+        each(entry, at)?;
         position += sizes.total().next_multiple_of(8);
     }
-    Ok(snapshots)
+    Ok(())
 }
 
 /// The bytes of a table of these snapshots.
