@@ -80,7 +80,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
             Err(Failure::new(format!("Could not read file metadata: {}", crate::error::reason(&error))))
         }
         (Ok(()), None) => {
-            printer.finish(start_bytes);
+            printer.finish();
             Ok(0)
         }
     }
@@ -152,22 +152,9 @@ impl<'a> Printer<'a> {
         Ok(())
     }
 
-    fn finish(&mut self, start_bytes: u64) {
+    fn finish(&self) {
         if self.layout == Layout::Human {
             return;
-        }
-        if self.rows == 0 {
-            self.json_row(&MapEntry {
-                start_bytes,
-                length_bytes: 0,
-                depth: 0,
-                present: false,
-                zero: false,
-                data: false,
-                compressed: false,
-                offset_bytes: None,
-                file: None,
-            });
         }
         self.out.line("]");
     }
@@ -205,7 +192,7 @@ mod tests {
         let out = Out::memory();
         let mut printer = Printer::new(Layout::Human, &out);
         printer.row(&entry(0x10000)).unwrap();
-        printer.finish(0);
+        printer.finish();
         assert_eq!(
             out.text(),
             "Offset          Length          Mapped to       File\n\
@@ -221,17 +208,10 @@ mod tests {
         let mut printer = Printer::new(Layout::Json, &out);
         printer.row(&entry(0)).unwrap();
         printer.row(&entry(512)).unwrap();
-        printer.finish(0);
+        printer.finish();
         let text = out.text();
         assert!(text.starts_with("[{ \"start\": 0, \"length\": 512, \"depth\": 1, \"present\": true,"));
         assert!(text.ends_with(", \"offset\": 0}]\n"));
         assert_eq!(text.lines().count(), 2);
-    }
-
-    #[test]
-    fn an_empty_map_has_one_empty_row() {
-        let out = Out::memory();
-        Printer::new(Layout::Json, &out).finish(7);
-        assert!(out.text().starts_with("[{ \"start\": 7, \"length\": 0,"));
     }
 }
