@@ -35,6 +35,9 @@ struct Arguments {
     /// Only rows whose name contains this.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Make the inputs and stop.
+    #[arg(long)]
+    inputs_only: bool,
     /// The program to measure.
     #[arg(long, default_value = "target/release/img")]
     img: PathBuf,
@@ -66,15 +69,20 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> io::Result<()> {
     let scale = if arguments.quick { inputs::QUICK } else { inputs::FULL };
     let inputs = Inputs::new(&arguments.dir, scale, &arguments.reference)?;
+    let rows =
+        || ROWS.iter().filter(|row| arguments.only.as_ref().is_none_or(|text| row.name.contains(text)));
+    for name in rows().flat_map(|row| row.needs) {
+        inputs.need(name)?;
+    }
+    if arguments.inputs_only {
+        return Ok(());
+    }
     let tools = [fs::canonicalize(&arguments.img)?, fs::canonicalize(&arguments.reference)?];
     print(
         "| operation | CPU s, img | qemu-img | ratio (target) | wall s, img | qemu-img | ratio (target) | peak MiB, img | qemu-img |",
     );
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |");
-    for row in ROWS.iter().filter(|row| arguments.only.as_ref().is_none_or(|text| row.name.contains(text))) {
-        for name in row.needs {
-            inputs.need(name)?;
-        }
+    for row in rows() {
         let mut costs = [Vec::new(), Vec::new()];
         for _ in 0..arguments.runs {
             for (tool, costs) in tools.iter().zip(&mut costs) {
