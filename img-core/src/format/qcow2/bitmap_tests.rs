@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 use proptest::{collection::vec, prelude::*};
 
 use super::{
-    Qcow2, heart_tests,
+    Qcow2, layer_tests,
     oracle::{self, directory, file, qemu_img, qemu_io, try_qemu_img},
 };
 use crate::{
@@ -265,7 +265,7 @@ fn bitmaps_are_stored_and_removed() -> Result<()> {
 /// image has no corruption.
 fn judge(storage: &Arc<dyn Storage>, written: &[std::ops::Range<u64>]) {
     let mode = OpenMode::Check { repair: false };
-    let layer = heart_tests::open(storage, mode, &OptionSet::new()).expect("it opens");
+    let layer = layer_tests::open(storage, mode, &OptionSet::new()).expect("it opens");
     let mut findings = Vec::new();
     let report = layer.check(Repair::Nothing, &mut |finding| findings.push(finding.text)).expect("an audit");
     // Under lazy refcounts the dirty bit says that counts are behind.
@@ -281,7 +281,7 @@ fn judge(storage: &Arc<dyn Storage>, written: &[std::ops::Range<u64>]) {
         let map = bitmaps.read(&info.name).expect("bits");
         let dirty: Vec<_> = map.ranges().collect();
         for range in written.iter().filter(|_| info.enabled) {
-            let bytes = heart_tests::read(&layer, range.clone());
+            let bytes = layer_tests::read(&layer, range.clone());
             for at in range.clone().step_by(512) {
                 let index = usize::try_from(at - range.start).unwrap();
                 assert!(bytes[index] == 0 || map.is_dirty(at), "{}: {at:#x} changed, {dirty:x?}", info.name);
@@ -294,10 +294,10 @@ const WRITTEN: [std::ops::Range<u64>; 3] = [0..9000, 100_000..130_000, 400_000..
 
 /// Two bitmaps in a new image.
 fn small_image(shape: &'static str) -> Arc<dyn Storage> {
-    let storage = heart_tests::new_image(shape);
-    let layer = heart_tests::open(&storage, OpenMode::Write, &OptionSet::new()).expect("it opens");
+    let storage = layer_tests::new_image(shape);
+    let layer = layer_tests::open(&storage, OpenMode::Write, &OptionSet::new()).expect("it opens");
     // A part is overwritten in place later: then nothing but the mark is durable before the data.
-    heart_tests::write(&layer, 400_000, &[0; 512]).unwrap();
+    layer_tests::write(&layer, 400_000, &[0; 512]).unwrap();
     let size = layer.virtual_size_bytes();
     let (on, off) = (DirtyMap::new(size, 512).unwrap(), DirtyMap::new(size, 4096).unwrap());
     off.set(0..size).unwrap();
@@ -310,9 +310,9 @@ fn small_image(shape: &'static str) -> Arc<dyn Storage> {
 /// Writes the ranges in two sessions, each of which stores the bitmap.
 fn change(storage: &Arc<dyn Storage>) -> Result<()> {
     for ranges in [&WRITTEN[..2], &WRITTEN[2..]] {
-        let layer = heart_tests::open(storage, OpenMode::Write, &OptionSet::new())?;
+        let layer = layer_tests::open(storage, OpenMode::Write, &OptionSet::new())?;
         for range in ranges {
-            heart_tests::write(
+            layer_tests::write(
                 &layer,
                 range.start,
                 &vec![5; usize::try_from(range.end - range.start).unwrap()],
@@ -337,7 +337,7 @@ fn a_power_cut_costs_marked_bitmaps_only() {
                 let storage: Arc<dyn Storage> = Arc::new(file);
                 judge(&storage, &WRITTEN);
                 if state.mark == Some(1) {
-                    let layer = heart_tests::open(&storage, OpenMode::Read, &OptionSet::new()).unwrap();
+                    let layer = layer_tests::open(&storage, OpenMode::Read, &OptionSet::new()).unwrap();
                     assert!(Bitmaps::list(&layer).unwrap().iter().all(|info| !info.inconsistent));
                 }
             }

@@ -103,7 +103,17 @@ fn the_backing_name_is_in_the_first_cluster_and_short() {
     corrupt(&[(8, &u64be(u64::MAX))], "header.backing_file_offset");
     corrupt(&[(8, &u64be(1024)), (16, &u32be(1024))], "header.backing_file_size");
     corrupt(&[(8, &u64be(65000)), (16, &u32be(537))], "header.backing_file_size");
-    corrupt(&[(8, &u64be(1024)), (16, &u32be(2)), (1024, &[0xff, 0xfe])], "backing file name");
+}
+
+#[test]
+fn a_backing_name_of_any_bytes_is_kept() {
+    let name = [0xff, b'a', 0xfe];
+    let header = read(&[(8, &u64be(1024)), (16, &u32be(3)), (1024, &name)]).expect("a name is bytes");
+    let text = header.backing.as_ref().expect("it has one").name.clone();
+    assert_eq!(crate::text::to_bytes(&text).as_ref(), name);
+    let again = header.encode().expect("it fits");
+    let again = Header::read(&MemoryStorage::from_bytes("again", &again), OpenMode::Read).expect("sound");
+    assert_eq!(again.backing.expect("it has one").name, text);
 }
 
 #[test]

@@ -42,11 +42,11 @@ mod zero;
 #[cfg(test)]
 mod bitmap_tests;
 #[cfg(test)]
+mod fault_tests;
+#[cfg(test)]
 mod header_tests;
 #[cfg(test)]
-mod heart_fault_tests;
-#[cfg(test)]
-mod heart_tests;
+mod layer_tests;
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The heart of the driver against a flat model and against the reference: map, write, zero, flush, resize.
+//! The opened image against a flat model and against the reference: map, write, zero, flush, resize.
 
 use std::{
     collections::BTreeMap,

@@ -1,4 +1,4 @@
-//! The heart of the driver under many threads, and on images that lie.
+//! The opened image under many threads, and on files that lie.
 
 use std::sync::{
     Arc,
@@ -9,8 +9,8 @@ use super::{
     Qcow2,
     entry::{COPIED, ZERO},
     feature::incompatible,
-    heart_tests::{audit, new_image, open, read, reference, text, write},
     layer::Qcow2Layer,
+    layer_tests::{audit, new_image, open, read, reference, text, write},
     lease::Epochs,
 };
 use crate::{
