@@ -281,6 +281,8 @@ fn refusal(driver: &dyn Driver, known: &[OptionDescription], error: &Error) -> F
         Error::Io { file, operation: "open", source, .. } => {
             Failure::new(format!("Could not create '{}': {}", text::from_path(file), os_text(source)))
         }
+        // The caller puts the file's name in front.
+        Error::Unsupported { feature, .. } => Failure::new(format!("{feature} is not supported")),
         error => Failure::from(error),
     }
 }
