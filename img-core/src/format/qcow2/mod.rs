@@ -15,6 +15,7 @@ mod commit;
 mod compressed;
 mod create;
 mod create_layout;
+mod create_write;
 mod details;
 mod details_luks;
 mod entry;
