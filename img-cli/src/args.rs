@@ -3,10 +3,10 @@
 use clap::ValueHint;
 use img_core::{
     format::{OpenMode, OptionSet, registry},
-    image::{CacheMode, Image, ImageName, OpenOptions},
+    image::{self, CacheMode, Image, ImageName, OpenOptions},
 };
 
-use crate::{context::Context, error::Failure, names, output::complain};
+use crate::{context::Context, error::Failure, output::complain};
 
 /// How the images on the command line are named.
 #[derive(Debug, clap::Args)]
@@ -189,7 +189,7 @@ impl<'a> Opening<'a> {
 
     /// The name in the library's terms.
     pub(crate) fn image_name(&self) -> Result<ImageName, Failure> {
-        if let Some(protocol) = names::protocol(self.name)
+        if let Some(protocol) = image::protocol(self.name)
             && !self.image_opts
             && is_missing_format(protocol)
             && protocol != "file"

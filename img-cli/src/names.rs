@@ -1,10 +1,6 @@
 //! Names of images as texts: which protocol, which directory, what a relative name is relative to.
 
-/// What stands before the first colon of `name`, when no slash comes earlier.
-pub(crate) fn protocol(name: &str) -> Option<&str> {
-    let end = name.find([':', '/'])?;
-    name[end..].starts_with(':').then(|| &name[..end])
-}
+use img_core::image::{self, protocol};
 
 /// # Errors
 /// When `name` names a protocol that new files cannot be made through.
@@ -25,17 +21,11 @@ pub(crate) fn path(name: &str) -> &str {
 /// # Errors
 /// In the reference's words, where a relative name has nothing to be relative to.
 pub(crate) fn full_backing_name(image: &str, backing: &str) -> Result<String, String> {
-    if protocol(backing).is_some() || backing.starts_with('/') {
-        return Ok(backing.to_owned());
-    }
-    if image.is_empty() || image.starts_with("json:") {
+    let is_relative = protocol(backing).is_none() && !backing.starts_with('/');
+    if is_relative && (image.is_empty() || image.starts_with("json:")) {
         return Err(format!("Cannot use relative backing file names for '{image}'"));
     }
-    let directory = match image.rfind('/') {
-        Some(slash) => slash + 1,
-        None => protocol(image).map_or(0, |protocol| protocol.len() + 1),
-    };
-    Ok(format!("{}{backing}", &image[..directory]))
+    Ok(image::full_backing_name(image, backing))
 }
 
 #[cfg(test)]

@@ -5,13 +5,12 @@
 
 use std::{collections::BTreeSet, fs};
 
-use img_core::text;
+use img_core::{format::split_list, text};
 use serde_json::{Map, Value};
 
 use crate::{
     context::Context,
     error::{Failure, os_text},
-    option_list,
 };
 
 /// Kinds that the reference has and this build does not.
@@ -78,7 +77,7 @@ fn members(object: &str) -> Result<Map<String, Value>, String> {
         return serde_json::from_str(object).map_err(|error| format!("JSON parse error, {error}"));
     }
     let mut members = Map::new();
-    for (index, part) in option_list::split(object).iter().enumerate() {
+    for (index, part) in split_list(object).iter().enumerate() {
         match part.split_once('=') {
             Some((name, value)) => members.insert(name.to_owned(), value.into()),
             None if index == 0 && part.is_empty() => None,

@@ -1,6 +1,6 @@
 //! `-o` lists: `name=value,name,…` with `,,` for a comma, checked against a format's descriptions.
 
-use img_core::format::{Driver, FILE_OPTIONS, OptionDescription, OptionKind, OptionSet};
+use img_core::format::{Driver, FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, split_list};
 
 use crate::{error::Failure, output::Out};
 
@@ -18,32 +18,13 @@ pub(crate) fn join(lists: &[String]) -> Result<Option<String>, Failure> {
 }
 
 fn is_well_formed(list: &str) -> bool {
-    let parts = split(list);
+    let parts = split_list(list);
     parts.iter().all(|part| !part.is_empty() && !part.starts_with(','))
-}
-
-/// The parts of a list, with doubled commas made single.
-pub(crate) fn split(list: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
-    let mut characters = list.chars().peekable();
-    while let Some(character) = characters.next() {
-        if character == ',' && characters.peek() != Some(&',') {
-            parts.push(String::new());
-            continue;
-        }
-        if character == ',' {
-            characters.next();
-        }
-        if let Some(part) = parts.last_mut() {
-            part.push(character);
-        }
-    }
-    parts
 }
 
 /// Whether the list asks for help rather than naming options.
 pub(crate) fn asks_for_help(list: &str) -> bool {
-    split(list).iter().any(|part| part == "help" || part == "?")
+    split_list(list).iter().any(|part| part == "help" || part == "?")
 }
 
 /// The options that a new image of a format may have: its own, and with `on_file` those of its host file.
@@ -90,7 +71,7 @@ pub(crate) fn print_help(driver: &dyn Driver, on_file: bool, out: &Out) {
 /// For the first option that is unknown or has a wrong value, in the reference's words.
 pub(crate) fn parse(list: &str, known: &[OptionDescription]) -> Result<OptionSet, String> {
     let mut options = OptionSet::new();
-    for part in split(list) {
+    for part in split_list(list) {
         let (name, value) = match part.split_once('=') {
             Some((name, value)) => (name.to_owned(), value.to_owned()),
             // Without a value there is nothing to escape a comma in: the name ends there.
@@ -191,7 +172,7 @@ mod tests {
         for bad in ["", ",", "a=b,", ",a", ",,a"] {
             assert_eq!(join(&[bad]), Err(format!("Invalid option list: {bad}")));
         }
-        assert_eq!(split("a,,b,c"), ["a,b", "c"]);
+        assert_eq!(split_list("a,,b,c"), ["a,b", "c"]);
         assert!(asks_for_help("a=1,help") && asks_for_help("?") && !asks_for_help("help=1"));
     }
 

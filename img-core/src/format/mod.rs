@@ -21,5 +21,7 @@ pub use layer::{
     Backing, CheckReport, CreateRequest, Driver, Finding, Layer, Lease, OpenContext, OpenFile, OpenMode,
     Repair, SnapshotInfo, Snapshots,
 };
-pub use options::{FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size};
+pub use options::{
+    FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,
+};
 pub use write::{LayerWriter, PreparedWrite, WritePlan, WriteToken};

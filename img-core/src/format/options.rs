@@ -235,6 +235,20 @@ fn fraction_bytes(digits: &str, shift: u32) -> u64 {
     u64::try_from(scaled / denominator).expect("at most 2^shift, shift at most 60")
 }
 
+/// The parts of a list of options, with doubled commas made single.
+#[must_use]
+pub fn split_list(list: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut rest = list.chars().peekable();
+    while let Some(c) = rest.next() {
+        match parts.last_mut() {
+            Some(part) if c != ',' || rest.next_if_eq(&',').is_some() => part.push(c),
+            _ => parts.push(String::new()),
+        }
+    }
+    parts
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::{Error, Result};
+use crate::{Error, Result, format::split_list};
 
 /// Names are no longer than people write; what a file may say is bounded by the file's own format.
 const MAX_NAME_BYTES: usize = 64 << 10;
@@ -184,17 +184,4 @@ pub(super) fn parse_list(list: &str) -> Result<Flat> {
         }
     }
     Ok(flat)
-}
-
-/// The parts between single commas.
-fn split_list(list: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
-    let mut rest = list.chars().peekable();
-    while let Some(c) = rest.next() {
-        match parts.last_mut() {
-            Some(part) if c != ',' || rest.next_if_eq(&',').is_some() => part.push(c),
-            _ => parts.push(String::new()),
-        }
-    }
-    parts
 }

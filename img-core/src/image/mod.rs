@@ -25,7 +25,7 @@ mod write;
 pub(crate) use host::data_file_path;
 pub use name::ImageName;
 pub use open::{CacheMode, OpenOptions, Warning};
-pub use path::full_backing_name;
+pub use path::{full_backing_name, protocol};
 
 use std::{
     ops::Range,

@@ -1,7 +1,8 @@
 //! File names as text: protocols in front, and names relative to the file that gives them.
 
 /// What stands before the first `:`, when that comes before any `/`: the protocol.
-pub(super) fn protocol(name: &str) -> Option<&str> {
+#[must_use]
+pub fn protocol(name: &str) -> Option<&str> {
     let end = name.find([':', '/'])?;
     (name.as_bytes()[end] == b':').then(|| &name[..end])
 }

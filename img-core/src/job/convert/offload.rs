@@ -21,8 +21,7 @@ pub(super) fn copy(
     target: &Target<'_>,
     reserved: &[Reserved<'_>],
 ) -> Result<bool> {
-    let Some(index) = Some(sources.index_at(guest_bytes.start)) else { return Ok(false) };
-    let Some((base, image, _)) = sources.get(index) else { return Ok(false) };
+    let Some((base, image, _)) = sources.get(sources.index_at(guest_bytes.start)) else { return Ok(false) };
     if guest_bytes.end - base > image.virtual_size_bytes() {
         return Ok(false);
     }
