@@ -7,9 +7,11 @@
 
 mod dirty;
 mod extent;
+mod in_flight;
 mod layer;
 mod options;
 pub mod registry;
+mod table_cache;
 mod write;
 
 pub mod qcow2;

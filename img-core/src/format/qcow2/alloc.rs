@@ -6,13 +6,13 @@
 //! space is given back to the host, and the index moves down to it.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     ops::Range,
     sync::atomic::Ordering,
 };
 
 use super::{geometry::refcount_get, layer::Qcow2Layer, overlap::Kind, refcount::Counted, write::Write};
-use crate::{Error, Result};
+use crate::{Error, Result, format::in_flight::GuestRanges};
 
 /// Rather than growing the file while this many bytes wait to become free, they are made free.
 const PENDING_LIMIT_BYTES: u64 = 64 << 20;
@@ -41,8 +41,8 @@ pub(super) struct State {
     pub(super) barrier: bool,
     /// Prepared writes by token.
     pub(super) writes: HashMap<u64, Write>,
-    /// Guest ranges of prepared writes, in whole clusters: end by start.
-    pub(super) in_flight: BTreeMap<u64, u64>,
+    /// Guest ranges of prepared writes, in whole clusters.
+    pub(super) in_flight: GuestRanges,
     pub(super) next_token: u64,
 }
 

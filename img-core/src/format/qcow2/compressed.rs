@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{HostFile, HostOffset, WritePlan, WriteToken},
+    format::{HostFile, HostOffset, WritePlan, WriteToken, table_cache::lock_wait},
 };
 
 impl Qcow2Layer {
@@ -31,7 +31,7 @@ impl Qcow2Layer {
         }
         let mut state = self.state();
         while state.is_in_flight(guest..guest + cluster) {
-            state = super::cache::lock_wait(&self.landed, state);
+            state = lock_wait(&self.landed, state);
         }
         self.make_room(&mut state)?;
         self.before_allocating(&mut state)?;

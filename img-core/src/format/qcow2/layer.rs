@@ -16,7 +16,6 @@ use super::{
     Qcow2,
     alloc::State,
     bitmap_track::Tracking,
-    cache::{SliceCache, lock},
     feature::{compatible, incompatible},
     geometry::Geometry,
     header::{CryptMethod, Header},
@@ -30,6 +29,7 @@ use crate::{
     format::{
         Backing, Bitmaps, CheckReport, Codec, Driver, Extent, Finding, HostFile, Layer, LayerWriter, Lease,
         OpenContext, OpenMode, Repair, Snapshots,
+        table_cache::{SliceCache, lock},
     },
     storage::{Flush, Storage},
 };

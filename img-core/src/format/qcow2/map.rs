@@ -8,13 +8,12 @@
 use std::{ops::Range, sync::Arc};
 
 use super::{
-    cache::SliceCache,
     entry::{COMPRESSED, Cluster, L1Entry, L2Entry, OFFSET_MASK, like_the_first},
     geometry::Geometry,
 };
 use crate::{
     Error, Result,
-    format::{Codec, Extent, HostFile, HostOffset, Place},
+    format::{Codec, Extent, HostFile, HostOffset, Place, table_cache::SliceCache},
     storage::Storage,
 };
 

@@ -9,7 +9,6 @@ mod alloc;
 mod bitmap;
 mod bitmap_store;
 mod bitmap_track;
-mod cache;
 mod check;
 mod commit;
 mod compressed;

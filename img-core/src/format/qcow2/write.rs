@@ -9,7 +9,6 @@ use std::ops::Range;
 
 use super::{
     alloc::{Freed, State},
-    cache::lock_wait,
     entry::{COPIED, Cluster, L2Entry},
     layer::Qcow2Layer,
     map::Found,
@@ -18,7 +17,7 @@ use super::{
 };
 use crate::{
     Result,
-    format::{HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken},
+    format::{HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken, table_cache::lock_wait},
     storage::Preallocation,
 };
 
@@ -378,14 +377,14 @@ pub(super) fn mask(range: Range<u64>) -> u32 {
 impl State {
     /// Whether a prepared write covers a part of `guest`, in whole clusters.
     pub(super) fn is_in_flight(&self, guest: Range<u64>) -> bool {
-        self.in_flight.range(..guest.end).next_back().is_some_and(|(_, &end)| end > guest.start)
+        self.in_flight.overlaps(&guest)
     }
 
     /// Notes a prepared write.
     pub(super) fn begin(&mut self, write: Write) -> WriteToken {
         let token = self.next_token;
         self.next_token += 1;
-        self.in_flight.insert(write.clusters.start, write.clusters.end);
+        self.in_flight.insert(&write.clusters);
         self.writes.insert(token, write);
         WriteToken(token)
     }
@@ -393,7 +392,7 @@ impl State {
     /// Takes a prepared write that ends.
     pub(super) fn end(&mut self, token: WriteToken) -> Write {
         let write = self.writes.remove(&token.0).expect("each prepared write ends once");
-        self.in_flight.remove(&write.clusters.start);
+        self.in_flight.remove(&write.clusters);
         write
     }
 }

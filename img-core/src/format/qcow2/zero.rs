@@ -13,12 +13,14 @@ use std::ops::Range;
 
 use super::{
     alloc::State,
-    cache::lock_wait,
     entry::{Cluster, L2Entry, ZERO},
     layer::Qcow2Layer,
     write::{bitmap, mask},
 };
-use crate::{Result, format::Layer};
+use crate::{
+    Result,
+    format::{Layer, table_cache::lock_wait},
+};
 
 /// What is done to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
