@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use img_core::{
     Error, Result,
-    format::{CreateRequest, Driver, OpenContext, OpenMode, OptionSet, registry},
+    format::{Backing, CreateRequest, Driver, OpenContext, OpenMode, OptionSet, raw, registry},
     image::Image,
     storage::Storage,
 };
@@ -39,9 +39,23 @@ pub fn create_options(layout: &Layout) -> OptionSet {
 /// # Errors
 /// As [`Driver::create`].
 pub fn create(storage: &Arc<dyn Storage>, layout: &Layout, virtual_size_bytes: u64) -> Result<()> {
+    create_over(storage, layout, virtual_size_bytes, None)
+}
+
+/// [`create`] over a backing file, of which the image keeps the name.
+///
+/// # Errors
+/// As [`Driver::create`].
+pub fn create_over(
+    storage: &Arc<dyn Storage>,
+    layout: &Layout,
+    virtual_size_bytes: u64,
+    below: Option<&Arc<dyn Storage>>,
+) -> Result<()> {
+    let name = |below: &Arc<dyn Storage>| below.path().display().to_string();
     let request = CreateRequest {
         virtual_size_bytes,
-        backing: None,
+        backing: below.map(|below| Backing { name: name(below), format: Some("raw".to_owned()) }),
         options: &create_options(layout),
         open_file: &refuse_file,
     };
@@ -71,8 +85,27 @@ pub fn smallest_caches() -> OptionSet {
 /// # Errors
 /// As [`Driver::open`].
 pub fn open_with(storage: Arc<dyn Storage>, mode: OpenMode, options: &OptionSet) -> Result<Image> {
+    open_over(storage, None, mode, options)
+}
+
+/// [`open_with`] over a raw backing file.
+///
+/// # Errors
+/// As [`Driver::open`].
+pub fn open_over(
+    storage: Arc<dyn Storage>,
+    below: Option<&Arc<dyn Storage>>,
+    mode: OpenMode,
+    options: &OptionSet,
+) -> Result<Image> {
     let context = OpenContext { mode, options, open_file: &refuse_file };
-    Image::from_layers(vec![qcow2().open(storage, &context)?])
+    let mut layers = vec![qcow2().open(storage, &context)?];
+    if let Some(below) = below {
+        let (mode, options) = (OpenMode::Read, &OptionSet::new());
+        let context = OpenContext { mode, options, open_file: &refuse_file };
+        layers.push(raw::Raw.open(Arc::clone(below), &context)?);
+    }
+    Image::from_layers(layers)
 }
 
 fn refuse_file(name: &str, _mode: OpenMode) -> Result<Arc<dyn Storage>> {

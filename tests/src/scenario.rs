@@ -158,6 +158,8 @@ pub struct Scenario {
     pub below: Option<Below>,
     /// History.
     pub steps: Vec<Step>,
+    /// It is for the library alone: the disk gets sizes at which the reference shows old bytes, or refuses.
+    pub ours_alone: bool,
 }
 
 /// Any scenario of up to `steps` steps; with a backing file half of the time where `chains` are wanted.
@@ -169,7 +171,7 @@ pub fn scenario(steps: usize, chains: bool) -> impl Strategy<Value = Scenario> {
     });
     let below = if chains { proptest::option::of(below).boxed() } else { Just(None).boxed() };
     (layout(), any::<u32>(), below, proptest::collection::vec(step(), 1..=steps))
-        .prop_map(|(layout, size, below, steps)| Scenario { layout, size, below, steps })
+        .prop_map(|(layout, size, below, steps)| Scenario { layout, size, below, steps, ours_alone: false })
 }
 
 /// A step with numbers that are legal where it stands; `at` and `len` are guest bytes.
@@ -252,6 +254,7 @@ impl Scenario {
         let mut planner = Planner {
             layout: self.layout,
             has_below: below.is_some(),
+            ours_alone: self.ours_alone,
             most_bytes: most_clusters * cluster,
             touched: BTreeSet::new(),
             compressed: BTreeSet::new(),
@@ -275,6 +278,7 @@ impl Scenario {
 struct Planner {
     layout: Layout,
     has_below: bool,
+    ours_alone: bool,
     most_bytes: u64,
     /// Guest clusters that some operation has reached: the reference refuses to write those compressed.
     touched: BTreeSet<u64>,
@@ -356,11 +360,13 @@ impl Planner {
             }
             Step::Resize(size) => {
                 // Version 2 cannot record a snapshot's size, nor hide a backing file behind zeroes.
-                if self.layout.version == 2 && (self.has_below || !self.model.snapshots.is_empty()) {
+                let hides = self.has_below && !self.ours_alone;
+                if self.layout.version == 2 && (hides || !self.model.snapshots.is_empty()) {
                     return None;
                 }
                 // The reference leaves old bytes in the tail of a cluster that is cut in two.
-                let size = (u64::from(size) % self.most_bytes + 1).next_multiple_of(cluster);
+                let unit = if self.ours_alone { 512 } else { cluster };
+                let size = (u64::from(size) % self.most_bytes + 1).next_multiple_of(unit);
                 if size == self.size() {
                     return None;
                 }

@@ -18,7 +18,7 @@ use img_core::{
     Error,
     format::{OpenMode, OptionSet, Repair},
     image::Image,
-    storage::{MemoryStorage, Storage, testing::CrashRecorder},
+    storage::{MemoryStorage, Preallocation, Storage, testing::CrashRecorder},
 };
 use img_tests::{
     memory, number_from_environment, proptest_config, read_all,
@@ -35,12 +35,59 @@ const STATES: usize = 150;
 #[test]
 fn a_power_cut_loses_nothing_that_was_flushed() {
     let seed = number_from_environment("IMG_TEST_SEED").unwrap_or(1);
-    let small = scenario(16, false).prop_map(in_small_clusters);
+    let small = scenario(16, true).prop_map(in_small_clusters);
     let mut runner = proptest::test_runner::TestRunner::new(proptest_config(60, "crash"));
     let outcome = runner.run(&small, |scenario| try_history(&scenario, seed));
     report(&format!("{} states after a power cut tried", TRIED.load(Ordering::Relaxed)));
     if let Err(failure) = outcome {
         panic!("{failure}");
+    }
+}
+
+/// A disk that grows over a longer backing file, and over what it held itself before it shrank, shows neither:
+/// not at any moment. Sizes end inside clusters and subclusters.
+#[test]
+fn a_disk_that_grows_never_shows_old_bytes() {
+    let layout = |version, cluster_bits, extended_l2| Layout {
+        version,
+        cluster_bits,
+        refcount_bits: 16,
+        extended_l2,
+        zstd: false,
+        lazy_refcounts: false,
+    };
+    for layout in [layout(3, 10, false), layout(3, 14, true), layout(3, 16, false), layout(2, 10, false)] {
+        let cluster = layout.cluster_bytes();
+        let (first, small, large) = (cluster * 3 + 512, cluster + cluster / 2, cluster * 40 + 512);
+        let old = vec![0xee; usize::try_from(cluster * 30).expect("small")];
+        let below: Arc<dyn Storage> = Arc::new(MemoryStorage::from_bytes("below.raw", &old));
+        let recorder = CrashRecorder::new();
+        let storage = recorder.record(Arc::new(MemoryStorage::new("grows.qcow2"))).expect("recorded");
+        memory::create_over(&storage, &layout, first, Some(&below)).expect("created");
+        let open = |storage, mode| memory::open_over(storage, Some(&below), mode, &OptionSet::new());
+        let image = open(storage, OpenMode::Write).expect("it opens");
+        image.write_at(&[0xdd; 2000], small - 1000).expect("written");
+        image.flush().expect("flushed");
+        recorder.mark(0);
+        image.resize(small, Preallocation::Off).expect("shrunk");
+        recorder.mark(1);
+        image.resize(large, Preallocation::Off).expect("grown");
+        recorder.mark(2);
+        for state in recorder.states(1, 1500) {
+            let Some(mark) = state.mark else { continue };
+            let [file] = <[MemoryStorage; 1]>::try_from(state.files).expect("one file is recorded");
+            let image = open(Arc::new(file), OpenMode::Read).expect("it opens");
+            let sizes = [[first, small], [small, large], [large; 2]][usize::try_from(mark).unwrap()];
+            let size = image.virtual_size_bytes();
+            assert!(sizes.contains(&size), "{layout:?}: {size} bytes after step {mark}");
+            if size != first {
+                let guest = read_all(&image).expect("it reads");
+                let end = usize::try_from(small).expect("small");
+                let shown = guest[end..].iter().position(|byte| *byte != 0);
+                assert_eq!(shown, None, "{layout:?}, step {mark}: old bytes\n{}", state.description);
+                assert_eq!(guest[end - 1000..end], [0xdd; 1000], "{layout:?}: what was flushed");
+            }
+        }
     }
 }
 
@@ -53,12 +100,15 @@ fn report(line: &str) {
 fn in_small_clusters(scenario: Scenario) -> Scenario {
     let old = scenario.layout;
     let cluster_bits = if old.extended_l2 { 14 } else { 9 + old.cluster_bits % 4 };
-    Scenario { layout: Layout { cluster_bits, ..old }, size: scenario.size % 256, ..scenario }
+    let layout = Layout { cluster_bits, ..old };
+    Scenario { layout, size: scenario.size % 256, ours_alone: true, ..scenario }
 }
 
 fn try_history(scenario: &Scenario, seed: u64) -> Result<(), TestCaseError> {
     let plan = scenario.plan();
-    let recorder = record(scenario, &plan).map_err(|error| TestCaseError::fail(error.to_string()))?;
+    let below = backing_file(&plan);
+    let recorder =
+        record(scenario, &plan, below.as_ref()).map_err(|error| TestCaseError::fail(error.to_string()))?;
     for state in recorder.states(seed, STATES) {
         TRIED.fetch_add(1, Ordering::Relaxed);
         // Before the first mark the image is still being made, and no one was promised anything.
@@ -68,6 +118,7 @@ fn try_history(scenario: &Scenario, seed: u64) -> Result<(), TestCaseError> {
         let running = (done + 1).min(plan.ops.len());
         let since_ops = &plan.ops[durable..running];
         let allowed = Allowed {
+            below: below.as_ref(),
             since: &plan.models[durable..=running],
             copied_flags_may_lag: scenario.layout.version == 2 && since_ops.iter().any(is_about_snapshots),
         };
@@ -85,12 +136,16 @@ fn try_history(scenario: &Scenario, seed: u64) -> Result<(), TestCaseError> {
 }
 
 /// Runs the history on a recorded image; mark `n` stands behind operation `n`, mark 0 behind creation.
-fn record(scenario: &Scenario, plan: &Plan) -> Result<CrashRecorder, Error> {
+fn record(
+    scenario: &Scenario,
+    plan: &Plan,
+    below: Option<&Arc<dyn Storage>>,
+) -> Result<CrashRecorder, Error> {
     let recorder = CrashRecorder::new();
     let storage = recorder.record(Arc::new(MemoryStorage::new("crash.qcow2")))?;
-    memory::create(&storage, &scenario.layout, plan.size_bytes)?;
+    memory::create_over(&storage, &scenario.layout, plan.size_bytes, below)?;
     let options = if scenario.size % 2 == 1 { memory::smallest_caches() } else { OptionSet::new() };
-    let open = || memory::open_with(Arc::clone(&storage), OpenMode::Write, &options);
+    let open = || memory::open_over(Arc::clone(&storage), below, OpenMode::Write, &options);
     let mut image = open()?;
     image.flush()?;
     recorder.mark(0);
@@ -108,6 +163,13 @@ fn record(scenario: &Scenario, plan: &Plan) -> Result<CrashRecorder, Error> {
     Ok(recorder)
 }
 
+/// The backing file, which nobody writes to.
+fn backing_file(plan: &Plan) -> Option<Arc<dyn Storage>> {
+    plan.below
+        .as_ref()
+        .map(|bytes| Arc::new(MemoryStorage::from_bytes("below.raw", bytes)) as Arc<dyn Storage>)
+}
+
 fn is_about_snapshots(op: &Op) -> bool {
     matches!(op, Op::SnapshotCreate(_) | Op::SnapshotApply(_) | Op::SnapshotDelete(_))
 }
@@ -119,6 +181,7 @@ fn is_durable(op: &Op) -> bool {
 
 /// What may be read after a power cut: the first model is durable, every later one may have happened in part.
 struct Allowed<'a> {
+    below: Option<&'a Arc<dyn Storage>>,
     since: &'a [Model],
     /// A version 2 image in the middle of a snapshot operation: it has no dirty bit to warn of copied flags that
     /// do not fit the refcounts yet. The audit may name those, and only those, and repairs them.
@@ -137,8 +200,8 @@ impl Allowed<'_> {
                 return Err("opening for write left the dirty bit".to_owned());
             }
         }
-        let image =
-            memory::open(storage, OpenMode::Read).map_err(|error| format!("does not open: {error}"))?;
+        let image = memory::open_over(storage, self.below, OpenMode::Read, &OptionSet::new())
+            .map_err(|error| format!("does not open: {error}"))?;
         self.judge_guest(&image)?;
         self.judge_snapshots(&image)
     }
@@ -197,7 +260,10 @@ impl Allowed<'_> {
             let taken =
                 self.since.iter().flat_map(|model| &model.snapshots).find(|(name, _)| *name == snapshot.name);
             let (_, guest) = taken.ok_or("a snapshot that was never taken")?;
-            let view = snapshots.view(&snapshot.id).and_then(|layer| Image::from_layers(vec![layer]));
+            let below = image.layers()[1..].iter().cloned();
+            let view = snapshots
+                .view(&snapshot.id)
+                .and_then(|layer| Image::from_layers([layer].into_iter().chain(below).collect()));
             let seen = view.and_then(|view| read_all(&view));
             let seen = seen.map_err(|error| format!("snapshot {} does not read: {error}", snapshot.name))?;
             let shown = seen.len().min(guest.len());

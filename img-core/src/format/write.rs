@@ -109,8 +109,18 @@ pub trait LayerWriter: Send + Sync {
     /// Writes all changed metadata in its safe order and makes data and metadata durable.
     fn flush(&self) -> Result<()>;
 
-    /// Changes the virtual size. No request is in flight. New guest bytes are unallocated, or set aside as
-    /// asked. Metadata preallocation maps them as well.
+    /// Comes before [`Self::resize`] to a larger size. When it returns true, the map may be asked about, and
+    /// changed for, guest bytes up to `virtual_size_bytes` and the end of their cluster: what the new size
+    /// would show, of the layers below or of an earlier and larger disk, can be made zero before it shows.
+    /// The size stays as it is. False where the map has nothing behind the end and takes nothing there.
+    fn prepare_growth(&self, virtual_size_bytes: u64) -> Result<bool> {
+        let _ = virtual_size_bytes;
+        Ok(false)
+    }
+
+    /// Changes the virtual size. No request is in flight. New guest bytes are unallocated unless they were
+    /// changed since [`Self::prepare_growth`], or set aside as asked. Metadata preallocation maps them as
+    /// well. The new size is durable after all changes before it.
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()>;
 
     /// Grows the disk as [`Self::resize`] does and maps the new guest bytes, but sets no space aside for them.

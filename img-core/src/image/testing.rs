@@ -28,6 +28,8 @@ pub(super) const CLUSTER: u64 = 512;
 pub(super) struct FakeLayer {
     storage: Arc<dyn Storage>,
     size: AtomicU64,
+    /// The map may be asked about bytes up to here.
+    reach: AtomicU64,
     writable: bool,
     state: Mutex<State>,
     ready: Condvar,
@@ -56,6 +58,7 @@ impl FakeLayer {
         Self {
             storage: Arc::new(MemoryStorage::new("fake")),
             size: AtomicU64::new(size),
+            reach: AtomicU64::new(size),
             writable,
             state: Mutex::default(),
             ready: Condvar::new(),
@@ -132,7 +135,7 @@ impl Layer for FakeLayer {
 
     fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        assert!(guest_bytes.end <= self.virtual_size_bytes(), "{guest_bytes:?}");
+        assert!(guest_bytes.end <= self.reach.load(Ordering::SeqCst), "{guest_bytes:?}");
         let state = self.state();
         let mut at = guest_bytes.start;
         while at < guest_bytes.end {
@@ -234,6 +237,7 @@ impl LayerWriter for FakeLayer {
     fn write_zeroes(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<bool> {
         assert!(guest_bytes.start.is_multiple_of(CLUSTER));
         assert!(guest_bytes.end.is_multiple_of(CLUSTER) || guest_bytes.end == self.virtual_size_bytes());
+        assert!(guest_bytes.end <= self.reach.load(Ordering::SeqCst), "{guest_bytes:?}");
         // A layer that cannot say zero while keeping space.
         if may_unmap {
             self.set_range(&guest_bytes, Slot::Zero);
@@ -250,10 +254,16 @@ impl LayerWriter for FakeLayer {
         Ok(())
     }
 
+    fn prepare_growth(&self, virtual_size_bytes: u64) -> Result<bool> {
+        self.reach.store(virtual_size_bytes.next_multiple_of(CLUSTER), Ordering::SeqCst);
+        Ok(true)
+    }
+
     /// Leaves the tail of the last cluster as it is, as formats do.
     fn resize(&self, virtual_size_bytes: u64, _preallocation: Preallocation) -> Result<()> {
         self.state().clusters.retain(|index, _| index * CLUSTER < virtual_size_bytes);
         self.size.store(virtual_size_bytes, Ordering::SeqCst);
+        self.reach.store(virtual_size_bytes, Ordering::SeqCst);
         Ok(())
     }
 

@@ -15,7 +15,7 @@ impl Image {
     /// # Errors
     /// [`Error::ReadOnly`]; when the format refuses the size, or the file cannot be changed.
     pub fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
-        self.change_size(|writer| writer.resize(virtual_size_bytes, preallocation))
+        self.change_size(virtual_size_bytes, |writer| writer.resize(virtual_size_bytes, preallocation))
     }
 
     /// Grows the disk as [`Self::resize`] does, and maps what is new without setting space aside for it.
@@ -23,43 +23,58 @@ impl Image {
     /// # Errors
     /// As [`Self::resize`]; [`Error::Invalid`] for formats without a map.
     pub fn grow_mapped(&self, virtual_size_bytes: u64) -> Result<()> {
-        self.change_size(|writer| writer.grow_mapped(virtual_size_bytes))
+        self.change_size(virtual_size_bytes, |writer| writer.grow_mapped(virtual_size_bytes))
     }
 
-    fn change_size(&self, change: impl FnOnce(&dyn LayerWriter) -> Result<()>) -> Result<()> {
+    /// Crash order of growing: (1) what the new size would show is made zero, durably; (2) the new size. A
+    /// crash between the two leaves the old disk, with zeroes behind its end.
+    fn change_size(&self, new: u64, change: impl FnOnce(&dyn LayerWriter) -> Result<()>) -> Result<()> {
         let _alone = self.gate.drain();
         let old = self.virtual_size_bytes();
-        change(self.writer()?)?;
-        let new = self.virtual_size_bytes();
-        if new <= old {
-            return Ok(());
+        // (1) The layer makes it durable before the size.
+        if new > old {
+            self.hide(old..new)?;
         }
-        self.clear_old_tail(old..new)?;
-        // The backing file below is as long as the layer directly under the top: what is further down does
-        // not show through behind its end.
+        // (2)
+        change(self.writer()?)
+    }
+
+    /// Makes guest bytes behind the end of the disk read as zeroes when the disk grows over them: what a longer
+    /// backing file has there, and what the last cluster holds from before an earlier shrink.
+    fn hide(&self, grown: Range<u64>) -> Result<()> {
+        // The backing file is as long as the layer directly under the top: what is further down does not show
+        // through behind its end.
         let backing = self.layers.get(1).map_or(0, |layer| layer.virtual_size_bytes());
-        self.hide_backing(old..new.min(backing))
-    }
-
-    /// The last cluster of the old size may hold bytes from before an earlier shrink.
-    fn clear_old_tail(&self, grown: Range<u64>) -> Result<()> {
-        let granule = self.writer()?.zero_granularity_bytes().max(1);
-        let Some(granule_end) = grown.start.checked_next_multiple_of(granule) else { return Ok(()) };
-        let tail = grown.start..granule_end.min(grown.end);
-        if tail.is_empty() {
+        let shown = grown.start..grown.end.min(backing);
+        let writer = self.writer()?;
+        if !writer.prepare_growth(grown.end)? {
+            return if shown.is_empty() {
+                Ok(())
+            } else {
+                // The reference's words.
+                Err(Error::Invalid("Block driver does not support requested flags".to_owned()))
+            };
+        }
+        let cluster = self.layers[0].cluster_size_bytes().map_or(1, u64::from);
+        let tail = grown.start..up_to(grown.start, cluster).min(up_to(grown.end, cluster));
+        let mut hidden = shown;
+        if self.holds_data(&tail)? {
+            hidden.end = hidden.end.max(tail.end);
+        }
+        if hidden.is_empty() {
             return Ok(());
         }
+        self.zero_alone(hidden.start..up_to(hidden.end, writer.zero_granularity_bytes().max(1)))
+    }
+
+    /// Whether the top holds anything but zeroes in a range, which may lie behind the end.
+    fn holds_data(&self, guest_bytes: &Range<u64>) -> Result<bool> {
         let mut extents: Vec<Extent> = Vec::new();
-        self.layers[0].map_range(tail.clone(), &mut extents)?;
-        if extents.iter().all(|extent| matches!(extent.place, Place::Zero { .. } | Place::Unallocated)) {
-            return Ok(());
+        if !guest_bytes.is_empty() {
+            self.layers[0].map_range(guest_bytes.clone(), &mut extents)?;
         }
-        self.zero_alone(tail)
-    }
-
-    /// Makes what the top does not hold read as zeroes.
-    fn hide_backing(&self, grown: Range<u64>) -> Result<()> {
-        if grown.is_empty() { Ok(()) } else { self.zero_alone(grown) }
+        let is_data = |extent: &Extent| !matches!(extent.place, Place::Zero { .. } | Place::Unallocated);
+        Ok(extents.iter().any(is_data))
     }
 
     /// Takes an internal snapshot with all requests drained. `date` is in seconds and nanoseconds since 1970.
@@ -111,4 +126,9 @@ impl Image {
         let _alone = self.gate.drain();
         self.layers[0].writer().map_or(Ok(()), |writer| writer.close())
     }
+}
+
+/// The next multiple of `unit`, itself included.
+fn up_to(bytes: u64, unit: u64) -> u64 {
+    bytes.checked_next_multiple_of(unit).unwrap_or(u64::MAX)
 }

@@ -1,9 +1,11 @@
 //! Changing the virtual size.
 //!
-//! Growing: (1) a larger L1 table is written in a new place, its counts durable, sync; (2) the header, sync;
-//! (3) the old table is freed; (4) the new part is preallocated as asked. Shrinking: (1) what lies behind
-//! the new end is forgotten and its space freed, drain; (2) the header, sync; (3) the file is cut behind the
-//! last cluster in use.
+//! Growing: (1) a larger L1 table is written in a new place, its counts durable, sync; (2) the header that names
+//! it, sync; (3) the old table is freed; (4) what stands behind the old end is forgotten, and the image above
+//! makes zero what would show of a backing file, drain; (5) the size in the header, sync; (6) the new part is
+//! preallocated as asked. Shrinking: (1) the size in the header, sync; (2) what lies behind the new end is
+//! forgotten and its space freed, drain; (3) the file is cut behind the last cluster in use. A crash leaves
+//! the old disk or the new one: what may stand behind its end does not show, and step 4 forgets it.
 
 use std::{collections::HashSet, ops::Range, sync::atomic::Ordering};
 
@@ -18,50 +20,101 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::Layer,
+    format::{Extent, Layer, Place},
     storage::{Flush, Preallocation},
 };
 
 impl Qcow2Layer {
     /// With `mapped` the new clusters are mapped even where no space is set aside for them.
     pub(super) fn change_size(&self, bytes: u64, preallocation: Preallocation, mapped: bool) -> Result<()> {
-        self.check_writable()?;
-        // The size is counted in sectors where it matters: the reference refuses others.
-        if !bytes.is_multiple_of(512) {
-            return Err(Error::Invalid("The new size must be a multiple of 512".to_owned()));
-        }
+        self.check_new_size(bytes)?;
         self.know_places()?;
         let old = self.virtual_size_bytes();
-        if self.geometry.version < 3 && self.header().snapshot_count != 0 {
-            return Err(Error::Invalid("Can't resize a v2 image which has snapshots".to_owned()));
-        }
         if bytes < old {
             if mapped || preallocation != Preallocation::Off {
                 return Err(Error::Invalid("Preallocation can't be used for shrinking an image".to_owned()));
             }
             return self.shrink(bytes, old);
         }
-        let entries = self.geometry.l1_entries_for(bytes);
-        if entries * 8 > MAX_L1_BYTES {
-            return Err(Error::Invalid("Failed to grow the L1 table: File too large".to_owned()));
-        }
-        {
-            let mut state = self.state();
-            self.drain_locked(&mut state)?;
-            if entries > u64::from(self.header().l1_entries) {
-                self.grow_l1(&mut state, entries)?;
-            }
-        }
+        self.reach(bytes)?;
+        self.drain()?;
         if let Some(data) = &self.data_file
             && (self.is_raw_data() || data.len_bytes()? < bytes)
         {
             data.resize(bytes, preallocation)?;
         }
+        // (5)
         self.update_header(|header| header.virtual_size_bytes = bytes)?;
+        // (6)
         if mapped || preallocation != Preallocation::Off || self.is_raw_data() {
             self.preallocate(old.next_multiple_of(self.geometry.cluster_bytes())..bytes, preallocation)?;
         }
         self.drain()
+    }
+
+    /// What precedes growing to `bytes`: the map reaches so far, and holds nothing behind the end of the disk but
+    /// in the last cluster.
+    pub(super) fn reach_behind(&self, bytes: u64) -> Result<()> {
+        self.check_new_size(bytes)?;
+        self.know_places()?;
+        self.reach(bytes)?;
+        let end = self.virtual_size_bytes().next_multiple_of(self.geometry.cluster_bytes());
+        self.forget_leftovers(end..bytes)
+    }
+
+    fn check_new_size(&self, bytes: u64) -> Result<()> {
+        self.check_writable()?;
+        // The size is counted in sectors where it matters: the reference refuses others.
+        if !bytes.is_multiple_of(512) {
+            return Err(Error::Invalid("The new size must be a multiple of 512".to_owned()));
+        }
+        if self.geometry.version < 3 && self.header().snapshot_count != 0 {
+            return Err(Error::Invalid("Can't resize a v2 image which has snapshots".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Steps 1 to 3 of growing, where L1 is too short for a disk of `bytes`.
+    fn reach(&self, bytes: u64) -> Result<()> {
+        let entries = self.geometry.l1_entries_for(bytes);
+        if entries * 8 > MAX_L1_BYTES {
+            return Err(Error::Invalid("Failed to grow the L1 table: File too large".to_owned()));
+        }
+        if entries > u64::from(self.header().l1_entries) {
+            let mut state = self.state();
+            self.drain_locked(&mut state)?;
+            self.grow_l1(&mut state, entries)?;
+        }
+        Ok(())
+    }
+
+    /// Makes whole clusters behind the end of the disk unallocated. There are such after a crash between two steps
+    /// of another size, and where a snapshot was applied that has the state of a machine.
+    fn forget_leftovers(&self, guest: Range<u64>) -> Result<()> {
+        let geometry = self.geometry;
+        let root = self.root();
+        let tables = geometry.l1_index(guest.start)..root.l1_entries.min(geometry.l1_entries_for(guest.end));
+        let mut are_tables_checked = false;
+        let mut extents: Vec<Extent> = Vec::new();
+        for l1_index in tables {
+            let entry = self.map.l1_entry(root, l1_index)?;
+            if self.map.checked_table(root, l1_index, entry)?.is_none() {
+                continue;
+            }
+            let start = guest.start.max(l1_index * geometry.l2_span_bytes());
+            let end = guest.end.min((l1_index + 1).saturating_mul(geometry.l2_span_bytes()));
+            extents.clear();
+            self.map.map_range(root, start..end, &mut extents)?;
+            if extents.iter().all(|extent| extent.place == Place::Unallocated) {
+                continue;
+            }
+            if !are_tables_checked {
+                self.check_cut_tables(l1_index)?;
+                are_tables_checked = true;
+            }
+            self.forget_range(start..end)?;
+        }
+        Ok(())
     }
 
     fn grow_l1(&self, state: &mut State, entries: u64) -> Result<()> {
@@ -103,7 +156,7 @@ impl Qcow2Layer {
         Ok(())
     }
 
-    /// Maps the clusters of a guest range, none of which is allocated, to new ones that read as zeroes.
+    /// Maps the clusters of a guest range, which read as zeroes, to new ones that do so too.
     fn preallocate(&self, guest: Range<u64>, how: Preallocation) -> Result<()> {
         let geometry = self.geometry;
         let cluster = geometry.cluster_bytes();
@@ -132,7 +185,14 @@ impl Qcow2Layer {
             for index in 0..count {
                 let entry = L2Entry::standard(host + index * cluster, true, geometry);
                 debug_assert_ne!(entry.word & COPIED, 0);
-                self.set_entry(table, at + index * cluster, entry)?;
+                let guest = at + index * cluster;
+                let found = self.map.entry_at(table, geometry.l2_index(guest))?;
+                let was = self.map.checked(found, guest)?;
+                self.check_given_up(was)?;
+                self.set_entry(table, guest, entry)?;
+                if !geometry.external_data {
+                    self.free_entry(&mut state, was, self.runtime.discard_other);
+                }
             }
             at = end;
         }
@@ -157,9 +217,12 @@ impl Qcow2Layer {
 
     fn shrink(&self, bytes: u64, old: u64) -> Result<()> {
         let geometry = self.geometry;
-        // (1)
-        let start = bytes.next_multiple_of(geometry.cluster_bytes());
         self.check_cut_tables(geometry.l1_entries_for(bytes))?;
+        // (1)
+        self.drain()?;
+        self.update_header(|header| header.virtual_size_bytes = bytes)?;
+        // (2)
+        let start = bytes.next_multiple_of(geometry.cluster_bytes());
         if start < old {
             self.forget_range(start..old)?;
         }
@@ -168,21 +231,19 @@ impl Qcow2Layer {
             self.cut_l1(&mut state, geometry.l1_entries_for(bytes))?;
             self.drain_locked(&mut state)?;
         }
-        // (2)
+        // (3)
         if let Some(data) = &self.data_file
             && self.is_raw_data()
         {
             data.resize(bytes, Preallocation::Off)?;
         }
-        self.update_header(|header| header.virtual_size_bytes = bytes)?;
-        // (3)
         let mut state = self.state();
         // Blocks that the file still names are free in memory until this is durable.
         self.or_halt(self.cut_refcount_blocks(&mut state))?;
         self.cut_file()
     }
 
-    /// Refuses to give up the L2 tables of L1 entries from `entries` on where one of them is named twice: it
+    /// Refuses to change or give up the L2 tables of L1 entries from `entries` on where one of them is named twice: it
     /// would be given to someone else while it is still in use.
     fn check_cut_tables(&self, entries: u64) -> Result<()> {
         let root = self.root();

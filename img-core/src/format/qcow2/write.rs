@@ -444,6 +444,11 @@ impl LayerWriter for Qcow2Layer {
         self.drain()
     }
 
+    fn prepare_growth(&self, virtual_size_bytes: u64) -> Result<bool> {
+        self.before_resize()?;
+        self.guard(self.reach_behind(virtual_size_bytes)).map(|()| true)
+    }
+
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
         self.before_resize()?;
         let result = self.guard(self.change_size(virtual_size_bytes, preallocation, false));
