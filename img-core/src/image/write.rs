@@ -72,6 +72,25 @@ impl Image {
         self.after_write()
     }
 
+    /// [`Self::write_zeroes`] where the map can say it: returns false, having changed nothing, where bytes would
+    /// have to be written.
+    ///
+    /// # Errors
+    /// As [`Self::write_at`].
+    pub fn write_zeroes_fast(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<bool> {
+        let _pass = self.gate.enter();
+        self.check_inside(&guest_bytes)?;
+        let (head, middle, tail) = self.split_at_granules(&guest_bytes)?;
+        if !head.is_empty() || !tail.is_empty() {
+            return Ok(false);
+        }
+        if !middle.is_empty() && !self.writer()?.write_zeroes(middle, may_unmap)? {
+            return Ok(false);
+        }
+        self.after_write()?;
+        Ok(true)
+    }
+
     /// Gives space back where whole clusters are covered; what is not covered stays as it is.
     ///
     /// # Errors

@@ -1,0 +1,49 @@
+//! The commands, one file each: parse, build what is to run, run it, print.
+
+use std::{
+    fmt::Display,
+    io::{self, Write},
+    process::ExitCode,
+};
+
+pub(crate) mod host;
+
+/// Why a command stopped.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// To be told on standard error.
+    Text(String),
+    /// Nobody reads the output any more: no error.
+    ClosedPipe,
+}
+
+impl Failure {
+    /// Says `why`.
+    pub(crate) fn new(why: impl Display) -> Self {
+        Self::Text(why.to_string())
+    }
+
+    /// Tells the user, and gives the exit code.
+    pub(crate) fn tell(&self, err: &mut dyn Write) -> ExitCode {
+        match self {
+            Self::ClosedPipe => ExitCode::SUCCESS,
+            Self::Text(why) => {
+                // Where standard error is closed only the exit code can speak.
+                writeln!(err, "blk-backend: {why}").ok();
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe { Self::ClosedPipe } else { Self::new(error) }
+    }
+}
+
+impl From<img_core::Error> for Failure {
+    fn from(error: img_core::Error) -> Self {
+        Self::new(error)
+    }
+}

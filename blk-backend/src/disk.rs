@@ -1,0 +1,280 @@
+//! An opened image that front ends share, with all that happens to it as a whole.
+//!
+//! Lanes come and go on their own threads. What concerns all requests at once goes through
+//! [`Disk::drained`]: new requests are held back (as values, in their lanes), those under way end, the change is
+//! made, and everybody goes on.
+//!
+//! Lock order: `changing` before `quiet` before `lanes`. None is taken by a request, except `quiet` by the last
+//! one that ends while the disk is paused.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+};
+
+use img_core::{
+    Result,
+    format::OpenMode,
+    image::{CacheMode, Image, ImageName, OpenOptions},
+    storage::Preallocation,
+};
+
+use crate::engine::{Flight, LaneSnapshot, Mailbox, Workers};
+
+/// Threads that may wait for tables, copies, decoders and flushes at the same time, unless told otherwise.
+const DEFAULT_WORKERS: usize = 16;
+
+/// How an image is opened and served.
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// The format, or `None` to probe.
+    pub format: Option<String>,
+    /// Refuse changes, and open the image without write access.
+    pub read_only: bool,
+    /// The host's page cache, by the reference's names.
+    pub cache: CacheMode,
+    /// Take no locks.
+    pub force_share: bool,
+    /// The most threads for what may wait.
+    pub workers: usize,
+}
+
+impl Default for DiskOptions {
+    fn default() -> Self {
+        Self {
+            format: None,
+            read_only: false,
+            cache: CacheMode::Writeback,
+            force_share: false,
+            workers: DEFAULT_WORKERS,
+        }
+    }
+}
+
+/// What happened to a disk, for those who told somebody about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskEvent {
+    /// The guest-visible size is different.
+    Resized {
+        /// The new one.
+        size_bytes: u64,
+    },
+}
+
+type Observer = Box<dyn Fn(DiskEvent) + Send + Sync>;
+
+/// One opened image. Shared by lanes, front ends and the control socket.
+pub struct Disk {
+    image: RwLock<Arc<Image>>,
+    /// Counts the exchanges of `image`.
+    generation: AtomicU64,
+    read_only: bool,
+    writes_through: bool,
+    /// How often it was paused and not resumed yet.
+    paused: AtomicU64,
+    /// Who changes the disk as a whole, one at a time.
+    changing: Mutex<()>,
+    lanes: Mutex<Lanes>,
+    quiet: Mutex<()>,
+    quieter: Condvar,
+    observers: Mutex<Vec<Observer>>,
+    pub(crate) flight: Flight,
+    pub(crate) workers: Workers,
+}
+
+#[derive(Debug, Default)]
+struct Lanes {
+    present: Vec<Arc<Mailbox>>,
+    /// What lanes that are gone have counted.
+    gone: LaneSnapshot,
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk").field("image", &self.image().layer_name(0)).finish_non_exhaustive()
+    }
+}
+
+impl Disk {
+    /// Opens an image with its chain.
+    ///
+    /// # Errors
+    /// Those of [`Image::open`].
+    pub fn open(name: &ImageName, options: &DiskOptions) -> Result<Arc<Self>> {
+        let mode = if options.read_only { OpenMode::Read } else { OpenMode::Write };
+        let open = OpenOptions {
+            format: options.format.clone(),
+            cache: options.cache,
+            force_share: options.force_share,
+            ..OpenOptions::new(mode)
+        };
+        Ok(Self::over(Image::open(name, &open)?, options))
+    }
+
+    /// Serves an image that the caller opened, in the cache mode and for the uses that `options` name.
+    #[must_use]
+    pub fn over(image: Image, options: &DiskOptions) -> Arc<Self> {
+        let read_only = options.read_only || image.layers()[0].writer().is_none();
+        Arc::new(Self {
+            image: RwLock::new(Arc::new(image)),
+            generation: AtomicU64::new(0),
+            read_only,
+            writes_through: options.cache.writes_through(),
+            paused: AtomicU64::new(0),
+            changing: Mutex::default(),
+            lanes: Mutex::default(),
+            quiet: Mutex::default(),
+            quieter: Condvar::new(),
+            observers: Mutex::default(),
+            flight: Flight::default(),
+            workers: Workers::new(options.workers),
+        })
+    }
+
+    /// The image as it is now. A live snapshot exchanges it; who keeps one for long asks again.
+    #[must_use]
+    pub fn image(&self) -> Arc<Image> {
+        Arc::clone(&self.image.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Guest-visible size.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.image().virtual_size_bytes()
+    }
+
+    /// Whether changes are refused.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether every write is durable before it is done.
+    #[must_use]
+    pub fn writes_through(&self) -> bool {
+        self.writes_through
+    }
+
+    /// Holds new requests back and returns when none is under way. Every call needs its
+    /// [`resume`](Self::resume). Lanes must go on being run; never called on the thread of one that has requests.
+    pub fn pause(&self) {
+        self.paused.fetch_add(1, SeqCst);
+        let mut quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.lanes().present.iter().any(|lane| lane.is_active()) {
+            quiet = self.quieter.wait(quiet).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Takes one [`pause`](Self::pause) back; requests go on when it was the last.
+    pub fn resume(&self) {
+        if self.paused.fetch_sub(1, SeqCst) == 1 {
+            self.lanes().present.iter().for_each(|lane| lane.ring());
+        }
+    }
+
+    /// Does something while no request is under way. The same care as with [`pause`](Self::pause).
+    pub fn drained<T>(&self, change: impl FnOnce() -> T) -> T {
+        struct Resume<'a>(&'a Disk);
+        impl Drop for Resume<'_> {
+            fn drop(&mut self) {
+                self.0.resume();
+            }
+        }
+        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.pause();
+        let _resume = Resume(self);
+        change()
+    }
+
+    /// Changes the guest-visible size, and tells the observers.
+    ///
+    /// # Errors
+    /// Those of [`Image::resize`].
+    pub fn resize(&self, size_bytes: u64) -> Result<()> {
+        self.drained(|| self.image().resize(size_bytes, Preallocation::Off))?;
+        self.tell(DiskEvent::Resized { size_bytes: self.size_bytes() });
+        Ok(())
+    }
+
+    /// Takes an internal snapshot while the guest runs. `date` is in seconds and nanoseconds since 1970.
+    ///
+    /// # Errors
+    /// Those of [`Image::snapshot_create`].
+    pub fn snapshot_create(&self, name: &str, date: (u32, u32)) -> Result<()> {
+        self.drained(|| self.image().snapshot_create(name, date))
+    }
+
+    /// Forgets an internal snapshot while the guest runs.
+    ///
+    /// # Errors
+    /// Those of [`Image::snapshot_delete`].
+    pub fn snapshot_delete(&self, id_or_name: &str) -> Result<()> {
+        self.drained(|| self.image().snapshot_delete(id_or_name))
+    }
+
+    /// Calls `observer` after each change that a front end tells its guest about, on the thread that made it.
+    pub fn observe(&self, observer: impl Fn(DiskEvent) + Send + Sync + 'static) {
+        self.observers().push(Box::new(observer));
+    }
+
+    /// What all lanes, present and gone, have counted.
+    #[must_use]
+    pub fn stats(&self) -> LaneSnapshot {
+        let lanes = self.lanes();
+        let mut sum = lanes.gone.clone();
+        lanes.present.iter().for_each(|lane| sum.add(&lane.snapshot()));
+        sum
+    }
+
+    /// Makes everything durable and marks the image clean. Requests that come afterwards wait for ever: the
+    /// front ends are closed before.
+    ///
+    /// # Errors
+    /// When metadata or data cannot be written or flushed.
+    pub fn close(&self) -> Result<()> {
+        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.pause();
+        self.image().layers()[0].writer().map_or(Ok(()), |writer| writer.close())
+    }
+
+    fn tell(&self, event: DiskEvent) {
+        self.observers().iter().for_each(|observer| observer(event));
+    }
+
+    fn lanes(&self) -> MutexGuard<'_, Lanes> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn observers(&self) -> MutexGuard<'_, Vec<Observer>> {
+        self.observers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused.load(SeqCst) > 0
+    }
+
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(SeqCst)
+    }
+
+    pub(crate) fn add_lane(&self, lane: &Arc<Mailbox>) {
+        self.lanes().present.push(Arc::clone(lane));
+    }
+
+    pub(crate) fn remove_lane(&self, lane: &Arc<Mailbox>) {
+        let mut lanes = self.lanes();
+        lanes.present.retain(|present| !Arc::ptr_eq(present, lane));
+        lanes.gone.add(&lane.snapshot());
+    }
+
+    /// A lane has nothing under way any more; somebody may be waiting for that.
+    pub(crate) fn lane_is_quiet(&self) {
+        if self.is_paused() {
+            let _quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
+            self.quieter.notify_all();
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! How other threads reach a lane: what they leave for it, and how they wake it.
+//!
+//! Leaving something is two steps: it is put in the box, then `posted` is set. Going to sleep is two steps as
+//! well: `asleep` is set, then `posted` is looked at once more. Either the lane sees what was left, or whoever
+//! left it sees that the lane is asleep and writes to its eventfd. All four are sequentially consistent.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+};
+
+use rustix::{
+    event::{EventfdFlags, eventfd},
+    io::Errno,
+};
+
+use super::{
+    memory::Runs,
+    stats::{LaneSnapshot, LaneStats},
+};
+
+/// What belongs to a lane and is seen by other threads.
+#[derive(Debug)]
+pub(crate) struct Mailbox {
+    content: Mutex<Content>,
+    /// Something is in the box, or somebody wants the lane to look around.
+    posted: AtomicBool,
+    /// A front end's own wish to be woken.
+    called: AtomicBool,
+    asleep: AtomicBool,
+    bell: OwnedFd,
+    active: AtomicBool,
+    pub(super) stats: LaneStats,
+}
+
+/// What was left for the lane.
+#[derive(Debug, Default)]
+pub(super) struct Content {
+    /// Ended on a worker.
+    pub(super) finished: Vec<Finished>,
+    /// Parked changes that have entered.
+    pub(super) released: Vec<u32>,
+}
+
+/// A request that a worker has ended.
+#[derive(Debug)]
+pub(super) struct Finished {
+    pub(super) slot: u32,
+    pub(super) result: Result<(), Errno>,
+    /// Given back, for its memory.
+    pub(super) runs: Runs,
+}
+
+impl Mailbox {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Self {
+            content: Mutex::default(),
+            posted: AtomicBool::new(false),
+            called: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
+            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            active: AtomicBool::new(false),
+            stats: LaneStats::default(),
+        })
+    }
+
+    /// From a worker: a request has ended.
+    pub(super) fn finish(&self, finished: Finished) {
+        self.content().finished.push(finished);
+        self.ring();
+    }
+
+    /// From [`Flight`](super::Flight): a parked change has entered.
+    pub(super) fn release(&self, slot: u32) {
+        self.content().released.push(slot);
+        self.ring();
+    }
+
+    /// Makes the lane look around.
+    pub(crate) fn ring(&self) {
+        self.posted.store(true, SeqCst);
+        if self.asleep.swap(false, SeqCst) {
+            // The counter is never read and cannot overflow in any life time: it only has to change.
+            rustix::io::write(&self.bell, &1u64.to_ne_bytes()).expect("an eventfd that is far from full");
+        }
+    }
+
+    /// The lane's turn: takes what was left. False when there is nothing.
+    pub(super) fn take(&self, content: &mut Content) -> bool {
+        if !self.posted.load(SeqCst) || !self.posted.swap(false, SeqCst) {
+            return false;
+        }
+        let mut here = self.content();
+        content.finished.append(&mut here.finished);
+        content.released.append(&mut here.released);
+        true
+    }
+
+    /// Whether a front end called, since last asked.
+    pub(super) fn take_call(&self) -> bool {
+        self.called.load(SeqCst) && self.called.swap(false, SeqCst)
+    }
+
+    /// The lane is about to sleep on [`Self::bell`]. False when it must not: something was left.
+    pub(super) fn fall_asleep(&self) -> bool {
+        self.asleep.store(true, SeqCst);
+        if self.posted.load(SeqCst) {
+            self.asleep.store(false, SeqCst);
+            return false;
+        }
+        true
+    }
+
+    /// The lane is awake.
+    pub(super) fn awake(&self) {
+        self.asleep.store(false, SeqCst);
+    }
+
+    /// Changes when the lane is rung out of its sleep; never has to be read.
+    pub(super) fn bell(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+
+    /// Whether requests are under way; see [`Disk::pause`](crate::disk::Disk::pause).
+    pub(crate) fn is_active(&self) -> bool {
+        self.active.load(SeqCst)
+    }
+
+    pub(super) fn set_active(&self, active: bool) {
+        self.active.store(active, SeqCst);
+    }
+
+    pub(crate) fn snapshot(&self) -> LaneSnapshot {
+        self.stats.snapshot()
+    }
+
+    fn content(&self) -> MutexGuard<'_, Content> {
+        self.content.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[cfg(test)]
+    pub(super) fn take_released(&self) -> Vec<u32> {
+        let mut content = Content::default();
+        self.take(&mut content);
+        content.released
+    }
+}
+
+/// Wakes one lane from any thread.
+#[derive(Clone, Debug)]
+pub struct LaneWaker(pub(super) Arc<Mailbox>);
+
+impl LaneWaker {
+    /// Makes [`Lane::run_once`](super::Lane::run_once) return [`Event::Woken`](super::Event::Woken), now or as soon
+    /// as it is called. Several calls may make one event.
+    pub fn wake(&self) {
+        self.0.called.store(true, SeqCst);
+        self.0.ring();
+    }
+}

@@ -1,0 +1,104 @@
+//! The bytes of somebody else: copied by address, never behind a reference.
+//!
+//! A guest writes its memory whenever it likes, also while a request on it is under way. What is read here may
+//! therefore be torn between two of its writes; that is the guest's affair, and nothing is decided by these bytes.
+#![allow(unsafe_code)]
+
+use crate::request::{Segments, iovec};
+
+/// The runs of memory of one request, kept by the engine from submission to answer.
+///
+/// The promise of [`Segments::new`] covers them; whoever holds a `Runs` answers the request only afterwards.
+#[derive(Debug, Default)]
+pub(super) struct Runs(Vec<iovec>);
+
+// SAFETY: the addresses are not used to make references, and the promise of `Segments::new` holds on any thread.
+unsafe impl Send for Runs {}
+
+impl Runs {
+    /// Takes the runs of a request over, in the memory that is here already.
+    pub(super) fn set(&mut self, segments: Segments<'_>) {
+        self.0.clear();
+        self.0.extend_from_slice(segments.vectors());
+    }
+
+    /// Forgets them, keeping the memory of the list.
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Copies `bytes` to `at_bytes` of the request's memory. What does not fit is left out.
+    pub(super) fn put(&self, at_bytes: u64, bytes: &[u8]) {
+        let mut rest = bytes;
+        self.each(at_bytes, bytes.len() as u64, |address, length| {
+            let (now, later) = rest.split_at(length);
+            // SAFETY: `each` gives runs inside the segments, which are writable until the request is answered;
+            // `now` is ours and does not lie in a guest's memory.
+            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), address, length) };
+            rest = later;
+        });
+    }
+
+    /// Fills `bytes` from `at_bytes` of the request's memory.
+    pub(super) fn get(&self, at_bytes: u64, bytes: &mut [u8]) {
+        let mut done = 0;
+        self.each(at_bytes, bytes.len() as u64, |address, length| {
+            let to = &mut bytes[done..done + length];
+            // SAFETY: as in `put`; the segments are readable.
+            unsafe { std::ptr::copy_nonoverlapping(address, to.as_mut_ptr(), length) };
+            done += length;
+        });
+    }
+
+    /// The parts of memory that hold the bytes `at_bytes..at_bytes + length_bytes` of the request.
+    fn each(&self, at_bytes: u64, length_bytes: u64, mut part: impl FnMut(*mut u8, usize)) {
+        let (mut skip, mut left) = (at_bytes, length_bytes);
+        for run in &self.0 {
+            if left == 0 {
+                return;
+            }
+            let run_bytes = run.iov_len as u64;
+            if skip >= run_bytes {
+                skip -= run_bytes;
+                continue;
+            }
+            let length = (run_bytes - skip).min(left);
+            let (from, count) = (usize_of(skip), usize_of(length));
+            // SAFETY: `skip` < the length of the run, which is one mapped object.
+            let address = unsafe { run.iov_base.cast::<u8>().add(from) };
+            part(address, count);
+            skip = 0;
+            left -= length;
+        }
+    }
+}
+
+/// Lengths of memory of this process.
+fn usize_of(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("it is a part of a usize")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_go_through_the_runs_in_order() {
+        let mut memory = [0u8; 10];
+        let start = memory.as_mut_ptr();
+        let run = |from: usize, length| {
+            // SAFETY: inside `memory`.
+            iovec { iov_base: unsafe { start.add(from) }.cast(), iov_len: length }
+        };
+        let vectors = [run(6, 4), run(0, 0), run(1, 3)];
+        let mut runs = Runs::default();
+        // SAFETY: `memory` lives to the end of the test.
+        runs.set(unsafe { Segments::new(&vectors) });
+        runs.put(2, b"abcd");
+        let mut back = [0; 4];
+        runs.get(2, &mut back);
+        assert_eq!(&back, b"abcd");
+        runs.put(6, b"zTOO LONG");
+        assert_eq!(&memory, b"\0cdz\0\0\0\0ab");
+    }
+}

@@ -1,0 +1,84 @@
+//! The requests of a lane, each at one place from submission to answer.
+
+use std::{ops::Range, time::Instant};
+
+use super::memory::Runs;
+use crate::request::{Errno, Op};
+
+/// Where a request stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Nobody's.
+    #[default]
+    Free,
+    /// Not begun: the disk is paused.
+    Held,
+    /// Waits in the [`Flight`](super::Flight) for its clusters.
+    Parked,
+    /// A worker has it.
+    Working,
+}
+
+/// One request.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) stage: Stage,
+    pub(super) tag: u64,
+    pub(super) op: Op,
+    pub(super) guest_bytes: Range<u64>,
+    pub(super) runs: Runs,
+    pub(super) began: Instant,
+    /// Its clusters are its own in the [`Flight`](super::Flight).
+    pub(super) entered: bool,
+    /// The first failure wins.
+    pub(super) failure: Option<Errno>,
+}
+
+/// All slots of a lane. Nothing is allocated once each was in use.
+#[derive(Debug)]
+pub(super) struct Slots {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+}
+
+impl Slots {
+    pub(super) fn new(depth: u32) -> Self {
+        let now = Instant::now();
+        let slot = |_| Slot {
+            stage: Stage::Free,
+            tag: 0,
+            op: Op::Flush,
+            guest_bytes: 0..0,
+            runs: Runs::default(),
+            began: now,
+            entered: false,
+            failure: None,
+        };
+        Self { slots: (0..depth).map(slot).collect(), free: (0..depth).rev().collect() }
+    }
+
+    /// A free one.
+    pub(super) fn take(&mut self) -> Option<u32> {
+        self.free.pop()
+    }
+
+    /// Gives one back.
+    pub(super) fn give(&mut self, index: u32) {
+        let slot = self.get(index);
+        debug_assert_ne!(slot.stage, Stage::Free, "given back once");
+        slot.stage = Stage::Free;
+        slot.entered = false;
+        slot.failure = None;
+        slot.runs.clear();
+        self.free.push(index);
+    }
+
+    pub(super) fn get(&mut self, index: u32) -> &mut Slot {
+        &mut self.slots[index as usize]
+    }
+
+    /// Those that stand so.
+    pub(super) fn in_stage(&self, stage: Stage) -> impl Iterator<Item = u32> + '_ {
+        (0..).zip(&self.slots).filter(move |(_, slot)| slot.stage == stage).map(|(index, _)| index)
+    }
+}

@@ -1,0 +1,5 @@
+//! Lanes from outside: every request, on several formats.
+
+mod client;
+mod control;
+mod requests;

@@ -1,0 +1,256 @@
+//! Threads for what may wait: the blocking side of the image.
+//!
+//! Threads are started when there is work and none is idle, up to a limit, and end with the disk. Flushes that
+//! wait together are one flush: each began after the writes that it speaks for had ended, and so did the one that
+//! serves them all.
+
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::{self, JoinHandle},
+};
+
+use img_core::{Result, image::Image};
+
+use super::{
+    mailbox::{Finished, Mailbox},
+    memory::Runs,
+};
+use crate::request::{Errno, Op, errno};
+
+/// Bytes go through a buffer of at most this size on their way from or to a guest.
+const BOUNCE_BYTES: u64 = 1 << 20;
+
+/// A request, or what is left of it, for a worker.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) image: Arc<Image>,
+    pub(super) owner: Arc<Mailbox>,
+    pub(super) slot: u32,
+    pub(super) op: Op,
+    pub(super) guest_bytes: Range<u64>,
+    pub(super) runs: Runs,
+}
+
+/// The threads of one disk.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    max_threads: usize,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    /// Wait for the next flush to begin.
+    flushes: Vec<Job>,
+    idle: usize,
+    started: usize,
+    ends: bool,
+}
+
+enum Work {
+    One(Job),
+    Flushes(Vec<Job>),
+}
+
+impl Workers {
+    /// No threads yet.
+    pub(crate) fn new(max_threads: usize) -> Self {
+        Self { shared: Arc::default(), threads: Mutex::default(), max_threads: max_threads.max(1) }
+    }
+
+    /// Takes a job; its end is told to its owner.
+    pub(super) fn give(&self, job: Job) {
+        let mut queue = self.shared.lock();
+        if job.op == Op::Flush {
+            queue.flushes.push(job)
+        } else {
+            queue.jobs.push_back(job)
+        }
+        // The idle ones include those who were notified and have not taken their job yet.
+        let waiting = queue.jobs.len() + usize::from(!queue.flushes.is_empty());
+        if waiting > queue.idle && queue.started < self.max_threads {
+            queue.started += 1;
+            drop(queue);
+            self.start();
+        } else {
+            drop(queue);
+            self.shared.changed.notify_one();
+        }
+    }
+
+    fn start(&self) {
+        let shared = Arc::clone(&self.shared);
+        let started = thread::Builder::new().name("disk-worker".to_owned()).spawn(move || shared.work());
+        match started {
+            Ok(thread) => self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread),
+            Err(error) => {
+                let mut queue = self.shared.lock();
+                queue.started -= 1;
+                if queue.started == 0 {
+                    // Nobody is there to do it, ever: say so rather than wait.
+                    let code = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
+                    let (jobs, flushes) =
+                        (std::mem::take(&mut queue.jobs), std::mem::take(&mut queue.flushes));
+                    drop(queue);
+                    jobs.into_iter().chain(flushes).for_each(|job| job.finish(Err(code)));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.shared.lock().ends = true;
+        self.shared.changed.notify_all();
+        for thread in self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            thread.join().expect("a worker catches the panics of its jobs");
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The life of a worker.
+    fn work(&self) {
+        let mut bounce = Vec::new();
+        while let Some(work) = self.next() {
+            match work {
+                Work::One(job) => {
+                    let result = guarded(|| job.run(&mut bounce));
+                    job.finish(result);
+                }
+                Work::Flushes(jobs) => {
+                    let result = guarded(|| jobs[0].image.flush());
+                    jobs.into_iter().for_each(|job| job.finish(result));
+                }
+            }
+        }
+    }
+
+    /// Waits for work; `None` when the disk is gone.
+    fn next(&self) -> Option<Work> {
+        let mut queue = self.lock();
+        loop {
+            // The image of waiting flushes is one and the same: it is exchanged only when nothing is under way.
+            if !queue.flushes.is_empty() {
+                return Some(Work::Flushes(std::mem::take(&mut queue.flushes)));
+            }
+            if let Some(job) = queue.jobs.pop_front() {
+                return Some(Work::One(job));
+            }
+            if queue.ends {
+                return None;
+            }
+            queue.idle += 1;
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue.idle -= 1;
+        }
+    }
+}
+
+/// A panic is a mistake of ours, and an I/O error to the guest: it must not wait for ever.
+fn guarded(call: impl FnOnce() -> Result<()>) -> Result<(), Errno> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| errno(&error)),
+        Err(_) => Err(Errno::IO),
+    }
+}
+
+impl Job {
+    fn finish(self, result: Result<(), Errno>) {
+        self.owner.finish(Finished { slot: self.slot, result, runs: self.runs });
+    }
+
+    fn run(&self, bounce: &mut Vec<u8>) -> Result<()> {
+        let image = &*self.image;
+        match self.op {
+            Op::Read => self.read(bounce)?,
+            Op::Write { .. } => self.write(bounce)?,
+            Op::Flush => image.flush()?,
+            Op::Discard { .. } => image.discard(self.guest_bytes.clone())?,
+            Op::WriteZeroes { may_unmap, fast_only: false, .. } => {
+                image.write_zeroes(self.guest_bytes.clone(), may_unmap)?;
+            }
+            Op::WriteZeroes { may_unmap, fast_only: true, .. } => {
+                if !image.write_zeroes_fast(self.guest_bytes.clone(), may_unmap)? {
+                    return Err(img_core::Error::unsupported(
+                        std::path::Path::new(image.layer_name(0)),
+                        "making these bytes zero without writing them",
+                    ));
+                }
+            }
+            Op::Cache => {
+                for piece in pieces(&self.guest_bytes) {
+                    image.read_at(part(bounce, &piece), piece.start)?;
+                }
+            }
+        }
+        if self.op.is_fua() { image.flush() } else { Ok(()) }
+    }
+
+    fn read(&self, bounce: &mut Vec<u8>) -> Result<()> {
+        for piece in pieces(&self.guest_bytes) {
+            let bytes = part(bounce, &piece);
+            self.image.read_at(bytes, piece.start)?;
+            self.runs.put(piece.start - self.guest_bytes.start, bytes);
+        }
+        Ok(())
+    }
+
+    fn write(&self, bounce: &mut Vec<u8>) -> Result<()> {
+        for piece in pieces(&self.guest_bytes) {
+            let bytes = part(bounce, &piece);
+            self.runs.get(piece.start - self.guest_bytes.start, bytes);
+            self.image.write_at(bytes, piece.start)?;
+        }
+        Ok(())
+    }
+}
+
+/// A range in pieces that fit the buffer; cut at multiples of its size, which are borders of clusters.
+fn pieces(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+    let Range { mut start, end } = *range;
+    std::iter::from_fn(move || {
+        let next = (start - start % BOUNCE_BYTES).saturating_add(BOUNCE_BYTES).min(end);
+        let piece = start..next;
+        start = next;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// As much of the buffer as `piece` is long.
+fn part<'a>(bounce: &'a mut Vec<u8>, piece: &Range<u64>) -> &'a mut [u8] {
+    let length = usize::try_from(piece.end - piece.start).expect("at most BOUNCE_BYTES");
+    if bounce.len() < length {
+        bounce.resize(length, 0);
+    }
+    &mut bounce[..length]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_the_range_and_end_at_borders() {
+        let found: Vec<_> = pieces(&(BOUNCE_BYTES - 1..3 * BOUNCE_BYTES + 5)).collect();
+        let mib = BOUNCE_BYTES;
+        assert_eq!(found, [mib - 1..mib, mib..2 * mib, 2 * mib..3 * mib, 3 * mib..3 * mib + 5]);
+        assert_eq!(pieces(&(7..7)).count(), 0);
+    }
+}

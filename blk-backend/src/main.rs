@@ -1,0 +1,35 @@
+//! `blk-backend`: serves disk images to virtual machines and network clients.
+
+mod command;
+
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+
+/// Serve disk images to virtual machines and network clients
+#[derive(Debug, Parser)]
+#[command(name = "blk-backend", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Host(command::host::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut out = io::stdout().lock();
+    let result = match &cli.command {
+        Command::Host(args) => command::host::run(args, &mut out),
+    };
+    match result.and_then(|code| out.flush().map(|()| code).map_err(command::Failure::from)) {
+        Ok(code) => code,
+        Err(failure) => failure.tell(&mut io::stderr().lock()),
+    }
+}
