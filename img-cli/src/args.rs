@@ -104,7 +104,6 @@ const MISSING_FORMATS: &[&str] = &[
     "parallels",
     "preallocate",
     "qcow",
-    "qed",
     "quorum",
     "rbd",
     "replication",

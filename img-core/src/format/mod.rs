@@ -15,6 +15,7 @@ mod table_cache;
 mod write;
 
 pub mod qcow2;
+pub mod qed;
 pub mod raw;
 
 pub use dirty::{BitmapInfo, Bitmaps, DirtyMap, MAX_MAP_BYTES, NewBitmap};

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::{Driver, qcow2, raw};
+use super::{Driver, qcow2, qed, raw};
 
 /// All drivers, in the order of `--help`.
-pub static DRIVERS: &[&dyn Driver] = &[&raw::Raw, &qcow2::Qcow2];
+pub static DRIVERS: &[&dyn Driver] = &[&raw::Raw, &qcow2::Qcow2, &qed::Qed];
 
 /// The driver called `name`.
 #[must_use]
