@@ -1,12 +1,12 @@
 //! The command line as clap defines it: the one source of the parser, the help, the manual pages and the
 //! completions.
 
-use clap::{CommandFactory as _, Parser, Subcommand};
+use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser};
 
 use crate::{
     command::{check, compare, completions, convert, create, info, man, map, resize, snapshot},
     context::Context,
-    error::Outcome,
+    error::{Failure, Outcome},
 };
 
 /// Make, inspect, convert and check disk images
@@ -19,10 +19,9 @@ use crate::{
     version,
     args_override_self = true,
     disable_help_subcommand = true,
-    subcommand_required = true,
     after_help = AFTER_HELP
 )]
-pub(crate) struct Cli {
+struct Head {
     /// Trace events, as the reference takes them.
     #[arg(
         short = 'T',
@@ -30,10 +29,7 @@ pub(crate) struct Cli {
         value_name = "TRACE",
         help = "Trace events: [[enable=]PATTERN][,events=FILE][,file=FILE]. This program has none"
     )]
-    pub(crate) trace: Vec<String>,
-
-    #[command(subcommand)]
-    pub(crate) command: Command,
+    trace: Vec<String>,
 }
 
 const AFTER_HELP: &str = "\
@@ -43,46 +39,94 @@ Supported image formats:
 
   raw qcow2";
 
-/// The commands.
-#[derive(Debug, Subcommand)]
-pub(crate) enum Command {
-    Check(check::Args),
-    Compare(compare::Args),
-    Convert(Box<convert::Args>),
-    Create(create::Args),
-    Info(info::Args),
-    Map(map::Args),
-    Resize(resize::Args),
-    Snapshot(snapshot::Args),
-    Completions(completions::Args),
-    Man(man::Args),
+/// A command. Its definition is made when it is called: making all of them takes longer than what small
+/// commands do.
+#[derive(Clone, Copy)]
+pub(crate) struct Command {
+    /// What the user calls it.
+    pub(crate) name: &'static str,
+    arguments: fn(clap::Command) -> clap::Command,
+    run: fn(&ArgMatches, &Context) -> Outcome,
 }
 
-impl Command {
-    /// Runs it.
-    pub(crate) fn run(&self, context: &Context) -> Outcome {
-        match self {
-            Self::Check(args) => check::run(args, context),
-            Self::Compare(args) => compare::run(args, context),
-            Self::Convert(args) => convert::run(args, context),
-            Self::Create(args) => create::run(args, context),
-            Self::Info(args) => info::run(args, context),
-            Self::Map(args) => map::run(args, context),
-            Self::Resize(args) => resize::run(args, context),
-            Self::Snapshot(args) => snapshot::run(args, context),
-            Self::Completions(args) => completions::run(args, context),
-            Self::Man(args) => man::run(args, context),
+/// The command whose module has its name.
+macro_rules! command {
+    ($name:ident) => {
+        Command {
+            name: stringify!($name),
+            arguments: <$name::Args as clap::Args>::augment_args,
+            run: |matches, context| {
+                let args = $name::Args::from_arg_matches(matches).map_err(|error| refusal(&error))?;
+                $name::run(&args, context)
+            },
         }
-    }
+    };
 }
+
+/// All of them, in the order of the help.
+const COMMANDS: &[Command] = &[
+    command!(check),
+    command!(compare),
+    command!(convert),
+    command!(create),
+    command!(info),
+    command!(map),
+    command!(resize),
+    command!(snapshot),
+    command!(completions),
+    command!(man),
+];
 
 /// The reference's commands that are not here yet.
 pub(crate) const MISSING_COMMANDS: &[&str] =
     &["amend", "bench", "bitmap", "commit", "dd", "measure", "rebase"];
 
+impl Command {
+    /// The command called `name`.
+    pub(crate) fn find(name: &str) -> Option<Self> {
+        COMMANDS.iter().find(|command| command.name == name).copied()
+    }
+
+    fn definition(self) -> clap::Command {
+        (self.arguments)(clap::Command::new(self.name)).args_override_self(true)
+    }
+
+    /// clap's definition, built.
+    pub(crate) fn built(self) -> clap::Command {
+        let mut definition = self.definition().bin_name(format!("img {}", self.name));
+        definition.build();
+        definition
+    }
+
+    /// Gives the plain command line its types and runs the command.
+    pub(crate) fn run(
+        self,
+        definition: clap::Command,
+        words: impl Iterator<Item = String>,
+        context: &Context,
+    ) -> Outcome {
+        let words = [self.name.to_owned()].into_iter().chain(words);
+        let matches = definition.try_get_matches_from(words).map_err(|error| refusal(&error))?;
+        (self.run)(&matches, context)
+    }
+}
+
+fn refusal(error: &clap::Error) -> Failure {
+    Failure::usage(error.to_string().trim_end().to_owned())
+}
+
+/// clap's definition of what may stand before the command, built.
+pub(crate) fn head() -> clap::Command {
+    let mut head = Head::command();
+    head.build();
+    head
+}
+
 /// clap's definition of everything, built.
 pub(crate) fn command() -> clap::Command {
-    let mut command = Cli::command().mut_subcommands(|command| command.args_override_self(true));
+    let mut command = Head::command()
+        .subcommand_required(true)
+        .subcommands(COMMANDS.iter().map(|command| command.definition()));
     command.build();
     command
 }
@@ -93,7 +137,7 @@ mod tests {
 
     #[test]
     fn the_definitions_are_sound() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     /// What the reader of the command line counts on, and what users see.

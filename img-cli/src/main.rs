@@ -24,10 +24,9 @@ mod trace;
 
 use std::{env, process::ExitCode};
 
-use clap::FromArgMatches as _;
 use img_core::text;
 
-use crate::{cli::Cli, context::Context, error::Failure, output::Out, output::complain};
+use crate::{cli::Command, context::Context, error::Failure, output::Out, output::complain};
 
 fn main() -> ExitCode {
     let mut words: Vec<String> = env::args_os().map(|word| text::from_os(&word)).collect();
@@ -50,8 +49,7 @@ fn main() -> ExitCode {
 
 /// Runs the command line, tells why it failed, and returns the exit code.
 fn run(words: &[String], context: &Context) -> u8 {
-    let mut definitions = cli::command();
-    let head = match getopt::read(&definitions, words, true) {
+    let head = match getopt::read(&cli::head(), words, true) {
         Ok(head) => head,
         Err(text) => {
             context.report_usage(None, &text);
@@ -63,7 +61,7 @@ fn run(words: &[String], context: &Context) -> u8 {
         return 0;
     }
     if head.help {
-        context.out.print(definitions.render_long_help());
+        context.out.print(cli::command().render_long_help());
         return 0;
     }
     let traces = head.options.iter().filter_map(|option| option.strip_prefix("--trace="));
@@ -73,22 +71,23 @@ fn run(words: &[String], context: &Context) -> u8 {
             return failure.code;
         }
     }
-    let Some((command, words)) = head.operands.split_first() else {
+    let Some((name, words)) = head.operands.split_first() else {
         context.report(None, &Failure::usage("Not enough arguments"));
         return 1;
     };
-    if cli::MISSING_COMMANDS.contains(&command.as_str()) {
-        context.error(&format!("The command '{command}' is not supported yet"));
+    if cli::MISSING_COMMANDS.contains(&name.as_str()) {
+        context.error(&format!("The command '{name}' is not supported yet"));
         return 1;
     }
-    let Some(definition) = definitions.find_subcommand_mut(command) else {
-        context.report(None, &Failure::usage(format!("Command not found: {command}")));
+    let Some(command) = Command::find(name) else {
+        context.report(None, &Failure::usage(format!("Command not found: {name}")));
         return 1;
     };
-    let plain = match getopt::read(definition, words, false) {
+    let mut definition = command.built();
+    let plain = match getopt::read(&definition, words, false) {
         Ok(plain) => plain,
         Err(text) => {
-            context.report_usage(Some(command), &text);
+            context.report_usage(Some(name), &text);
             return 1;
         }
     };
@@ -96,27 +95,14 @@ fn run(words: &[String], context: &Context) -> u8 {
         context.out.print(definition.render_long_help());
         return 0;
     }
-    let parsed = parse(definitions, command, plain);
-    match parsed.and_then(|cli| cli.command.run(context)) {
+    let words = plain.options.into_iter().chain(["--".to_owned()]).chain(plain.operands);
+    match command.run(definition, words, context) {
         Ok(code) => code,
         Err(failure) => {
-            context.report(Some(command), &failure);
+            context.report(Some(name), &failure);
             failure.code
         }
     }
-}
-
-/// Gives the plain command line its types.
-fn parse(definitions: clap::Command, command: &str, plain: getopt::Plain) -> Result<Cli, Failure> {
-    let words = ["img".to_owned(), command.to_owned()]
-        .into_iter()
-        .chain(plain.options)
-        .chain(["--".to_owned()])
-        .chain(plain.operands);
-    definitions
-        .try_get_matches_from(words)
-        .and_then(|matches| Cli::from_arg_matches(&matches))
-        .map_err(|error| Failure::usage(error.to_string().trim_end().to_owned()))
 }
 
 /// What `--version` prints. Scripts look for the reference's number behind its name.
