@@ -15,6 +15,7 @@ use super::{
     extension::{self, BitmapsExtension, EncryptionPointer, Extensions, Rules, UnknownExtension, kind},
     feature::{self, FeatureName, autoclear, incompatible},
     geometry::Geometry,
+    head::Head,
 };
 use crate::{
     Error, Result,
@@ -54,11 +55,11 @@ const _: () = assert!(size_of::<RawHeader>() == HEADER_BYTES);
 /// The first four bytes of every qcow2 image.
 pub(super) const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// All fields we know.
-const HEADER_BYTES: usize = 112;
+pub(super) const HEADER_BYTES: usize = 112;
 /// Version 2 has no further fields.
 const VERSION_2_BYTES: usize = 72;
 /// Version 3 has at least the fields up to `header_length`.
-const VERSION_3_MIN_BYTES: u32 = 104;
+pub(super) const VERSION_3_MIN_BYTES: u32 = 104;
 
 /// Cluster sizes, as powers of two (the reference's upper limit; the lower one is the format's).
 pub(super) const CLUSTER_BITS: RangeInclusive<u32> = 9..=21;
@@ -76,8 +77,7 @@ pub(super) const MAX_SNAPSHOTS: u32 = 65536;
 pub(super) const SNAPSHOT_HEADER_BYTES: u64 = 40;
 /// Bytes of a backing file name.
 pub(super) const MAX_BACKING_NAME_BYTES: u64 = 1023;
-/// The first read: holds the whole header of nearly every image.
-const FIRST_READ_BYTES: usize = 4096;
+
 /// The reference writes the feature name table where at least this much of the cluster is left.
 const FEATURE_TABLE_MIN_ROOM_BYTES: usize = 4096;
 
@@ -184,7 +184,7 @@ impl Header {
             luks: raw.crypt_method.get() == 2,
             bitmaps_consistent: raw.autoclear_features.get() & autoclear::BITMAPS != 0,
         };
-        let area = head.bytes(area_start, area_end)?;
+        let area = head.extensions(area_start, area_end)?;
         let parsed = Extensions::parse(area, area_start, &rules);
 
         let unknown = bits & !incompatible::KNOWN;
@@ -500,102 +500,4 @@ fn check_table(file: &Path, geometry: Geometry, table: &Table) -> Result<()> {
         return Err(Error::corrupt(file, table.offset_field, table.offset_at, expected, found));
     }
     Ok(())
-}
-
-/// The bytes of the header cluster, read as far as they were asked for.
-struct Head<'a> {
-    storage: &'a dyn Storage,
-    bytes: Vec<u8>,
-}
-
-impl<'a> Head<'a> {
-    fn read(storage: &'a dyn Storage) -> Result<Self> {
-        let mut bytes = vec![0; FIRST_READ_BYTES];
-        storage.read_at(&mut bytes, 0)?;
-        Ok(Self { storage, bytes })
-    }
-
-    /// The fixed fields, those of version 3 filled in for version 2, absent ones zero. Magic, version,
-    /// cluster size and the header's minimal length are checked.
-    fn fixed_fields(&self) -> Result<RawHeader> {
-        let file = self.storage.path();
-        let (mut raw, _) = RawHeader::read_from_prefix(&self.bytes).expect("the first read is longer");
-        if raw.magic != MAGIC {
-            return Err(Error::WrongFormat { file: file.to_owned(), format: "qcow2" });
-        }
-        let version = raw.version.get();
-        if !(2..=3).contains(&version) {
-            return Err(Error::Invalid(format!("Unsupported qcow2 version {version}")));
-        }
-        if !CLUSTER_BITS.contains(&raw.cluster_bits.get()) {
-            return Err(Error::corrupt(
-                file,
-                "header.cluster_bits",
-                20,
-                format_args!("{} to {}", CLUSTER_BITS.start(), CLUSTER_BITS.end()),
-                raw.cluster_bits,
-            ));
-        }
-        if version == 2 {
-            raw.incompatible_features = 0.into();
-            raw.compatible_features = 0.into();
-            raw.autoclear_features = 0.into();
-            raw.refcount_order = 4.into();
-            raw.header_length = 72.into();
-        }
-        let length = raw.header_length.get();
-        if version >= 3 && length < VERSION_3_MIN_BYTES {
-            let expected = format!("at least {VERSION_3_MIN_BYTES}");
-            return Err(Error::corrupt(file, "header.header_length", 100, expected, length));
-        }
-        // Fields behind the stated length are absent, whatever stands there.
-        let present = usize::try_from(length).expect("u32 fits usize").min(HEADER_BYTES);
-        if present <= 104 {
-            raw.compression_type = 0;
-        }
-        for (index, byte) in raw.padding.iter_mut().enumerate() {
-            if 105 + index >= present {
-                *byte = 0;
-            }
-        }
-        Ok(raw)
-    }
-
-    /// Bytes `start..end` of the file, at most a cluster; none when `start` is not below `end`.
-    fn bytes(&mut self, start: u64, end: u64) -> Result<&[u8]> {
-        if start >= end {
-            return Ok(&[]);
-        }
-        let fits = "a place in the first cluster";
-        let (start, end) = (usize::try_from(start).expect(fits), usize::try_from(end).expect(fits));
-        let have = self.bytes.len();
-        if end > have {
-            self.bytes.resize(end, 0);
-            self.storage.read_at(&mut self.bytes[have..], have as u64)?;
-        }
-        Ok(&self.bytes[start..end])
-    }
-
-    /// The backing file name, where there is one.
-    fn backing_name(&mut self, raw: &RawHeader) -> Result<Option<String>> {
-        let offset = raw.backing_file_offset.get();
-        if offset == 0 {
-            return Ok(None);
-        }
-        let length = u64::from(raw.backing_file_size.get());
-        let room = (1_u64 << raw.cluster_bits.get()) - offset; // checked: at most the cluster size
-        let limit = room.min(MAX_BACKING_NAME_BYTES);
-        let file = self.storage.path();
-        if length > limit {
-            return Err(Error::corrupt(
-                file,
-                "header.backing_file_size",
-                16,
-                format_args!("at most {limit}"),
-                length,
-            ));
-        }
-        let name = extension::name(self.bytes(offset, offset + length)?);
-        Ok((!name.is_empty()).then_some(name))
-    }
 }

@@ -1,5 +1,7 @@
 //! The header's rules, one hostile image each, and round trips.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::{
@@ -12,7 +14,10 @@ use super::{
 use crate::{
     Error, Result,
     format::{Backing, Codec, OpenMode},
-    storage::{MemoryStorage, Storage},
+    storage::{
+        MemoryStorage, Storage,
+        testing::{FailAt, Operation},
+    },
 };
 
 const GEOMETRY: Geometry =
@@ -379,5 +384,19 @@ fn snapshot_entries_have_limits() {
             Err(Error::Corrupt { structure, .. }) => assert_eq!(structure, named),
             other => panic!("{named}: {other:?}"),
         }
+    }
+}
+
+/// Of the header cluster no more is read than its extensions take: one read of 4 KiB for nearly every image.
+#[test]
+fn the_header_is_read_as_far_as_it_goes() {
+    for (length_bytes, reads) in [(8, 1), (9_000, 2), (60_000, 2)] {
+        let unknown = UnknownExtension { kind: 0x7e57_ab1e, data: vec![0xab; length_bytes] };
+        let header = Header { unknown_extensions: vec![unknown], ..sound() };
+        let memory = MemoryStorage::from_bytes("long", &header.encode().expect("it fits"));
+        let counting = FailAt::once(Arc::new(memory), |operation| operation == Operation::Read, u64::MAX);
+        let found = Header::read(&counting, OpenMode::Read).expect("sound");
+        assert_eq!(found.unknown_extensions, header.unknown_extensions);
+        assert_eq!(counting.seen(), reads, "reads with {length_bytes} bytes in an extension");
     }
 }

@@ -22,6 +22,7 @@ mod extension;
 mod feature;
 mod flush;
 mod geometry;
+mod head;
 mod header;
 mod layer;
 mod lease;
