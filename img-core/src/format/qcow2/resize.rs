@@ -48,8 +48,9 @@ impl Qcow2Layer {
         // (6)
         if mapped || preallocation != Preallocation::Off || self.is_raw_data() {
             self.preallocate(old.next_multiple_of(self.geometry.cluster_bytes())..bytes, preallocation)?;
+            self.drain()?;
         }
-        self.drain()
+        Ok(())
     }
 
     /// What precedes growing to `bytes`: the map reaches so far, and holds nothing behind the end of the disk but
@@ -81,9 +82,7 @@ impl Qcow2Layer {
             return Err(Error::Invalid("Failed to grow the L1 table: File too large".to_owned()));
         }
         if entries > u64::from(self.header().l1_entries) {
-            let mut state = self.state();
-            self.drain_locked(&mut state)?;
-            self.grow_l1(&mut state, entries)?;
+            self.grow_l1(&mut self.state(), entries)?;
         }
         Ok(())
     }
