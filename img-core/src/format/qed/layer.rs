@@ -52,6 +52,8 @@ pub(super) struct QedLayer {
     pub(super) landed: Condvar,
     /// Where tables stand, once someone wants to write.
     pub(super) tables: RwLock<Option<Tables>>,
+    /// The map is changed up to here: the size, or one that is being grown to.
+    pub(super) reach_bytes: AtomicU64,
     /// Nothing is written any more: a step whose outcome on disk nobody knows has failed.
     halted: AtomicBool,
 }
@@ -102,6 +104,7 @@ impl QedLayer {
             dirty_limit_bytes: l2_cache_bytes / 2,
             backing: header.backing.clone(),
             virtual_size_bytes: AtomicU64::new(header.virtual_size_bytes),
+            reach_bytes: AtomicU64::new(header.virtual_size_bytes),
             header: RwLock::new(header),
             state: Mutex::default(),
             landed: Condvar::new(),

@@ -1,7 +1,11 @@
 //! Where tables stand, so that no guest write is let near one: an entry that names a table as data would let
 //! the guest write its own map, and with it read and write what is not its own.
 
-use std::{collections::BTreeSet, ops::Range, sync::PoisonError};
+use std::{
+    collections::BTreeSet,
+    ops::Range,
+    sync::{PoisonError, atomic::Ordering},
+};
 
 use super::{
     layer::QedLayer,
@@ -50,9 +54,9 @@ impl QedLayer {
             return Ok(());
         }
         let map = &self.map;
-        let used = map.geometry.l1_entries_for(self.header().virtual_size_bytes);
+        let used = map.geometry.l1_entries_for(self.reach_bytes.load(Ordering::SeqCst));
         let mut tables = Tables::new(map.l1_offset, map.geometry.table_bytes());
-        // Nothing has been changed before this: L1 in the file is L1.
+        // Nothing waits to be written: L1 in the file is L1.
         for_each_piece(self.file(), map.l1_offset, used * ENTRY_BYTES, |first, bytes| {
             for (index, _) in (first..).zip(entries(bytes)).filter(|(_, entry)| *entry != 0) {
                 let Some(table) = map.table(index)? else { continue };
@@ -67,7 +71,7 @@ impl QedLayer {
         Ok(())
     }
 
-    /// Forgets where tables stand: the disk has grown, and more of L1 counts.
+    /// Forgets where tables stand: the disk is about to grow, and more of L1 counts.
     pub(super) fn forget_tables(&self) {
         *self.tables.write().unwrap_or_else(PoisonError::into_inner) = None;
     }

@@ -235,6 +235,11 @@ impl LayerWriter for QedLayer {
         self.drain()
     }
 
+    fn prepare_growth(&self, virtual_size_bytes: u64) -> Result<bool> {
+        self.reach_behind(virtual_size_bytes)?;
+        Ok(true)
+    }
+
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
         self.change_size(virtual_size_bytes, preallocation)
     }

@@ -87,7 +87,7 @@ impl QedLayer {
     }
 
     /// Where the data of a range stands in the file, run by run.
-    fn places(&self, guest: &Range<u64>) -> Result<Vec<Range<u64>>> {
+    pub(super) fn places(&self, guest: &Range<u64>) -> Result<Vec<Range<u64>>> {
         let mut extents: Vec<Extent> = Vec::new();
         self.map.map_range(guest.clone(), &mut extents)?;
         Ok(extents
