@@ -12,6 +12,7 @@ pub mod golden;
 pub mod hostile;
 pub mod memory;
 pub mod pattern;
+pub mod queue;
 pub mod scenario;
 pub mod twin;
 

@@ -1,29 +1,33 @@
 //! Guest ranges that someone is changing: whoever wants a part of one waits until it has landed.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::ops::Range;
 
 /// Ranges of guest bytes, none of which overlaps another.
 #[derive(Debug, Default)]
 pub(super) struct GuestRanges {
-    /// End by start.
-    ends: BTreeMap<u64, u64>,
+    /// In order. There are few at a time, and the list keeps its memory.
+    ranges: Vec<Range<u64>>,
 }
 
 impl GuestRanges {
     /// Whether any of them holds a byte of `guest`.
     pub(super) fn overlaps(&self, guest: &Range<u64>) -> bool {
-        self.ends.range(..guest.end).next_back().is_some_and(|(_, &end)| end > guest.start)
+        let after = self.ranges.partition_point(|range| range.start < guest.end);
+        self.ranges[..after].last().is_some_and(|range| range.end > guest.start)
     }
 
     /// Adds a range that overlaps none of them.
     pub(super) fn insert(&mut self, guest: &Range<u64>) {
         debug_assert!(!self.overlaps(guest), "{guest:?} is in flight already");
-        self.ends.insert(guest.start, guest.end);
+        let at = self.ranges.partition_point(|range| range.start < guest.start);
+        self.ranges.insert(at, guest.clone());
     }
 
     /// Takes out a range that was added.
     pub(super) fn remove(&mut self, guest: &Range<u64>) {
-        self.ends.remove(&guest.start);
+        if let Ok(at) = self.ranges.binary_search_by_key(&guest.start, |range| range.start) {
+            self.ranges.remove(at);
+        }
     }
 }
 

@@ -102,20 +102,26 @@ pub struct Backing {
 /// A proof that map answers taken after it are still true: while it lives, no cluster that was mapped is
 /// given out again. Dropping it ends the claim.
 #[must_use = "map answers are only valid while the lease lives"]
-pub struct Lease<'a>(#[expect(dead_code, reason = "held for its Drop")] Option<Box<dyn LeaseGuard + 'a>>);
+#[derive(Debug)]
+pub struct Lease<'a> {
+    layer: &'a dyn Layer,
+    token: LeaseToken,
+}
 
-/// What a [`Lease`] holds.
-pub trait LeaseGuard: Send {}
+/// Names a lease inside its layer. Made and understood by the layer only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LeaseToken(pub u64);
 
 impl<'a> Lease<'a> {
-    /// A lease on a layer whose map never gives a place to someone else.
-    pub const fn unneeded() -> Self {
-        Self(None)
+    /// A lease on the map of `layer`. No I/O, never blocks for long.
+    pub fn of(layer: &'a dyn Layer) -> Self {
+        Self { token: layer.begin_lease(), layer }
     }
+}
 
-    /// A lease that ends when `guard` is dropped.
-    pub fn new(guard: impl LeaseGuard + 'a) -> Self {
-        Self(Some(Box::new(guard)))
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        self.layer.end_lease(self.token);
     }
 }
 
@@ -159,14 +165,28 @@ pub trait Layer: Send + Sync + fmt::Debug {
         false
     }
 
-    /// Pins the map; see [`Lease`]. No I/O, never blocks for long.
-    fn pin(&self) -> Lease<'_> {
-        Lease::unneeded()
+    /// Begins a [`Lease`], which the caller ends with [`Self::end_lease`]. No I/O, never blocks, takes no memory.
+    /// A layer whose map never gives a place to someone else has nothing to do.
+    fn begin_lease(&self) -> LeaseToken {
+        LeaseToken::default()
+    }
+
+    /// Ends a lease. As [`Self::begin_lease`].
+    fn end_lease(&self, token: LeaseToken) {
+        let LeaseToken(_) = token;
     }
 
     /// Appends extents that together cover `guest_bytes` exactly, in order, merged where they continue
     /// each other. The range lies inside the disk. Takes only shared locks where tables are cached.
     fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()>;
+
+    /// [`Self::map_range`] from memory alone: no I/O, no lock that somebody holds across I/O. False where that is
+    /// not enough; what `found` was told is then good for nothing. Extents that continue each other may come
+    /// apart. An error is one that [`Self::map_range`] will meet again, and is not acted upon here.
+    fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
+        let (_, _) = (guest_bytes, found);
+        Ok(false)
+    }
 
     /// The side that changes the map; `None` when opened without write access.
     fn writer(&self) -> Option<&dyn LayerWriter>;

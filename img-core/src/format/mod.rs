@@ -21,10 +21,10 @@ pub mod raw;
 pub use dirty::{BitmapInfo, Bitmaps, DirtyMap, MAX_MAP_BYTES, NewBitmap};
 pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
 pub use layer::{
-    Backing, CheckReport, CreateRequest, Driver, Finding, Layer, Lease, OpenContext, OpenFile, OpenMode,
-    Repair, SnapshotInfo, Snapshots,
+    Backing, CheckReport, CreateRequest, Driver, Finding, Layer, Lease, LeaseToken, OpenContext, OpenFile,
+    OpenMode, Repair, SnapshotInfo, Snapshots,
 };
 pub use options::{
     FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,
 };
-pub use write::{LayerWriter, PreparedWrite, WritePlan, WriteToken};
+pub use write::{Attempt, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken};

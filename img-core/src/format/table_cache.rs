@@ -2,11 +2,15 @@
 //!
 //! A lookup that hits takes two short shared locks. A miss reads under the load lock of its shard, so that
 //! a slice is read at most once and a slow reader can never put an old slice beside a newer one. Slices are
-//! changed only by whoever holds the layer's writer lock; changed slices stay until
-//! [`SliceCache::write_back`] has written them, clean ones make room for others by the clock rule.
+//! changed only by whoever holds the layer's writer lock; changed slices stay until they were written, clean
+//! ones make room for others by the clock rule.
+//!
+//! What waits to be written is taken as it is at one moment ([`SliceCache::take_changes`], under the writer lock)
+//! and written without that lock. Until then its slices are frozen: whoever changes one meanwhile changes a copy,
+//! which takes its place in the cache and waits for the next time.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     io::IoSlice,
     ops::Range,
     sync::{
@@ -28,11 +32,17 @@ pub(super) struct Slice {
     bytes: RwLock<Box<[u8]>>,
     /// Looked at since the clock hand last passed.
     used: AtomicBool,
+    /// Being written as it is: a change is made to a copy.
+    frozen: AtomicBool,
 }
 
 impl Slice {
     fn new(bytes: Box<[u8]>) -> Arc<Self> {
-        Arc::new(Self { bytes: RwLock::new(bytes), used: AtomicBool::new(true) })
+        Arc::new(Self {
+            bytes: RwLock::new(bytes),
+            used: AtomicBool::new(true),
+            frozen: AtomicBool::new(false),
+        })
     }
 
     /// The bytes, shared.
@@ -111,8 +121,15 @@ impl SliceCache {
         Some(Arc::clone(slice))
     }
 
+    /// The slice that holds host byte `at`, when it is here, and where in it that byte stands.
+    pub(super) fn peek_at(&self, at: u64) -> Option<(Arc<Slice>, usize)> {
+        let start = at & !(self.slice_bytes - 1);
+        let within = usize::try_from(at - start).expect("inside a slice");
+        Some((self.peek(start)?, within))
+    }
+
     /// Changes the slice that holds host byte `at` and remembers that it must be written. `change` gets the
-    /// slice's bytes and where in them that byte stands.
+    /// slice's bytes and where in them that byte stands. Reads on a miss.
     pub(super) fn update<T>(
         &self,
         storage: &dyn Storage,
@@ -121,16 +138,47 @@ impl SliceCache {
     ) -> Result<T> {
         let start = at & !(self.slice_bytes - 1);
         let within = usize::try_from(at - start).expect("inside a slice");
-        let shard = self.shard(start);
-        // While the load lock is held nobody puts a slice in or takes one out of this shard.
-        let _load = lock(&shard.load);
-        let slice = match self.peek(start) {
-            Some(slice) => slice,
-            None => self.load(storage, shard, start)?,
+        let slice = loop {
+            if let Some(slice) = self.begin_change(start) {
+                break slice;
+            }
+            let shard = self.shard(start);
+            let _load = lock(&shard.load);
+            if self.peek(start).is_none() {
+                self.load(storage, shard, start)?;
+            }
         };
-        self.lock_dirty().insert(start);
         let mut bytes = slice.write();
         Ok(change(&mut bytes, within))
+    }
+
+    /// [`Self::update`] where the slice is here; `None`, and `change` is not called, where it is not. No I/O.
+    pub(super) fn update_cached<T>(&self, at: u64, change: impl FnOnce(&mut [u8], usize) -> T) -> Option<T> {
+        let start = at & !(self.slice_bytes - 1);
+        let within = usize::try_from(at - start).expect("inside a slice");
+        let slice = self.begin_change(start)?;
+        let mut bytes = slice.write();
+        Some(change(&mut bytes, within))
+    }
+
+    /// The slice that starts at `start`, when it is here, marked as changed, which keeps it here.
+    fn begin_change(&self, start: u64) -> Option<Arc<Slice>> {
+        let shard = self.shard(start);
+        {
+            let slices = shard.slices.read().unwrap_or_else(PoisonError::into_inner);
+            let slice = slices.get(&start)?;
+            if !slice.frozen.load(Ordering::Acquire) {
+                self.lock_dirty().insert(start);
+                return Some(Arc::clone(slice));
+            }
+        }
+        // Who writes the frozen one keeps it; who found it in the cache before sees the map as it was then.
+        let mut slices = shard.slices.write().unwrap_or_else(PoisonError::into_inner);
+        let slice = slices.get_mut(&start)?;
+        let copy = Slice::new(slice.read().clone());
+        *slice = Arc::clone(&copy);
+        self.lock_dirty().insert(start);
+        Some(copy)
     }
 
     /// Puts zeroes, to be written, where `range` stood. Both ends are multiples of a slice.
@@ -185,29 +233,24 @@ impl SliceCache {
         wanted: impl Fn(u64) -> bool,
         allow: impl Fn(Range<u64>) -> Result<()>,
     ) -> Result<bool> {
-        let all: Vec<u64> = self.lock_dirty().iter().copied().filter(|&start| wanted(start)).collect();
-        let mut rest = all.as_slice();
-        while let Some(&first) = rest.first() {
-            let limit = (WRITE_BACK_BYTES / self.slice_bytes).max(1);
-            let run = rest
-                .iter()
-                .zip(0..limit)
-                .take_while(|&(&start, index)| start == first + index * self.slice_bytes)
-                .count();
-            let (now, later) = rest.split_at(run);
-            allow(first..first + run as u64 * self.slice_bytes)?;
-            let slices: Vec<Arc<Slice>> =
-                now.iter().map(|&start| self.peek(start).expect("a changed slice is kept")).collect();
-            let guards: Vec<_> = slices.iter().map(|slice| slice.read()).collect();
-            let bufs: Vec<IoSlice<'_>> = guards.iter().map(|bytes| IoSlice::new(bytes)).collect();
-            storage.write_vectored_at(&bufs, first)?;
-            let mut dirty = self.lock_dirty();
-            for start in now {
-                dirty.remove(start);
-            }
-            rest = later;
+        self.take_changes(wanted).write(storage, allow)
+    }
+
+    /// Takes the changed slices for which `wanted` holds as they are now. Called under the writer lock; there is
+    /// no more than one set of a slice at a time, or an older one might be written over a newer.
+    pub(super) fn take_changes(&self, wanted: impl Fn(u64) -> bool) -> Changes<'_> {
+        let starts: Vec<u64> = self.lock_dirty().iter().copied().filter(|&start| wanted(start)).collect();
+        let kept = |start| (start, self.peek(start).expect("a changed slice is kept"));
+        let slices: VecDeque<(u64, Arc<Slice>)> = starts.into_iter().map(kept).collect();
+        // In one go with respect to who makes room: a slice is in one of the two states at any time.
+        let mut dirty = self.lock_dirty();
+        for (start, slice) in &slices {
+            debug_assert!(!slice.frozen.load(Ordering::Relaxed), "the slice at {start:#x} is being written");
+            slice.frozen.store(true, Ordering::Relaxed);
+            dirty.remove(start);
         }
-        Ok(!all.is_empty())
+        drop(dirty);
+        Changes { cache: self, slices }
     }
 
     fn slice_len(&self) -> usize {
@@ -243,7 +286,7 @@ impl SliceCache {
         for second_round in [false, true] {
             let mut surplus = slices.len().saturating_sub(keep);
             slices.retain(|start, slice| {
-                if surplus == 0 || dirty.contains(start) {
+                if surplus == 0 || dirty.contains(start) || slice.frozen.load(Ordering::Relaxed) {
                     return true;
                 }
                 if slice.used.swap(false, Ordering::Relaxed) && !second_round {
@@ -252,6 +295,61 @@ impl SliceCache {
                 surplus -= 1;
                 false
             });
+        }
+    }
+}
+
+/// Changed slices of one cache as they were at one moment, to be written. What was not written when this is dropped
+/// waits to be written again.
+#[must_use = "nothing is written until `write` is called"]
+pub(super) struct Changes<'a> {
+    cache: &'a SliceCache,
+    /// By host offset, in order.
+    slices: VecDeque<(u64, Arc<Slice>)>,
+}
+
+impl Changes<'_> {
+    /// Whether there is nothing to write.
+    pub(super) fn is_empty(&self) -> bool {
+        self.slices.is_empty()
+    }
+
+    /// Writes them, neighbours together, each piece after `allow` agreed to its range. Takes no lock that a reader
+    /// of the cache, or whoever changes it, would wait for. Returns whether anything was written.
+    pub(super) fn write(
+        mut self,
+        storage: &dyn Storage,
+        allow: impl Fn(Range<u64>) -> Result<()>,
+    ) -> Result<bool> {
+        let wrote = !self.is_empty();
+        let slice_bytes = self.cache.slice_bytes;
+        let limit = (WRITE_BACK_BYTES / slice_bytes).max(1);
+        while let Some(&(first, _)) = self.slices.front() {
+            let in_a_row = |(index, (start, _)): &(u64, &(u64, _))| *start == first + index * slice_bytes;
+            let run = (0..limit).zip(&self.slices).take_while(in_a_row).count();
+            allow(first..first + run as u64 * slice_bytes)?;
+            {
+                let guards: Vec<_> = self.slices.iter().take(run).map(|(_, slice)| slice.read()).collect();
+                let bufs: Vec<IoSlice<'_>> = guards.iter().map(|bytes| IoSlice::new(bytes)).collect();
+                storage.write_vectored_at(&bufs, first)?;
+            }
+            for (_, slice) in self.slices.drain(..run) {
+                slice.frozen.store(false, Ordering::Release);
+            }
+        }
+        Ok(wrote)
+    }
+}
+
+impl Drop for Changes<'_> {
+    fn drop(&mut self) {
+        for (start, slice) in &self.slices {
+            let slices = self.cache.shard(*start).slices.read().unwrap_or_else(PoisonError::into_inner);
+            // Where a copy took its place the copy waits already; what was forgotten stays so.
+            if slices.get(start).is_some_and(|present| Arc::ptr_eq(present, slice)) {
+                self.cache.lock_dirty().insert(*start);
+            }
+            slice.frozen.store(false, Ordering::Release);
         }
     }
 }

@@ -26,6 +26,44 @@ pub struct WritePlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WriteToken(pub u64);
 
+/// What came of trying to do something at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt<T> {
+    /// It is done.
+    Done(T),
+    /// Somebody who will be done soon is in the way: a write to the same clusters between its two steps, or whoever
+    /// has the image alone. To be tried again when that has ended.
+    Busy,
+    /// It takes I/O, a copy, a decoder or a lock that somebody holds: for a thread that may block.
+    Blocks,
+}
+
+/// A part of a write, and where its bytes go. The file is one of the top layer's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WriteStep {
+    /// Not empty.
+    pub guest_bytes: Range<u64>,
+    /// The file of the layer.
+    pub file: HostFile,
+    /// Where `guest_bytes.start` will stand.
+    pub at: HostOffset,
+}
+
+impl WriteStep {
+    /// Appends `self` to `steps`, merging it with the last one where it continues it.
+    pub(crate) fn push_to(self, steps: &mut Vec<Self>) {
+        if let Some(last) = steps.last_mut()
+            && last.guest_bytes.end == self.guest_bytes.start
+            && last.file == self.file
+            && last.at.0 + (last.guest_bytes.end - last.guest_bytes.start) == self.at.0
+        {
+            last.guest_bytes.end = self.guest_bytes.end;
+            return;
+        }
+        steps.push(self);
+    }
+}
+
 /// A write whose place is reserved and whose bytes may be moved. [`commit`](Self::commit) makes the map
 /// point there; dropping it undoes the reservation. While it lives, other writes to the same clusters wait
 /// and the place is not given to anyone else. A thread that holds one must not prepare another write to
@@ -86,6 +124,32 @@ pub trait LayerWriter: Send + Sync {
     /// # Errors
     /// [`Error::Unsupported`](crate::Error::Unsupported) when the image cannot hold compressed clusters.
     fn prepare_compressed(&self, guest_offset: u64, stored_bytes: u32) -> Result<PreparedWrite<'_>>;
+
+    /// Finds or reserves places for all of `guest_bytes` (not empty, inside the disk), from memory alone and without
+    /// waiting, and appends them to `steps`. What is given out needs no filling: bytes are overwritten in place, or
+    /// they take new clusters whole, or in part where the rest reads as zeroes and so does the host there.
+    /// `zeroes_below` says from memory whether the layers below read as zeroes in a range; false where they do
+    /// not or it cannot say.
+    ///
+    /// The caller holds a lease from before the call until the bytes are written. Without a token there is nothing
+    /// to commit. When it is not done, nothing is reserved, and what `steps` holds is good for nothing.
+    ///
+    /// An error is one that [`Self::prepare_write`] will meet again, and is not acted upon here.
+    fn try_prepare_write(
+        &self,
+        guest_bytes: Range<u64>,
+        zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        let (_, _, _) = (guest_bytes, zeroes_below, steps);
+        Ok(Attempt::Blocks)
+    }
+
+    /// Ends a write that [`Self::try_prepare_write`] prepared, from memory alone and without waiting. What is left
+    /// to be done is named by the token that comes back, for [`Self::commit_write`].
+    fn try_commit_write(&self, token: WriteToken) -> Option<WriteToken> {
+        Some(token)
+    }
 
     /// Ends a prepared write; called by [`PreparedWrite::commit`].
     fn commit_write(&self, token: WriteToken) -> Result<()>;

@@ -1,8 +1,11 @@
 //! Letting requests through, and holding them back while the whole image changes.
 
-use std::sync::{
-    Condvar, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering, fence},
+    },
+    task::Waker,
 };
 
 /// Set while someone wants the image alone.
@@ -20,6 +23,15 @@ pub(super) struct Gate {
     waiting: Mutex<()>,
     emptied: Condvar,
     opened: Condvar,
+    parked: Parked,
+}
+
+/// Those who wait for progress without blocking.
+#[derive(Debug, Default)]
+struct Parked {
+    wakers: Mutex<Vec<Waker>>,
+    /// Whether there are any.
+    any: AtomicBool,
 }
 
 /// A request that is inside.
@@ -48,6 +60,40 @@ impl Gate {
         }
     }
 
+    /// A pass, unless someone has, or wants, the image alone. Never waits.
+    pub(super) fn try_enter(&self) -> Option<Pass<'_>> {
+        if self.state.fetch_add(1, Ordering::SeqCst) & CLOSED == 0 {
+            return Some(Pass(self));
+        }
+        self.leave();
+        None
+    }
+
+    /// Wakes `waker` once, after the next progress.
+    pub(super) fn wake_on_progress(&self, waker: &Waker) {
+        let mut wakers = self.parked.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+        if !wakers.iter().any(|known| known.will_wake(waker)) {
+            wakers.push(waker.clone());
+        }
+        self.parked.any.store(true, Ordering::SeqCst);
+        // Either whoever makes progress sees the waker, or the second try of who parks sees the progress.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Something ended that others may have found in their way.
+    pub(super) fn progressed(&self) {
+        fence(Ordering::SeqCst);
+        if !self.parked.any.load(Ordering::SeqCst) {
+            return;
+        }
+        let wakers = {
+            let mut wakers = self.parked.wakers.lock().unwrap_or_else(PoisonError::into_inner);
+            self.parked.any.store(false, Ordering::SeqCst);
+            std::mem::take(&mut *wakers)
+        };
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
     /// Holds new requests back and waits for those inside.
     pub(super) fn drain(&self) -> Alone<'_> {
         let turn = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,7 +106,8 @@ impl Gate {
         Alone { gate: self, _turn: turn }
     }
 
-    fn leave(&self) {
+    /// Ends a pass that was [kept](Pass::keep).
+    pub(super) fn leave(&self) {
         if self.state.fetch_sub(1, Ordering::SeqCst) == CLOSED + 1 {
             let _waiting = self.lock_waiting();
             self.emptied.notify_all();
@@ -69,6 +116,13 @@ impl Gate {
 
     fn lock_waiting(&self) -> MutexGuard<'_, ()> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pass<'_> {
+    /// Leaves it to the caller to [`Gate::leave`].
+    pub(super) fn keep(self) {
+        std::mem::forget(self);
     }
 }
 
@@ -81,8 +135,10 @@ impl Drop for Pass<'_> {
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
         self.gate.state.fetch_and(!CLOSED, Ordering::SeqCst);
-        let _waiting = self.gate.lock_waiting();
+        let waiting = self.gate.lock_waiting();
         self.gate.opened.notify_all();
+        drop(waiting);
+        self.gate.progressed();
     }
 }
 

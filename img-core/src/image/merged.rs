@@ -17,7 +17,7 @@ use std::{
 use super::ImageExtent;
 use crate::{
     Result,
-    format::{Layer, Place},
+    format::{Extent, Layer, Place},
 };
 
 /// How many extents are kept over all windows: 64 bytes each, so 8 MiB.
@@ -87,20 +87,81 @@ impl MergedMap {
         while from < guest_bytes.end {
             let index = from / self.window_bytes;
             let window = self.window(index)?;
-            let until = guest_bytes.end.min((index + 1).saturating_mul(self.window_bytes));
-            let first = window.partition_point(|extent| extent.end() <= from);
-            for extent in window[first..].iter().take_while(|extent| extent.guest_offset < until) {
-                let part = extent.guest_offset.max(from)..extent.end().min(until);
-                push_from(
-                    extents,
-                    part.clone(),
-                    extent.depth,
-                    extent.place.advanced(part.start - extent.guest_offset),
-                );
-            }
-            from = until;
+            let rest = from..guest_bytes.end;
+            from = self.visit_window(&window, index, rest, &mut |extent| extent.push_to(extents));
         }
         Ok(())
+    }
+
+    /// [`Self::map_range`] from windows that are there, and for a single layer from what it has in memory; false where
+    /// that is not enough.
+    pub(super) fn map_cached(
+        &self,
+        guest_bytes: Range<u64>,
+        found: &mut dyn FnMut(ImageExtent),
+    ) -> Result<bool> {
+        let Range { start, end } = guest_bytes;
+        let [layer] = &self.layers[..] else { return Ok(self.map_kept(guest_bytes, found)) };
+        // Past the end of a short layer there is nothing.
+        let size = layer.virtual_size_bytes();
+        let depth = self.first_depth;
+        let mut at = start;
+        let mut found = |len_bytes: u64, place: Place| {
+            found(ImageExtent { guest_offset: at, len_bytes, depth, place });
+            at += len_bytes;
+        };
+        if start < end.min(size) {
+            let inside = start..end.min(size);
+            if !layer.try_map_range(inside, &mut |Extent { len_bytes, place }| found(len_bytes, place))? {
+                return Ok(false);
+            }
+        }
+        if size < end {
+            found(end - start.max(size), Place::Zero { reserved: None });
+        }
+        Ok(true)
+    }
+
+    /// The kept windows' part of [`Self::map_cached`].
+    fn map_kept(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(ImageExtent)) -> bool {
+        if self.layers.is_empty() {
+            visit_from(guest_bytes, self.first_depth.saturating_sub(1), Place::Unallocated, found);
+            return true;
+        }
+        let mut from = guest_bytes.start;
+        while from < guest_bytes.end {
+            let index = from / self.window_bytes;
+            let Some(window) = self.kept(index) else { return false };
+            from = self.visit_window(&window, index, from..guest_bytes.end, found);
+        }
+        true
+    }
+
+    /// The window, where nobody is making room for others and it is there.
+    fn kept(&self, index: u64) -> Option<Window> {
+        let windows = self.windows.try_read().ok()?;
+        let kept = windows.by_index.get(&index)?;
+        kept.used.store(self.clock.load(Ordering::Relaxed), Ordering::Relaxed);
+        Some(Arc::clone(&kept.window))
+    }
+
+    /// Tells the extents of a range that stand in a window, and returns where what is left of the range starts.
+    fn visit_window(
+        &self,
+        window: &[ImageExtent],
+        index: u64,
+        guest_bytes: Range<u64>,
+        found: &mut dyn FnMut(ImageExtent),
+    ) -> u64 {
+        let from = guest_bytes.start;
+        let until = guest_bytes.end.min((index + 1).saturating_mul(self.window_bytes));
+        let first = window.partition_point(|extent| extent.end() <= from);
+        for extent in window[first..].iter().take_while(|extent| extent.guest_offset < until) {
+            let part = extent.guest_offset.max(from)..extent.end().min(until);
+            let place = extent.place.advanced(part.start - extent.guest_offset);
+            visit_from(part, extent.depth, place, found);
+        }
+        until
     }
 
     fn window(&self, index: u64) -> Result<Window> {
@@ -205,9 +266,13 @@ impl Kept {
 }
 
 fn push_from(extents: &mut Vec<ImageExtent>, guest_bytes: Range<u64>, depth: usize, place: Place) {
+    visit_from(guest_bytes, depth, place, &mut |extent| extent.push_to(extents));
+}
+
+fn visit_from(guest_bytes: Range<u64>, depth: usize, place: Place, found: &mut dyn FnMut(ImageExtent)) {
     let len_bytes = guest_bytes.end.saturating_sub(guest_bytes.start);
     if len_bytes > 0 {
-        ImageExtent { guest_offset: guest_bytes.start, len_bytes, depth, place }.push_to(extents);
+        found(ImageExtent { guest_offset: guest_bytes.start, len_bytes, depth, place });
     }
 }
 

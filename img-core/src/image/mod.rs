@@ -2,7 +2,8 @@
 //!
 //! `name` and `open` turn names into layers; `merged` keeps the map of the layers that do not change; `read`
 //! and `write` move guest bytes over the map, `codec` decodes, and `gate` holds requests back while the whole
-//! image changes (`whole`: resize, snapshots, close).
+//! image changes (`whole`: resize, snapshots, close). `plane` is for threads that move the bytes themselves and must
+//! not wait.
 
 #[cfg(test)]
 mod chain_tests;
@@ -14,6 +15,7 @@ mod merged;
 mod name;
 mod open;
 mod path;
+mod plane;
 mod read;
 #[cfg(test)]
 mod testing;
@@ -26,6 +28,7 @@ pub(crate) use host::data_file_path;
 pub use name::ImageName;
 pub use open::{CacheMode, OpenOptions, Warning};
 pub use path::{full_backing_name, protocol};
+pub use plane::{Commit, Ticket, WriteTicket};
 
 use std::{
     ops::Range,
@@ -39,7 +42,7 @@ use open::OpenedLayer;
 
 use crate::{
     Error, Result,
-    format::{CheckReport, Extent, Finding, HostFile, Layer, Place, Repair},
+    format::{CheckReport, Extent, Finding, HostFile, Layer, Lease, Place, Repair},
     storage::Storage,
     text,
 };
@@ -198,14 +201,14 @@ impl Image {
     /// The extents that cover `guest_bytes`, merged over all layers, appended to `extents`.
     ///
     /// The answer holds as long as nobody writes; who moves bytes by it while others write keeps a
-    /// [lease](Layer::pin) of the top layer, taken before.
+    /// [lease](Lease) of the top layer, taken before.
     ///
     /// # Errors
     /// When tables cannot be read or are damaged, or the range is not inside the disk.
     pub fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<ImageExtent>) -> Result<()> {
         let _pass = self.gate.enter();
         self.check_inside(&guest_bytes)?;
-        let _lease = self.layers[0].pin();
+        let _lease = Lease::of(&*self.layers[0]);
         self.map_inside(guest_bytes, extents)
     }
 

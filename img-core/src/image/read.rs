@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{Codec, HostFile, HostOffset, Place},
+    format::{Codec, HostFile, HostOffset, Lease, Place},
     storage::Storage,
 };
 
@@ -64,7 +64,7 @@ impl Image {
         let length = bufs.iter().map(|buf| buf.len()).sum();
         let _pass = self.gate.enter();
         let range = self.range_inside(guest_offset, length)?;
-        let _lease = self.layers[0].pin();
+        let _lease = Lease::of(&*self.layers[0]);
         let mut extents = Vec::new();
         self.map_inside(range, &mut extents)?;
         self.read_extents(&extents, bufs.iter_mut().map(|buf| &mut **buf))
@@ -73,7 +73,7 @@ impl Image {
     /// [`Self::read_at`] for who holds a pass.
     pub(super) fn read_inside(&self, buf: &mut [u8], guest_offset: u64) -> Result<()> {
         let end = guest_offset + buf.len() as u64; // inside the disk
-        let _lease = self.layers[0].pin();
+        let _lease = Lease::of(&*self.layers[0]);
         let mut extents = Vec::new();
         self.map_inside(guest_offset..end, &mut extents)?;
         if let [ImageExtent { depth, place: Place::Data { file, at, .. }, .. }] = extents[..] {

@@ -10,11 +10,12 @@ use std::{
 use super::{Image, ImageExtent};
 use crate::{
     Error, Result,
-    format::{HostFile, LayerWriter, PreparedWrite, registry},
+    format::{HostFile, LayerWriter, Lease, PreparedWrite, registry},
+    storage::transfer,
 };
 
 /// A disk whose format was guessed to be raw is guarded here.
-const FIRST_SECTOR_BYTES: usize = 512;
+pub(super) const FIRST_SECTOR_BYTES: usize = 512;
 
 /// Zeroes are written in pieces of this size where the map cannot say them.
 const ZERO_WRITE_BYTES: usize = 1 << 20;
@@ -26,9 +27,17 @@ impl Image {
     /// [`Error::ReadOnly`]; when tables or data cannot be read or written, or a rule of the format is
     /// broken; when the range is not inside the disk. What was written before the error stays.
     pub fn write_at(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
+        self.write_vectored_at(&[IoSlice::new(buf)], guest_offset)
+    }
+
+    /// Writes all of `bufs`, one behind the other.
+    ///
+    /// # Errors
+    /// As [`Self::write_at`].
+    pub fn write_vectored_at(&self, bufs: &[IoSlice<'_>], guest_offset: u64) -> Result<()> {
         let _pass = self.gate.enter();
-        self.range_inside(guest_offset, buf.len())?;
-        self.write_inside(buf, guest_offset)?;
+        self.range_inside(guest_offset, bufs.iter().map(|buf| buf.len()).sum())?;
+        self.write_inside(bufs, guest_offset)?;
         self.after_write()
     }
 
@@ -124,40 +133,46 @@ impl Image {
     }
 
     /// [`Self::write_at`] for who holds a pass or has the image alone.
-    pub(super) fn write_inside(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
+    fn write_inside(&self, bufs: &[IoSlice<'_>], guest_offset: u64) -> Result<()> {
         self.writer()?;
         if self.guards_first_sector && guest_offset < FIRST_SECTOR_BYTES as u64 {
             let _alone = self.first_sector.lock().unwrap_or_else(PoisonError::into_inner);
-            self.check_first_sector(buf, guest_offset)?;
-            return self.write_unguarded(buf, guest_offset);
+            self.check_first_sector(bufs, guest_offset)?;
+            return self.write_unguarded(bufs, guest_offset);
         }
-        self.write_unguarded(buf, guest_offset)
+        self.write_unguarded(bufs, guest_offset)
     }
 
-    fn write_unguarded(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
+    fn write_unguarded(&self, bufs: &[IoSlice<'_>], guest_offset: u64) -> Result<()> {
         let writer = self.writer()?;
-        let end = guest_offset + buf.len() as u64; // inside the disk
-        let (mut rest, mut at) = (buf, guest_offset);
-        while !rest.is_empty() {
+        let end = guest_offset + transfer::total(bufs); // inside the disk
+        let mut at = guest_offset;
+        while at < end {
             let prepared = writer.prepare_write(at..end)?;
-            let covered = prepared.plan().guest_bytes.end - at;
-            let (now, later) = rest.split_at(usize::try_from(covered).unwrap_or(rest.len()).min(rest.len()));
-            if now.is_empty() {
+            let covered = at..prepared.plan().guest_bytes.end.min(end);
+            if covered.is_empty() {
                 return Err(Error::Invalid(format!("{}: a prepared write covers nothing", self.names[0])));
             }
-            self.write_prepared(now, prepared)?;
-            (rest, at) = (later, at + covered);
+            at = covered.end;
+            let result = if covered == (guest_offset..end) {
+                self.write_prepared(bufs, prepared)
+            } else {
+                let part = transfer::cut(bufs, covered.start - guest_offset, covered.end - guest_offset);
+                self.write_prepared(&part, prepared)
+            };
+            self.gate.progressed();
+            result?;
         }
         Ok(())
     }
 
     /// Moves the bytes of one prepared write, with what its clusters held around them, in one system call.
-    fn write_prepared(&self, bytes: &[u8], prepared: PreparedWrite<'_>) -> Result<()> {
+    fn write_prepared(&self, bufs: &[IoSlice<'_>], prepared: PreparedWrite<'_>) -> Result<()> {
         let plan = prepared.plan();
         let Range { start, end } = plan.guest_bytes;
         let storage = self.host_file(0, plan.file)?;
         if plan.fill_before_bytes == 0 && plan.fill_after_bytes == 0 {
-            storage.write_at(bytes, plan.at.0)?;
+            storage.write_vectored_at(bufs, plan.at.0)?;
             return prepared.commit();
         }
         let before = start.checked_sub(plan.fill_before_bytes).ok_or_else(|| {
@@ -166,7 +181,9 @@ impl Image {
         let head = self.fill(before..start, plan.fill_is_zeroed)?;
         let tail = self.fill(end..end.saturating_add(plan.fill_after_bytes), plan.fill_is_zeroed)?;
         let at = plan.at.0 - head.len() as u64; // the cluster holds all of it
-        let slices = [IoSlice::new(&head), IoSlice::new(bytes), IoSlice::new(&tail)];
+        let mut slices = vec![IoSlice::new(&head)];
+        slices.extend_from_slice(bufs);
+        slices.push(IoSlice::new(&tail));
         storage.write_vectored_at(&slices, at)?;
         prepared.commit()
     }
@@ -195,7 +212,7 @@ impl Image {
         if guest_bytes.is_empty() {
             return Ok(true);
         }
-        let _lease = self.layers[0].pin();
+        let _lease = Lease::of(&*self.layers[0]);
         let mut extents = Vec::new();
         self.map_inside(guest_bytes, &mut extents)?;
         Ok(extents.iter().all(ImageExtent::reads_as_zeroes))
@@ -232,7 +249,7 @@ impl Image {
         while at < guest_bytes.end {
             let left = usize::try_from(guest_bytes.end - at).unwrap_or(usize::MAX);
             let now = &zeroes[..zeroes.len().min(left)];
-            self.write_inside(now, at)?;
+            self.write_inside(&[IoSlice::new(now)], at)?;
             at += now.len() as u64;
         }
         Ok(())
@@ -291,13 +308,16 @@ impl Image {
     }
 
     /// Refuses a write after which the disk would be taken for another format.
-    fn check_first_sector(&self, buf: &[u8], guest_offset: u64) -> Result<()> {
+    fn check_first_sector(&self, bufs: &[IoSlice<'_>], guest_offset: u64) -> Result<()> {
         let storage = self.host_file(0, HostFile::IMAGE)?;
         let mut sector = [0; FIRST_SECTOR_BYTES];
         storage.read_at(&mut sector, 0)?;
-        let at = usize::try_from(guest_offset).unwrap_or(FIRST_SECTOR_BYTES);
-        let changed = buf.len().min(FIRST_SECTOR_BYTES - at);
-        sector[at..at + changed].copy_from_slice(&buf[..changed]);
+        let mut rest = &mut sector[usize::try_from(guest_offset).unwrap_or(FIRST_SECTOR_BYTES)..];
+        for buf in bufs {
+            let (changed, behind) = rest.split_at_mut(buf.len().min(rest.len()));
+            changed.copy_from_slice(&buf[..changed.len()]);
+            rest = behind;
+        }
         if registry::probe(&sector, Path::new(storage.path())).name() == self.layers[0].driver().name() {
             return Ok(());
         }

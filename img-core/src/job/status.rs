@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use crate::{
     Error, JobStep, Result,
-    format::{HostFile, Place},
+    format::{HostFile, Lease, Place},
     image::{Image, ImageExtent},
 };
 
@@ -223,7 +223,7 @@ impl<'a> Walk<'a> {
         let mut extents = Vec::new();
         let layer = &self.image.layers()[0];
         // Held while the answer is turned into ours; the image is read through its own leases later.
-        let _lease = layer.pin();
+        let _lease = Lease::of(&**layer);
         layer.map_range(self.at..end, &mut extents)?;
         let mut guest_offset = self.at;
         for extent in extents {

@@ -26,7 +26,7 @@ mod offload;
 mod space;
 mod sys;
 pub mod testing;
-mod transfer;
+pub(crate) mod transfer;
 
 pub use file::{FileOptions, FileStorage};
 pub use memory::MemoryStorage;

@@ -22,7 +22,7 @@ pub(super) fn total_mut(bufs: &[IoSliceMut<'_>]) -> u64 {
 }
 
 /// The sum of the lengths of `bufs`.
-pub(super) fn total(bufs: &[IoSlice<'_>]) -> u64 {
+pub(crate) fn total(bufs: &[IoSlice<'_>]) -> u64 {
     bufs.iter().map(|buf| buf.len() as u64).sum()
 }
 
@@ -102,7 +102,7 @@ pub(super) fn cut_mut<'a>(bufs: &'a mut [IoSliceMut<'_>], from: u64, to: u64) ->
 }
 
 /// The part `from..to` of the bytes that `bufs` string together.
-pub(super) fn cut<'a>(bufs: &'a [IoSlice<'_>], from: u64, to: u64) -> Vec<IoSlice<'a>> {
+pub(crate) fn cut<'a>(bufs: &'a [IoSlice<'_>], from: u64, to: u64) -> Vec<IoSlice<'a>> {
     let mut start = 0;
     let mut part = Vec::with_capacity(bufs.len());
     for buf in bufs {

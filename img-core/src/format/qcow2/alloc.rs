@@ -15,7 +15,7 @@ use super::{geometry::refcount_get, layer::Qcow2Layer, overlap::Kind, refcount::
 use crate::{Error, Result, format::in_flight::GuestRanges};
 
 /// Rather than growing the file while this many bytes wait to become free, they are made free.
-const PENDING_LIMIT_BYTES: u64 = 64 << 20;
+pub(super) const PENDING_LIMIT_BYTES: u64 = 64 << 20;
 /// So many separate runs that wait to become free are made free, to bound the memory they take.
 const PENDING_LIMIT_RUNS: usize = 1 << 18;
 /// So many clusters in use behind the end of the file are not what a crash leaves: counts are made up.
@@ -32,7 +32,7 @@ pub(super) struct State {
     pub(super) free_byte: u64,
     /// What no table in memory refers to any more, while those on disk still may.
     pub(super) pending: Vec<Freed>,
-    pending_bytes: u64,
+    pub(super) pending_bytes: u64,
     /// What no table refers to, while someone may still have a map answer of the epoch or an earlier one.
     pub(super) limbo: VecDeque<(u64, Vec<Freed>)>,
     /// L2 tables that L1 on disk does not refer to yet.

@@ -84,10 +84,21 @@ impl Qcow2Layer {
         if !self.tracking.is_wanted.load(Ordering::Acquire) {
             return;
         }
-        for tracked in self.tracking.read().iter().filter(|tracked| tracked.enabled) {
-            // A map without room remembers it, and is not stored.
-            tracked.map.set(guest_bytes.clone()).ok();
+        note(&self.tracking.read(), guest_bytes);
+    }
+
+    /// [`Self::before_guest_change`] and [`Self::note_change`] where neither has to wait; false, and nothing may be
+    /// changed, where one has.
+    pub(super) fn try_note_change(&self, guest_bytes: &Range<u64>) -> bool {
+        if !self.tracking.begun.load(Ordering::Acquire) {
+            return false;
         }
+        if !self.tracking.is_wanted.load(Ordering::Acquire) {
+            return true;
+        }
+        let Ok(maps) = self.tracking.maps.try_read() else { return false };
+        note(&maps, guest_bytes);
+        true
     }
 
     /// To be called before the disk gets another size: all bitmaps are read and marked.
@@ -177,6 +188,14 @@ impl Qcow2Layer {
         let mut state = self.state();
         let result = self.store_with(&mut state, more, removed).and_then(|()| self.drain_locked(&mut state));
         self.guard(result)
+    }
+}
+
+/// Adds a changed range to the enabled maps.
+fn note(maps: &[Tracked], guest_bytes: &Range<u64>) {
+    for tracked in maps.iter().filter(|tracked| tracked.enabled) {
+        // A map without room remembers it, and is not stored.
+        tracked.map.set(guest_bytes.clone()).ok();
     }
 }
 

@@ -38,7 +38,7 @@ impl Qcow2Layer {
         self.table_for_writing(&mut state, geometry.l1_index(guest))?;
         let at = self.allocate_bytes(&mut state, u64::from(stored_bytes))?;
         let kind = WriteKind::Compressed { stored_bytes };
-        let token = state.begin(Write { clusters: guest..guest + cluster, host: at, kind });
+        let token = state.begin(Write { clusters: guest..guest + cluster, host: at, kind, also: None });
         let plan = WritePlan {
             guest_bytes: guest..guest + cluster,
             file: HostFile::IMAGE,

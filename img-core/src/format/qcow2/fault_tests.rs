@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     Error,
-    format::{Driver, HostFile, Layer, LayerWriter, OpenContext, OpenMode, OptionSet, Place},
+    format::{Driver, HostFile, Layer, LayerWriter, Lease, OpenContext, OpenMode, OptionSet, Place},
     storage::{FileOptions, Storage},
 };
 
@@ -59,7 +59,7 @@ fn threads_do_not_disturb_each_other() {
                             LayerWriter::flush(layer).expect("flushed");
                         }
                         if round % 8 == 0 {
-                            let _pin = layer.pin();
+                            let _lease = Lease::of(layer);
                             let found = read(layer, at..at + STRIPE_BYTES);
                             assert!(found.iter().all(|&found| found == byte), "{shape}: at {at:#x}");
                         }
@@ -114,7 +114,7 @@ fn a_lease_keeps_freed_clusters_from_others() {
         layer.map_range(guest..guest + 1, &mut extents).expect("mapped");
         extents[0].place
     };
-    let lease = layer.pin();
+    let lease = Lease::of(&layer);
     let Place::Data { at: held, .. } = place(0) else { panic!("it was written") };
     LayerWriter::discard(&layer, 0..65_536).expect("discarded");
     LayerWriter::flush(&layer).expect("flushed");

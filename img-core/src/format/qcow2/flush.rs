@@ -138,6 +138,11 @@ impl Qcow2Layer {
         Ok(())
     }
 
+    /// Whether there is something that [`Self::release`] would give back.
+    pub(super) fn has_releasable(&self, state: &State) -> bool {
+        state.limbo.front().is_some_and(|(epoch, _)| self.epochs.all_gone(*epoch))
+    }
+
     /// Whether a cluster of the external data file, where each has its one place, was given up and has been
     /// written again since, or is being written.
     fn is_in_use_again(&self, state: &State, host: &Range<u64>) -> Result<bool> {

@@ -5,7 +5,7 @@ use std::{
     ops::Range,
     path::Path,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -27,8 +27,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, Bitmaps, CheckReport, Codec, Driver, Extent, Finding, HostFile, Layer, LayerWriter, Lease,
-        OpenContext, OpenMode, Repair, Snapshots,
+        Backing, Bitmaps, CheckReport, Codec, Driver, Extent, Finding, HostFile, Layer, LayerWriter,
+        LeaseToken, OpenContext, OpenMode, Repair, Snapshots,
         table_cache::{SliceCache, lock},
     },
     storage::{Flush, Storage},
@@ -36,7 +36,7 @@ use crate::{
 
 /// An opened image.
 ///
-/// Lock order: `state`, `tracking`, `header`, `places`, then those inside the caches. Readers of the map take none of
+/// Lock order: `state`, `tracking`, `header_turn`, `header`, `places`, then those inside the caches. Readers of the map take none of
 /// the first.
 pub(super) struct Qcow2Layer {
     pub(super) mode: OpenMode,
@@ -45,6 +45,8 @@ pub(super) struct Qcow2Layer {
     backing: Option<Backing>,
     pub(super) data_file: Option<Arc<dyn Storage>>,
     header: RwLock<Header>,
+    /// Held by who changes the header, on disk and then in memory; who reads it does not wait for the disk.
+    header_turn: Mutex<()>,
     virtual_size_bytes: AtomicU64,
     pub(super) map: TableMap,
     pub(super) refcount_table: SliceCache,
@@ -143,6 +145,7 @@ impl Qcow2Layer {
             end_bytes: AtomicU64::new(end_bytes),
             has_sparse_data: OnceLock::new(),
             tracking: Tracking::default(),
+            header_turn: Mutex::default(),
             runtime,
             header: RwLock::new(header),
         })
@@ -205,13 +208,13 @@ impl Qcow2Layer {
     /// Changes the header and makes it durable. When that fails nobody can tell which header is on disk, and
     /// what would be written by the one in memory might be lost: nothing is written any more.
     pub(super) fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
-        let mut header = self.header.write().unwrap_or_else(PoisonError::into_inner);
-        let mut changed = header.clone();
+        let _turn = lock(&self.header_turn);
+        let mut changed = self.header().clone();
         change(&mut changed);
         let written = changed.write(self.image_file()).and_then(|()| self.image_file().flush(Flush::Data));
         self.or_halt(written)?;
         self.virtual_size_bytes.store(changed.virtual_size_bytes, Ordering::SeqCst);
-        *header = changed;
+        *self.header.write().unwrap_or_else(PoisonError::into_inner) = changed;
         Ok(())
     }
 
@@ -240,6 +243,15 @@ impl Qcow2Layer {
     /// The state of the changing side.
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    /// The state, when nobody holds it.
+    pub(super) fn try_state(&self) -> Option<MutexGuard<'_, State>> {
+        match self.state.try_lock() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// The active L1 table.
@@ -392,14 +404,23 @@ impl Layer for Qcow2Layer {
         self.header().crypt_method != CryptMethod::None
     }
 
-    fn pin(&self) -> Lease<'_> {
-        Lease::new(self.epochs.pin())
+    fn begin_lease(&self) -> LeaseToken {
+        LeaseToken(self.epochs.pin().into_epoch())
+    }
+
+    fn end_lease(&self, token: LeaseToken) {
+        self.epochs.unpin(token.0);
     }
 
     fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
         // No table that the walk is in may become something else meanwhile.
         let _pin = self.epochs.pin();
         self.guard(self.map.map_range(self.root(), guest_bytes, extents))
+    }
+
+    fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
+        let _pin = self.epochs.pin();
+        self.map.map_cached(self.root(), guest_bytes, found)
     }
 
     fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {

@@ -7,8 +7,6 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::super::layer::LeaseGuard;
-
 /// Epochs whose pins are counted apart. When the oldest of them is still pinned, an epoch lasts longer.
 const SLOTS: usize = 8;
 
@@ -72,8 +70,6 @@ impl Drop for Pin<'_> {
         self.epochs.slot(self.epoch).fetch_sub(1, Ordering::SeqCst);
     }
 }
-
-impl LeaseGuard for Pin<'_> {}
 
 impl Pin<'_> {
     /// Gives the pin up for a number that [`Epochs::unpin`] takes back.

@@ -106,6 +106,7 @@ impl TableMap {
     /// Appends the extents of a guest range.
     pub(super) fn map_range(&self, root: Root, guest: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
         let geometry = self.geometry;
+        let found = &mut |extent: Extent| extent.push_to(extents);
         let mut buffer = Vec::new();
         let mut at = guest.start;
         while at < guest.end {
@@ -117,17 +118,17 @@ impl TableMap {
                     self.read_table(table, &mut buffer)?;
                     let first = geometry.l2_index(at);
                     let skip = usize::try_from(first * geometry.l2_entry_bytes()).expect("inside a cluster");
-                    let mut walk = Walk { map: self, root, at, end: table_end, extents };
+                    let mut walk = Walk { map: self, root, at, end: table_end, found };
                     walk.entries(&buffer[skip..], table + skip as u64)?;
                     at = table_end;
                 }
                 Some(table) => {
-                    self.map_cached(root, table, at..table_end, extents)?;
+                    self.map_by_slices(root, table, at..table_end, found)?;
                     at = table_end;
                 }
                 None => {
                     let end = self.silent_until(root, l1_index, guest.end)?;
-                    Extent { len_bytes: end - at, place: Place::Unallocated }.push_to(extents);
+                    found(Extent { len_bytes: end - at, place: Place::Unallocated });
                     at = end;
                 }
             }
@@ -136,9 +137,15 @@ impl TableMap {
     }
 
     /// The part of a guest range that one table covers, slice by slice.
-    fn map_cached(&self, root: Root, table: u64, guest: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
+    fn map_by_slices(
+        &self,
+        root: Root,
+        table: u64,
+        guest: Range<u64>,
+        found: &mut dyn FnMut(Extent),
+    ) -> Result<()> {
         let geometry = self.geometry;
-        let mut walk = Walk { map: self, root, at: guest.start, end: guest.end, extents };
+        let mut walk = Walk { map: self, root, at: guest.start, end: guest.end, found };
         while walk.at < walk.end {
             let entry_at = table + geometry.l2_index(walk.at) * geometry.l2_entry_bytes();
             let (slice, within) = self.l2.get(&*self.file, entry_at)?;
@@ -146,6 +153,42 @@ impl TableMap {
             walk.entries(&bytes[within..], entry_at)?;
         }
         Ok(())
+    }
+
+    /// [`Self::map_range`] from the caches alone; false where a table is not there.
+    pub(super) fn map_cached(
+        &self,
+        root: Root,
+        guest: Range<u64>,
+        found: &mut dyn FnMut(Extent),
+    ) -> Result<bool> {
+        let geometry = self.geometry;
+        let mut walk = Walk { map: self, root, at: guest.start, end: guest.end, found };
+        while walk.at < guest.end {
+            let l1_index = geometry.l1_index(walk.at);
+            walk.end = end_of_table(geometry, l1_index).min(guest.end);
+            let Some(entry) = self.cached_l1_entry(root, l1_index) else { return Ok(false) };
+            let Some(table) = self.checked_table(root, l1_index, entry)? else {
+                (walk.found)(Extent { len_bytes: walk.end - walk.at, place: Place::Unallocated });
+                walk.at = walk.end;
+                continue;
+            };
+            while walk.at < walk.end {
+                let entry_at = table + geometry.l2_index(walk.at) * geometry.l2_entry_bytes();
+                let Some((slice, within)) = self.l2.peek_at(entry_at) else { return Ok(false) };
+                walk.entries(&slice.read()[within..], entry_at)?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// [`Self::l1_entry`] from the cache alone.
+    pub(super) fn cached_l1_entry(&self, root: Root, l1_index: u64) -> Option<L1Entry> {
+        if l1_index >= root.l1_entries {
+            return Some(L1Entry(0));
+        }
+        let (slice, within) = self.l1.peek_at(root.l1_offset + l1_index * 8)?;
+        Some(L1Entry(slice.word(within)))
     }
 
     /// The guest offset up to which L1 stays empty after `l1_index`, at most `end`.
@@ -245,7 +288,7 @@ struct Walk<'a> {
     /// The next guest byte.
     at: u64,
     end: u64,
-    extents: &'a mut Vec<Extent>,
+    found: &'a mut dyn FnMut(Extent),
 }
 
 impl Walk<'_> {
@@ -298,7 +341,7 @@ impl Walk<'_> {
                 return self.subclusters(at, allocated, zero, writable, end);
             }
         };
-        Extent { len_bytes: end - self.at, place }.push_to(self.extents);
+        (self.found)(Extent { len_bytes: end - self.at, place });
     }
 
     fn subclusters(&mut self, at: Option<u64>, allocated: u32, zero: u32, writable: bool, end: u64) {
@@ -316,7 +359,7 @@ impl Walk<'_> {
                 (_, _, None) => unreachable!("checked when the entry was read"),
             };
             let next = (geometry.cluster_start(guest) + (bit + 1) * geometry.subcluster_bytes()).min(end);
-            Extent { len_bytes: next - guest, place }.push_to(self.extents);
+            (self.found)(Extent { len_bytes: next - guest, place });
             guest = next;
         }
     }

@@ -30,6 +30,7 @@ mod map;
 mod options;
 mod overlap;
 mod places;
+mod plane;
 mod refcount;
 mod resize;
 mod runtime;

@@ -89,6 +89,19 @@ impl Qcow2Layer {
         u64::from(self.header().refcount_table_clusters) * self.geometry.cluster_bytes() / 8
     }
 
+    /// Where the count of `cluster` stands, by what is cached of the refcount table: the slice's host offset and the
+    /// index in it. `None` where there is no block, or the table is not in memory there.
+    pub(super) fn cached_refcount_place(&self, cluster: u64) -> Result<Option<(u64, usize)>> {
+        let index = cluster / self.geometry.refcounts_per_block();
+        if index >= self.refcount_table_entries() {
+            return Ok(None);
+        }
+        let at = self.header().refcount_table_offset + index * 8;
+        let Some((slice, within)) = self.refcount_table.peek_at(at) else { return Ok(None) };
+        let block = self.checked_refcount_block(at, slice.word(within))?;
+        Ok(block.map(|block| self.refcount_place(block, cluster)))
+    }
+
     /// Host offset of the block that counts `cluster`, checked; `None` where there is none.
     fn refcount_block_of(&self, cluster: u64) -> Result<Option<u64>> {
         let index = cluster / self.geometry.refcounts_per_block();

@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     Result,
-    format::{HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken, table_cache::lock_wait},
+    format::{
+        Attempt, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
+        table_cache::lock_wait,
+    },
     storage::Preallocation,
 };
 
@@ -32,6 +35,8 @@ pub(super) struct Write {
     /// Where the first of them will stand.
     pub(super) host: u64,
     pub(super) kind: WriteKind,
+    /// The token of another write of the same request, which ends with this one.
+    pub(super) also: Option<u64>,
 }
 
 /// What committing does.
@@ -48,13 +53,44 @@ pub(super) enum WriteKind {
 
 /// How one guest cluster can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+pub(super) enum Way {
     /// Over what is there.
     InPlace(u64),
     /// In the cluster that is there, which does not count in full yet.
     Reuse(u64),
     /// Somewhere else.
     Fresh,
+}
+
+impl Way {
+    /// How a cluster that stands `by` bytes behind this one must be written to be written together with it.
+    fn further_on(self, by: u64) -> Self {
+        match self {
+            Self::InPlace(host) => Self::InPlace(host + by),
+            Self::Reuse(host) => Self::Reuse(host + by),
+            Self::Fresh => Self::Fresh,
+        }
+    }
+}
+
+/// A guest range, all clusters of which can be written in the same way.
+#[derive(Debug)]
+pub(super) struct Alike {
+    pub(super) guest: Range<u64>,
+    /// That of the first cluster.
+    pub(super) way: Way,
+    pub(super) first: Found,
+    pub(super) last: Found,
+}
+
+/// What a write that changes the map covers.
+#[derive(Debug)]
+pub(super) struct Shape {
+    /// Whole clusters, in guest bytes.
+    pub(super) clusters: Range<u64>,
+    /// What stands written afterwards, in guest bytes: the write, and what is filled around it.
+    pub(super) fill: Range<u64>,
+    pub(super) kind: WriteKind,
 }
 
 impl Qcow2Layer {
@@ -111,12 +147,12 @@ impl Qcow2Layer {
         }))
     }
 
-    fn check_data_write(&self, host: &Range<u64>) -> Result<()> {
+    pub(super) fn check_data_write(&self, host: &Range<u64>) -> Result<()> {
         if self.geometry.external_data { Ok(()) } else { self.check_overlap(host, None) }
     }
 
     /// How the part `guest` of one cluster can be written, by its entry.
-    fn way(&self, found: Found, guest: &Range<u64>) -> Result<Way> {
+    pub(super) fn way(&self, found: Found, guest: &Range<u64>) -> Result<Way> {
         let cluster = self.map.checked(found, self.geometry.cluster_start(guest.start))?;
         let copied = found.entry.is_copied();
         Ok(match cluster {
@@ -144,48 +180,20 @@ impl Qcow2Layer {
         self.before_allocating(state)?;
         let table = self.table_for_writing(state, geometry.l1_index(guest.start))?;
 
-        // The longest prefix that can be treated alike.
-        let first = geometry.cluster_start(guest.start);
-        let table_end = (geometry.l1_index(first) + 1).saturating_mul(geometry.l2_span_bytes());
+        let table_end = (geometry.l1_index(guest.start) + 1).saturating_mul(geometry.l2_span_bytes());
         let limit = guest.end.min(table_end);
-        let mut way = None;
-        let mut at = guest.start;
-        let mut last_entry = None;
-        while at < limit {
-            let start = geometry.cluster_start(at);
-            let end = (start + cluster).min(limit);
-            if state.is_in_flight(start..start + cluster) {
-                break;
-            }
-            let found = self.map.entry_at(table, geometry.l2_index(start))?;
-            let here = self.way(found, &(at..end))?;
-            let expected = match way.get_or_insert(here) {
-                Way::Reuse(host) => Way::Reuse(*host + (start - first)),
-                other => *other,
-            };
-            if here != expected {
-                break;
-            }
-            last_entry = Some(found);
-            at = end;
-        }
-        let end = at;
-        let clusters = first..geometry.cluster_start(end - 1) + cluster;
+        let entry_of = |start| self.map.entry_at(table, geometry.l2_index(start));
+        let alike = self.alike(state, guest.start..limit, entry_of)?;
+        let alike = alike.expect("the first cluster is not in flight");
+        let Shape { clusters, fill, kind } = self.shape(&alike)?;
+        let Alike { way, guest, .. } = alike;
+        let first = clusters.start;
         let count = (clusters.end - clusters.start) / cluster;
-        let is_fresh = way == Some(Way::Fresh);
-        let first_entry = self.map.entry_at(table, geometry.l2_index(first))?;
-        let last_entry = last_entry.expect("the first cluster is not in flight");
-
-        // What has to be filled, in the first and in the last cluster.
-        let first_end = end.min(first + cluster);
-        let last_start = guest.start.max(clusters.end - cluster);
-        let first_fill = self.filled(first_entry, &(guest.start..first_end), is_fresh)?;
-        let last_fill = self.filled(last_entry, &(last_start..end), is_fresh)?;
-        let fill_before_bytes = guest.start.saturating_sub(first_fill.start);
-        let fill_after_bytes = last_fill.end.saturating_sub(end);
+        let fill_before_bytes = guest.start.saturating_sub(fill.start);
+        let fill_after_bytes = fill.end.saturating_sub(guest.end);
 
         let host = match way {
-            Some(Way::Reuse(host)) => {
+            Way::Reuse(host) => {
                 self.check_data_write(&(host..host + count * cluster))?;
                 host
             }
@@ -198,30 +206,74 @@ impl Qcow2Layer {
             self.storage()
         };
         let fills = fill_before_bytes + fill_after_bytes > 0;
-        let fill_is_zeroed = fills && is_fresh && host >= data.len_bytes()?;
-        let first_mask = self.subclusters_of(&first_fill);
-        let last_mask = self.subclusters_of(&last_fill);
-        let (first_mask, last_mask) = if count == 1 {
-            let both = first_mask | last_mask;
-            (both, both)
-        } else {
-            (first_mask, last_mask)
-        };
-        let kind = if is_fresh {
-            WriteKind::Fresh { first: first_mask, last: last_mask }
-        } else {
-            WriteKind::Reuse { first: first_mask, last: last_mask }
-        };
-        let token = state.begin(Write { clusters, host, kind });
+        let fill_is_zeroed = fills && way == Way::Fresh && host >= data.len_bytes()?;
+        let at = HostOffset(host + (guest.start - first));
+        let token = state.begin(Write { clusters, host, kind, also: None });
         let plan = WritePlan {
-            guest_bytes: guest.start..end,
+            guest_bytes: guest,
             file: self.map.data_file(),
-            at: HostOffset(host + (guest.start - first)),
+            at,
             fill_before_bytes,
             fill_after_bytes,
             fill_is_zeroed,
         };
         Ok((token, plan))
+    }
+
+    /// The longest prefix of a range inside one L2 table that can be written alike, by the entries that `entry_of`
+    /// finds for the starts of clusters; `None` where the first cluster is in flight.
+    pub(super) fn alike(
+        &self,
+        state: &State,
+        guest: Range<u64>,
+        entry_of: impl Fn(u64) -> Result<Found>,
+    ) -> Result<Option<Alike>> {
+        let geometry = self.geometry;
+        let first_start = geometry.cluster_start(guest.start);
+        let mut alike: Option<Alike> = None;
+        let mut at = guest.start;
+        while at < guest.end {
+            let start = geometry.cluster_start(at);
+            let end = (start + geometry.cluster_bytes()).min(guest.end);
+            if state.in_flight.overlaps(&(start..start + geometry.cluster_bytes())) {
+                break;
+            }
+            let found = entry_of(start)?;
+            let here = self.way(found, &(at..end))?;
+            let so_far =
+                alike.get_or_insert(Alike { guest: guest.start..at, way: here, first: found, last: found });
+            if here != so_far.way.further_on(start - first_start) {
+                break;
+            }
+            so_far.last = found;
+            so_far.guest.end = end;
+            at = end;
+        }
+        Ok(alike)
+    }
+
+    /// The clusters of a write, and what of them stands written afterwards.
+    pub(super) fn shape(&self, alike: &Alike) -> Result<Shape> {
+        let Alike { guest, way, first, last } = alike;
+        let cluster = self.geometry.cluster_bytes();
+        let start = self.geometry.cluster_start(guest.start);
+        let clusters = start..self.geometry.cluster_start(guest.end - 1) + cluster;
+        let is_fresh = *way == Way::Fresh;
+        // What has to be filled, in the first and in the last cluster.
+        let first_end = guest.end.min(start + cluster);
+        let last_start = guest.start.max(clusters.end - cluster);
+        let first_fill = self.filled(*first, &(guest.start..first_end), is_fresh)?;
+        let last_fill = self.filled(*last, &(last_start..guest.end), is_fresh)?;
+        let first_mask = self.subclusters_of(&first_fill);
+        let last_mask = self.subclusters_of(&last_fill);
+        let (first, last) = if clusters.end - clusters.start == cluster {
+            let both = first_mask | last_mask;
+            (both, both)
+        } else {
+            (first_mask, last_mask)
+        };
+        let kind = if is_fresh { WriteKind::Fresh { first, last } } else { WriteKind::Reuse { first, last } };
+        Ok(Shape { clusters, fill: first_fill.start..last_fill.end, kind })
     }
 
     /// The part of a cluster that stands written after a write of `guest` in it: fills included.
@@ -354,12 +406,17 @@ impl Qcow2Layer {
 
     /// Drains before so much is changed or freed in memory that the bounds of the caches are passed.
     pub(super) fn make_room(&self, state: &mut State) -> Result<()> {
-        let l2_full = self.map.l2.dirty_bytes() >= self.runtime.l2_cache_bytes / 2;
-        let counts_full = self.refcount_blocks.dirty_bytes() >= self.runtime.refcount_cache_bytes;
-        if l2_full || counts_full || state.is_full() {
+        if self.is_drain_due(state) {
             self.drain_locked(state)?;
         }
         Ok(())
+    }
+
+    /// Whether so much was changed or freed in memory that it must be written before there is more.
+    pub(super) fn is_drain_due(&self, state: &State) -> bool {
+        let l2_full = self.map.l2.dirty_bytes() >= self.runtime.l2_cache_bytes / 2;
+        let counts_full = self.refcount_blocks.dirty_bytes() >= self.runtime.refcount_cache_bytes;
+        l2_full || counts_full || state.is_full()
     }
 }
 
@@ -410,6 +467,19 @@ impl LayerWriter for Qcow2Layer {
         let (token, plan) = self.guard(self.prepare_packed(guest_offset, stored_bytes))?;
         self.note_change(&plan.guest_bytes);
         Ok(PreparedWrite::new(self, token, plan))
+    }
+
+    fn try_prepare_write(
+        &self,
+        guest_bytes: Range<u64>,
+        zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        self.try_prepare(&guest_bytes, zeroes_below, steps)
+    }
+
+    fn try_commit_write(&self, token: WriteToken) -> Option<WriteToken> {
+        self.try_commit(token)
     }
 
     fn commit_write(&self, token: WriteToken) -> Result<()> {

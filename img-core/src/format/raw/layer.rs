@@ -72,6 +72,16 @@ impl RawLayer {
     }
 }
 
+impl RawLayer {
+    /// The extent of a range; `None` for an empty one.
+    fn extent(&self, guest_bytes: &Range<u64>) -> Option<Extent> {
+        let len_bytes = guest_bytes.end.checked_sub(guest_bytes.start).filter(|len| *len > 0)?;
+        let at = HostOffset(self.start_bytes + guest_bytes.start); // inside the file, checked at open
+        let place = Place::Data { file: HostFile::IMAGE, at, writable: self.writable };
+        Some(Extent { len_bytes, place })
+    }
+}
+
 impl Layer for RawLayer {
     fn driver(&self) -> &'static dyn Driver {
         &Raw
@@ -102,13 +112,17 @@ impl Layer for RawLayer {
     }
 
     fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
-        let Some(len_bytes) = guest_bytes.end.checked_sub(guest_bytes.start).filter(|len| *len > 0) else {
-            return Ok(());
-        };
-        let at = HostOffset(self.start_bytes + guest_bytes.start); // inside the file, checked at open
-        let place = Place::Data { file: HostFile::IMAGE, at, writable: self.writable };
-        Extent { len_bytes, place }.push_to(extents);
+        if let Some(extent) = self.extent(&guest_bytes) {
+            extent.push_to(extents);
+        }
         Ok(())
+    }
+
+    fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
+        if let Some(extent) = self.extent(&guest_bytes) {
+            found(extent);
+        }
+        Ok(true)
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {

@@ -5,7 +5,7 @@ use std::{ops::Range, sync::atomic::Ordering};
 use super::{SECTOR_BYTES, layer::RawLayer};
 use crate::{
     Error, Result,
-    format::{HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken},
+    format::{Attempt, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken},
     storage::{Flush, Preallocation},
 };
 
@@ -28,6 +28,17 @@ impl LayerWriter for RawLayer {
             fill_is_zeroed: false,
         };
         Ok(PreparedWrite::new(self, WriteToken(0), plan))
+    }
+
+    fn try_prepare_write(
+        &self,
+        guest_bytes: Range<u64>,
+        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        let at = HostOffset(self.start_bytes + guest_bytes.start);
+        WriteStep { guest_bytes, file: HostFile::IMAGE, at }.push_to(steps);
+        Ok(Attempt::Done(None))
     }
 
     fn prepare_compressed(&self, _guest_offset: u64, _stored_bytes: u32) -> Result<PreparedWrite<'_>> {

@@ -1,0 +1,274 @@
+//! Writes that are prepared from memory alone, for threads that must not wait.
+//!
+//! What is in the caches is enough for most writes: over what is there, or to new clusters that need no filling,
+//! where the L2 table is there, unshared, and cached, and so are the counts around the free index. Anything else
+//! (a table to be made, copied or read, a drain that is due, the dirty bit of lazy refcounts, a lock that is held)
+//! is left to [`Qcow2Layer::prepare`], which may wait. The order of a crash is that of all writes: counts and
+//! entries change in memory here, and a drain makes them durable one before the other.
+
+use std::{ops::Range, sync::atomic::Ordering};
+
+use super::{
+    alloc::{PENDING_LIMIT_BYTES, State},
+    entry::{Cluster, L2Entry},
+    feature::incompatible,
+    geometry::{refcount_get, refcount_set},
+    layer::Qcow2Layer,
+    map::Found,
+    refcount::usize_of,
+    write::{Alike, Shape, Way, Write},
+};
+use crate::{
+    Result,
+    format::{Attempt, HostOffset, Layer, Place, WriteStep, WriteToken},
+};
+
+/// So many slices of counts are searched for free clusters: 8192 counts of two bytes.
+const SEARCHED_SLICES: u32 = 4;
+
+/// Says from memory whether the layers below read as zeroes in a guest range.
+type ZeroesBelow<'a> = dyn Fn(Range<u64>) -> bool + 'a;
+
+/// A prefix of a write.
+struct Piece {
+    step: WriteStep,
+    /// What it changes of the map when it is committed.
+    write: Option<Write>,
+}
+
+impl Qcow2Layer {
+    pub(super) fn try_prepare(
+        &self,
+        guest: &Range<u64>,
+        zeroes_below: &ZeroesBelow<'_>,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        self.check_writable()?;
+        // Noted even if nothing comes of it: whoever does the write instead notes it again.
+        if !self.places_known.load(Ordering::Acquire) || !self.try_note_change(guest) {
+            return Ok(Attempt::Blocks);
+        }
+        let known = steps.len();
+        match self.steps_in_place(guest, steps)? {
+            None => return Ok(Attempt::Blocks),
+            Some(true) => return Ok(Attempt::Done(None)),
+            Some(false) => steps.truncate(known),
+        }
+        let Some(mut state) = self.try_state() else { return Ok(Attempt::Blocks) };
+        self.reserve(&mut state, guest, zeroes_below, steps)
+    }
+
+    /// Whether all of a range can be written over what is there: then the steps that do it are appended. `None`
+    /// when the caches do not tell.
+    fn steps_in_place(&self, guest: &Range<u64>, steps: &mut Vec<WriteStep>) -> Result<Option<bool>> {
+        let (mut at, mut is_whole, known) = (guest.start, true, steps.len());
+        let is_known = self.map.map_cached(self.root(), guest.clone(), &mut |extent| {
+            let guest_bytes = at..at + extent.len_bytes;
+            at = guest_bytes.end;
+            match extent.place {
+                Place::Data { file, at, writable: true } => {
+                    WriteStep { guest_bytes, file, at }.push_to(steps);
+                }
+                _ => is_whole = false,
+            }
+        })?;
+        if !is_known || !is_whole {
+            return Ok(is_known.then_some(false));
+        }
+        for WriteStep { guest_bytes, at, .. } in &steps[known..] {
+            self.check_data_write(&(at.0..at.0 + (guest_bytes.end - guest_bytes.start)))?;
+        }
+        Ok(Some(true))
+    }
+
+    /// All of a range, piece by piece; or nothing.
+    fn reserve(
+        &self,
+        state: &mut State,
+        guest: &Range<u64>,
+        zeroes_below: &ZeroesBelow<'_>,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        let geometry = self.geometry;
+        let last_end = geometry.cluster_start(guest.end - 1) + geometry.cluster_bytes();
+        if state.in_flight.overlaps(&(geometry.cluster_start(guest.start)..last_end)) {
+            return Ok(Attempt::Busy);
+        }
+        if self.is_drain_due(state) || self.has_releasable(state) || self.lacks_dirty_bit() {
+            return Ok(Attempt::Blocks);
+        }
+        let mut at = guest.start;
+        let mut chain = None;
+        while at < guest.end {
+            match self.piece(state, at..guest.end, zeroes_below) {
+                Ok(Some(Piece { step, write })) => {
+                    at = step.guest_bytes.end;
+                    step.push_to(steps);
+                    if let Some(write) = write {
+                        chain = Some(state.begin(Write { also: chain, ..write }).0);
+                    }
+                }
+                failed => {
+                    if let Some(token) = chain {
+                        // What was just counted is in the cache still: this does no I/O.
+                        self.give_up(state, WriteToken(token))?;
+                    }
+                    return failed.map(|_| Attempt::Blocks);
+                }
+            }
+        }
+        Ok(Attempt::Done(chain.map(WriteToken)))
+    }
+
+    /// The longest prefix of a range that is written alike and stands in one slice of L2 entries. `None` when that
+    /// takes more than memory.
+    fn piece(
+        &self,
+        state: &mut State,
+        guest: Range<u64>,
+        zeroes_below: &ZeroesBelow<'_>,
+    ) -> Result<Option<Piece>> {
+        let (geometry, root) = (self.geometry, self.root());
+        let l1_index = geometry.l1_index(guest.start);
+        let Some(entry) = self.map.cached_l1_entry(root, l1_index) else { return Ok(None) };
+        let Some(table) = self.map.checked_table(root, l1_index, entry)? else { return Ok(None) };
+        if !entry.is_copied() {
+            return Ok(None);
+        }
+        let entry_bytes = geometry.l2_entry_bytes();
+        let first_at = table + geometry.l2_index(guest.start) * entry_bytes;
+        let Some((slice, within)) = self.map.l2.peek_at(first_at) else { return Ok(None) };
+        let alike = {
+            let bytes = slice.read();
+            let start = geometry.cluster_start(guest.start);
+            let entries = (bytes.len() - within) as u64 / entry_bytes;
+            let limit = guest.end.min(start.saturating_add(entries * geometry.cluster_bytes()));
+            self.alike(state, guest.start..limit, |at| {
+                let index = (at - start) / geometry.cluster_bytes();
+                let entry = L2Entry::read(&bytes[within..], usize_of(index), geometry);
+                Ok(Found { entry, at: first_at + index * entry_bytes })
+            })?
+        };
+        let Some(alike) = alike else { return Ok(None) };
+        let in_first = geometry.in_cluster(alike.guest.start);
+        let step = |host: u64| WriteStep {
+            guest_bytes: alike.guest.clone(),
+            file: self.map.data_file(),
+            at: HostOffset(host + in_first),
+        };
+        if let Way::InPlace(host) = alike.way {
+            let at = host + in_first;
+            self.check_data_write(&(at..at + (alike.guest.end - alike.guest.start)))?;
+            return Ok(Some(Piece { step: step(host), write: None }));
+        }
+        let Some(write) = self.reserve_alike(state, &alike, zeroes_below)? else { return Ok(None) };
+        Ok(Some(Piece { step: step(write.host), write: Some(write) }))
+    }
+
+    /// Reserves the clusters of a write that is not in place.
+    fn reserve_alike(
+        &self,
+        state: &mut State,
+        alike: &Alike,
+        zeroes_below: &ZeroesBelow<'_>,
+    ) -> Result<Option<Write>> {
+        let geometry = self.geometry;
+        let Shape { clusters, fill, kind } = self.shape(alike)?;
+        let (before, after) = (fill.start..alike.guest.start, alike.guest.end..fill.end);
+        let needs_fill = !before.is_empty() || !after.is_empty();
+        if needs_fill
+            && !(self.fills_with_zeroes(alike.first, before, zeroes_below)?
+                && self.fills_with_zeroes(alike.last, after, zeroes_below)?)
+        {
+            return Ok(None);
+        }
+        let length = clusters.end - clusters.start;
+        let host = match alike.way {
+            // Old bytes stand there, or may.
+            Way::Reuse(_) if needs_fill => None,
+            Way::Reuse(host) => {
+                self.check_data_write(&(host..host + length))?;
+                Some(host)
+            }
+            _ if geometry.external_data => (!needs_fill).then_some(clusters.start),
+            _ => self.allocate_cached(state, length >> geometry.cluster_bits, needs_fill)?,
+        };
+        Ok(host.map(|host| Write { clusters, host, kind, also: None }))
+    }
+
+    /// Whether a part of a cluster reads as zeroes, by its entry and by the layers below.
+    fn fills_with_zeroes(
+        &self,
+        found: Found,
+        fill: Range<u64>,
+        zeroes_below: &ZeroesBelow<'_>,
+    ) -> Result<bool> {
+        // Behind the end of the disk there is nothing to keep.
+        let fill = fill.start..fill.end.min(self.virtual_size_bytes());
+        Ok(fill.is_empty()
+            || match self.map.checked(found, self.geometry.cluster_start(fill.start))? {
+                Cluster::Zero { .. } => true,
+                Cluster::Unallocated | Cluster::Subclusters { allocated: 0, .. } => zeroes_below(fill),
+                _ => false,
+            })
+    }
+
+    /// Allocates clusters in a row, with a count of one each in memory, where counts in the cache tell which are
+    /// free. With `untouched` the host has never held anything there. `None` when that is not to be had.
+    fn allocate_cached(&self, state: &mut State, count: u64, untouched: bool) -> Result<Option<u64>> {
+        let bits = self.geometry.cluster_bits;
+        let Some(first) = self.find_free_cached(state, count)? else { return Ok(None) };
+        let host = first << bits..(first + count) << bits;
+        let known_end = self.end_bytes.load(Ordering::Relaxed);
+        let grows = host.end > known_end;
+        if (untouched && host.start < known_end) || (grows && state.pending_bytes >= PENDING_LIMIT_BYTES) {
+            return Ok(None);
+        }
+        self.check_overlap(&host, None)?;
+        let Some((at, index)) = self.cached_refcount_place(first)? else { return Ok(None) };
+        let order = self.geometry.refcount_order;
+        let counted = self.refcount_blocks.update_cached(at, |bytes, _| {
+            for index in index..index + usize_of(count) {
+                refcount_set(bytes, order, index, 1);
+            }
+        });
+        if counted.is_none() {
+            return Ok(None);
+        }
+        state.barrier = true;
+        state.free_index = first + count;
+        self.note_allocated(host.end);
+        Ok(Some(host.start))
+    }
+
+    /// The first run of `count` free clusters behind the free index whose counts stand in one cached slice. Passes
+    /// over slices without a free cluster, but over no free run that is too short and may go on in the next slice.
+    fn find_free_cached(&self, state: &State, count: u64) -> Result<Option<u64>> {
+        let order = self.geometry.refcount_order;
+        let mut slice_first = state.free_index;
+        for _ in 0..SEARCHED_SLICES {
+            let Some((at, index)) = self.cached_refcount_place(slice_first)? else { return Ok(None) };
+            let Some((slice, _)) = self.refcount_blocks.peek_at(at) else { return Ok(None) };
+            let bytes = slice.read();
+            let per_slice = (bytes.len() * 8) >> order;
+            let mut start = index;
+            for here in index..per_slice {
+                if refcount_get(&bytes, order, here) != 0 {
+                    start = here + 1;
+                } else if here + 1 - start >= usize_of(count) {
+                    return Ok(Some(slice_first + (start - index) as u64));
+                }
+            }
+            if start < per_slice {
+                return Ok(None);
+            }
+            slice_first += (per_slice - index) as u64;
+        }
+        Ok(None)
+    }
+
+    /// Whether the bit that lazy refcounts need is still to be set.
+    fn lacks_dirty_bit(&self) -> bool {
+        self.is_lazy() && self.header().incompatible & incompatible::DIRTY == 0
+    }
+}

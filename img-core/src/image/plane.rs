@@ -1,0 +1,212 @@
+//! The image for threads that must not wait: a queue of a guest, an event loop.
+//!
+//! [`Image::try_map`] and [`Image::try_prepare_write`] answer from memory, at once, or say why not. They do no I/O, wait
+//! for no lock that somebody holds across I/O, and take no memory once everything is warm. The bytes are moved by
+//! the caller, who holds a ticket meanwhile. The ticket is the request's pass and lease: the image is not resized,
+//! snapshotted or closed before it ends, and no place that was named for it is given to anyone else. Tickets may
+//! go to other threads, and must not be kept for longer than the request takes.
+//!
+//! | answer | then |
+//! | --- | --- |
+//! | [`Attempt::Done`] | move the bytes; commit a write; drop the ticket |
+//! | [`Attempt::Busy`] | park the request, [ask to be woken](Image::wake_on_progress), try again |
+//! | [`Attempt::Blocks`] | hand the request to a thread that may block, which calls [`Image::read_vectored_at`] or [`Image::write_vectored_at`] |
+//!
+//! A thread that holds a ticket must not call what waits for requests to end ([`Image::resize`],
+//! [`Image::write_zeroes`], snapshots, [`Image::check`]).
+
+use std::{ops::Range, sync::Arc, task::Waker};
+
+use super::{Image, ImageExtent, write::FIRST_SECTOR_BYTES};
+use crate::{
+    Result,
+    format::{Attempt, Extent, HostFile, LeaseToken, Place, WriteStep, WriteToken},
+    storage::Storage,
+};
+
+/// A request that is inside the image, and the lease on what its map answers named. Ends when dropped.
+#[must_use = "the map's answer is valid while the ticket lives"]
+#[derive(Debug)]
+pub struct Ticket {
+    image: Arc<Image>,
+    lease: LeaseToken,
+}
+
+/// A prepared write. Its bytes are moved as its steps say, and then it is committed; dropped, it is undone: the map
+/// does not change, though bytes that were written in place stay.
+#[must_use = "a prepared write that is dropped is undone"]
+#[derive(Debug)]
+pub struct WriteTicket {
+    /// What is to be committed; nothing for a write in place.
+    token: Option<WriteToken>,
+    ticket: Ticket,
+}
+
+/// What came of committing without waiting.
+#[must_use = "a write that is not committed yet is undone when it is dropped"]
+#[derive(Debug)]
+pub enum Commit {
+    /// The map points at the bytes.
+    Done,
+    /// For a thread that may block, to be ended with [`WriteTicket::commit`].
+    Blocks(WriteTicket),
+}
+
+impl Image {
+    /// The extents that cover `guest_bytes`, as [`Self::map_range`] finds them, put into `extents` in place of what it
+    /// held. Encoded ones are not among them: [`Attempt::Blocks`] is the answer where a decoder is needed.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) when the range is not inside the disk. What is wrong with the
+    /// image is met and told by the thread that may block.
+    pub fn try_map(
+        self: &Arc<Self>,
+        guest_bytes: Range<u64>,
+        extents: &mut Vec<ImageExtent>,
+    ) -> Result<Attempt<Ticket>> {
+        extents.clear();
+        let Some(ticket) = self.try_enter() else { return Ok(Attempt::Busy) };
+        self.check_inside(&guest_bytes)?;
+        let mut is_plain = true;
+        let is_known = self.map_cached(guest_bytes, &mut |extent| {
+            is_plain &= !matches!(extent.place, Place::Encoded { .. });
+            extent.push_to(extents);
+        });
+        if is_known && is_plain {
+            return Ok(Attempt::Done(ticket));
+        }
+        extents.clear();
+        Ok(Attempt::Blocks)
+    }
+
+    /// Finds or reserves places for all of `guest_bytes` and puts the steps of the write into `steps`, in place of what
+    /// it held: clusters are overwritten in place, or allocated where nothing has to be filled or copied.
+    ///
+    /// [`Attempt::Blocks`] also where every write must be durable when it returns, and for a first sector that is
+    /// guarded.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`](crate::Error::ReadOnly); otherwise as [`Self::try_map`].
+    pub fn try_prepare_write(
+        self: &Arc<Self>,
+        guest_bytes: Range<u64>,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<WriteTicket>> {
+        steps.clear();
+        let writer = self.writer()?;
+        let is_guarded = self.guards_first_sector && guest_bytes.start < FIRST_SECTOR_BYTES as u64;
+        if is_guarded || self.writes_through {
+            return Ok(Attempt::Blocks);
+        }
+        let Some(ticket) = self.try_enter() else { return Ok(Attempt::Busy) };
+        self.check_inside(&guest_bytes)?;
+        if guest_bytes.is_empty() {
+            return Ok(Attempt::Done(WriteTicket { token: None, ticket }));
+        }
+        let attempt = writer
+            .try_prepare_write(guest_bytes, &|range| self.is_zero_below(range), steps)
+            .unwrap_or(Attempt::Blocks);
+        Ok(match attempt {
+            Attempt::Done(token) => return Ok(Attempt::Done(WriteTicket { token, ticket })),
+            Attempt::Busy => {
+                steps.clear();
+                Attempt::Busy
+            }
+            Attempt::Blocks => {
+                steps.clear();
+                Attempt::Blocks
+            }
+        })
+    }
+
+    /// Wakes `waker` once, when something has ended after this call that may have made others
+    /// [busy](Attempt::Busy). To miss nothing: ask, try again, and only then park.
+    pub fn wake_on_progress(&self, waker: &Waker) {
+        self.gate.wake_on_progress(waker);
+    }
+
+    /// A host file of the layer at `depth`, as map answers name it.
+    #[must_use]
+    pub fn storage(&self, depth: usize, file: HostFile) -> Option<&Arc<dyn Storage>> {
+        self.layers.get(depth)?.file(file)
+    }
+
+    /// `None` while someone has, or wants, the image alone.
+    fn try_enter(self: &Arc<Self>) -> Option<Ticket> {
+        self.gate.try_enter()?.keep();
+        // Before the map is asked; see `Lease`.
+        let lease = self.layers[0].begin_lease();
+        Some(Ticket { image: Arc::clone(self), lease })
+    }
+
+    /// [`Self::map_range`] from memory alone; false where that is not enough, or something is wrong.
+    fn map_cached(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(ImageExtent)) -> bool {
+        if self.layers[0].writer().is_none() {
+            return self.frozen.map_cached(guest_bytes, found).unwrap_or(false);
+        }
+        let mut guest_offset = guest_bytes.start;
+        let mut is_known = true;
+        let top = self.layers[0].try_map_range(guest_bytes, &mut |Extent { len_bytes, place }| {
+            let end = guest_offset + len_bytes;
+            if place == Place::Unallocated && self.layers.len() > 1 {
+                is_known = is_known && self.frozen.map_cached(guest_offset..end, found).unwrap_or(false);
+            } else {
+                found(ImageExtent { guest_offset, len_bytes, depth: 0, place });
+            }
+            guest_offset = end;
+        });
+        top.unwrap_or(false) && is_known
+    }
+
+    /// Whether memory says that the layers below the top read as zeroes.
+    fn is_zero_below(&self, guest_bytes: Range<u64>) -> bool {
+        let mut is_zero = true;
+        let is_known = self
+            .frozen
+            .map_cached(guest_bytes, &mut |extent| is_zero &= extent.reads_as_zeroes())
+            .unwrap_or(false);
+        is_known && is_zero
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.image.layers[0].end_lease(self.lease);
+        self.image.gate.leave();
+    }
+}
+
+impl WriteTicket {
+    /// Makes the map point at the bytes, which were written. Never waits.
+    pub fn try_commit(mut self) -> Commit {
+        let Some(token) = self.token.take() else { return Commit::Done };
+        let Ok(writer) = self.ticket.image.writer() else { unreachable!("it was prepared by a writer") };
+        self.token = writer.try_commit_write(token);
+        if self.token.is_some() {
+            return Commit::Blocks(self);
+        }
+        self.ticket.image.gate.progressed();
+        Commit::Done
+    }
+
+    /// Makes the map point at the bytes, which were written. May wait for locks and for tables to be read.
+    ///
+    /// # Errors
+    /// When tables cannot be read or a rule of the format is broken; the map then does not point there.
+    pub fn commit(mut self) -> Result<()> {
+        let Some(token) = self.token.take() else { return Ok(()) };
+        let result = self.ticket.image.writer().and_then(|writer| writer.commit_write(token));
+        self.ticket.image.gate.progressed();
+        result
+    }
+}
+
+impl Drop for WriteTicket {
+    fn drop(&mut self) {
+        let Some(token) = self.token.take() else { return };
+        if let Ok(writer) = self.ticket.image.writer() {
+            writer.abort_write(token);
+        }
+        self.ticket.image.gate.progressed();
+    }
+}
