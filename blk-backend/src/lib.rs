@@ -11,4 +11,6 @@
 
 pub mod disk;
 pub mod engine;
+pub mod in_process;
 pub mod request;
+pub mod virtio;

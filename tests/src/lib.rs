@@ -3,12 +3,13 @@
 //! The promises themselves are the files of `tests/tests/`, one each, named as a sentence. Here is what they
 //! run with: the built `img` and the reference tools ([`command`]), recognisable guest data ([`pattern`]),
 //! hand-made images whose every byte is under control ([`craft`]), the same command lines in two
-//! directories ([`twin`]).
+//! directories ([`twin`]), a guest that drives a virtio device ([`guest`]).
 
 pub mod command;
 pub mod craft;
 pub mod fuzz;
 pub mod golden;
+pub mod guest;
 pub mod hostile;
 pub mod memory;
 pub mod pattern;
