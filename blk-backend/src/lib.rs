@@ -12,5 +12,6 @@
 pub mod disk;
 pub mod engine;
 pub mod in_process;
+pub mod nbd;
 pub mod request;
 pub mod virtio;

@@ -20,6 +20,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Host(command::host::Args),
+    Nbd(command::nbd::Args),
 }
 
 fn main() -> ExitCode {
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     let mut out = io::stdout().lock();
     let result = match &cli.command {
         Command::Host(args) => command::host::run(args, &mut out),
+        Command::Nbd(args) => command::nbd::run(args, &mut out),
     };
     match result.and_then(|code| out.flush().map(|()| code).map_err(command::Failure::from)) {
         Ok(code) => code,

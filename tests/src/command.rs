@@ -179,22 +179,33 @@ pub fn oracle(tool: &str) -> &OsStr {
 #[must_use]
 pub fn img_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| env::var_os("IMG_BINARY").map_or_else(build_img, PathBuf::from))
+    BINARY.get_or_init(|| env::var_os("IMG_BINARY").map_or_else(|| build("img-cli", "img"), PathBuf::from))
 }
 
-/// Builds `img` next to the running test, `target/PROFILE/deps/TEST`, where `cargo test --workspace` has
+/// The `blk-backend` of this build: `$BLK_BACKEND_BINARY`, or the one cargo makes in the profile of the running test.
+///
+/// # Panics
+/// When it cannot be built.
+#[must_use]
+pub fn blk_backend_binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    let build = || build("blk-backend", "blk-backend");
+    BINARY.get_or_init(|| env::var_os("BLK_BACKEND_BINARY").map_or_else(build, PathBuf::from))
+}
+
+/// Builds a program next to the running test, `target/PROFILE/deps/TEST`, where `cargo test --workspace` has
 /// usually built it already.
-fn build_img() -> PathBuf {
+fn build(package: &str, program: &str) -> PathBuf {
     let test = env::current_exe().expect("a running program has a path");
     let profile_directory = test.ancestors().nth(2).expect("cargo runs tests from target/PROFILE/deps");
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "-p", "img-cli", "--bin", "img"]);
+    cargo.args(["build", "--quiet", "-p", package, "--bin", program]);
     if profile_directory.ends_with("release") {
         cargo.arg("--release");
     }
     cargo.arg("--target-dir").arg(profile_directory.parent().expect("below target/"));
     cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     let output = cargo.output().expect("cargo runs these tests, so it is there");
-    assert!(output.status.success(), "cannot build img: {}", String::from_utf8_lossy(&output.stderr));
-    profile_directory.join("img")
+    assert!(output.status.success(), "cannot build {program}: {}", String::from_utf8_lossy(&output.stderr));
+    profile_directory.join(program)
 }

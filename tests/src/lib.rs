@@ -7,11 +7,13 @@
 
 pub mod command;
 pub mod craft;
+pub mod daemon;
 pub mod fuzz;
 pub mod golden;
 pub mod guest;
 pub mod hostile;
 pub mod memory;
+pub mod nbd;
 pub mod pattern;
 pub mod queue;
 pub mod scenario;

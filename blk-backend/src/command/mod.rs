@@ -6,7 +6,10 @@ use std::{
     process::ExitCode,
 };
 
+pub(crate) mod disk_options;
 pub(crate) mod host;
+pub(crate) mod nbd;
+mod signals;
 
 /// Why a command stopped.
 #[derive(Debug)]
@@ -46,4 +49,10 @@ impl From<img_core::Error> for Failure {
     fn from(error: img_core::Error) -> Self {
         Self::new(error)
     }
+}
+
+/// Tells the user something that stops nothing.
+fn warn(text: &str) {
+    // Where standard error is closed nobody wants to know.
+    writeln!(io::stderr().lock(), "blk-backend: {text}").ok();
 }

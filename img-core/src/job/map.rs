@@ -39,18 +39,52 @@ pub fn map(
     length_bytes: Option<u64>,
     row: &mut dyn FnMut(&MapEntry) -> Result<()>,
 ) -> Result<()> {
-    let end = length_bytes.map_or(u64::MAX, |length| start_bytes.saturating_add(length));
-    let mut walk = Walk::new(image, 0, start_bytes, end);
-    let Some(mut current) = walk.next()? else { return row(&nothing_at(start_bytes)) };
-    while let Some(next) = walk.next()? {
-        if current.merges_with(&next) {
-            current.len += next.len;
-        } else {
-            row(&entry(image, &current))?;
-            current = next;
-        }
+    let mut entries = entries(image, start_bytes, length_bytes).peekable();
+    if entries.peek().is_none() {
+        return row(&nothing_at(start_bytes));
     }
-    row(&entry(image, &current))
+    entries.try_for_each(|entry| row(&entry?))
+}
+
+/// The entries of `start..start + length` (cut at the end of the disk), found as they are asked for. None where that
+/// is no byte at all; none after an error.
+pub fn entries(image: &Image, start_bytes: u64, length_bytes: Option<u64>) -> Entries<'_> {
+    let end = length_bytes.map_or(u64::MAX, |length| start_bytes.saturating_add(length));
+    Entries { image, walk: Some(Walk::new(image, 0, start_bytes, end)) }
+}
+
+/// See [`entries`]. Each step may do I/O on tables, and ask the host for holes; what was found is true for the moment
+/// in which it was found.
+pub struct Entries<'a> {
+    image: &'a Image,
+    /// `None` after an error.
+    walk: Option<Walk<'a>>,
+}
+
+impl Iterator for Entries<'_> {
+    type Item = Result<MapEntry>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let walk = self.walk.as_mut()?;
+        let found = merged(walk).map(|status| status.map(|status| entry(self.image, &status))).transpose();
+        if matches!(found, Some(Err(_))) {
+            self.walk = None;
+        }
+        found
+    }
+}
+
+/// The next entry's worth of the walk.
+fn merged(walk: &mut Walk<'_>) -> Result<Option<Status>> {
+    let Some(mut current) = walk.next()? else { return Ok(None) };
+    while let Some(next) = walk.peek()? {
+        if !current.merges_with(&next) {
+            break;
+        }
+        current.len += next.len;
+        walk.next()?;
+    }
+    Ok(Some(current))
 }
 
 impl Status {

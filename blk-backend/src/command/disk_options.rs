@@ -1,0 +1,52 @@
+//! The options with which every daemon opens its image.
+
+use std::sync::Arc;
+
+use blk_backend::disk::{Disk, DiskOptions};
+use img_core::image::{CacheMode, ImageName};
+
+use super::Failure;
+
+/// Which image, and how
+#[derive(Debug, clap::Args)]
+pub(crate) struct DiskArgs {
+    /// The image: a file name, or json:{...}
+    #[arg(long, value_name = "FILE")]
+    pub(crate) image: String,
+    /// Its format, instead of probing
+    #[arg(long, value_name = "FMT")]
+    pub(crate) format: Option<String>,
+    /// Open without write access, and refuse what writes
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// The host's cache: none, writeback, writethrough, directsync or unsafe
+    #[arg(long, value_name = "MODE", default_value = "writeback", value_parser = cache_mode)]
+    pub(crate) cache: CacheMode,
+    /// Take no locks: the image may be in use elsewhere
+    #[arg(long)]
+    pub(crate) force_share: bool,
+}
+
+impl DiskArgs {
+    /// Opens the image; what is worth a warning is told.
+    pub(crate) fn open(&self, warn: &mut dyn FnMut(&str)) -> Result<Arc<Disk>, Failure> {
+        let name = ImageName::parse(&self.image)?;
+        let options = DiskOptions {
+            format: self.format.clone(),
+            read_only: self.read_only,
+            cache: self.cache,
+            force_share: self.force_share,
+            ..DiskOptions::default()
+        };
+        let disk = Disk::open(&name, &options)?;
+        for warning in disk.image().warnings() {
+            warn(&warning.text);
+            warning.hints.iter().for_each(|hint| warn(hint));
+        }
+        Ok(disk)
+    }
+}
+
+fn cache_mode(text: &str) -> Result<CacheMode, String> {
+    CacheMode::from_name(text).ok_or_else(|| format!("'{text}' is not a cache mode"))
+}

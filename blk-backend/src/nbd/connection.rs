@@ -1,0 +1,604 @@
+//! The transmission phase of one connection: requests in, work for the lane, replies out, on one thread.
+//!
+//! Each turn of [`Connection::run`] receives once, begins every request that is whole, lets the lane work, and sends
+//! every reply that is ready with one call. It sleeps in the lane alone: a client that does not read its replies stops
+//! its own requests, while the lane still follows a pause of the disk.
+//!
+//! What a connection may hold is bounded: requests by [`MAX_REQUESTS`], their data by the buffer pool, replies without
+//! data by the output. What is beyond waits in the socket.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::AsFd,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use rustix::event::epoll;
+
+use super::{
+    buffer::{Buffer, Lent, Pool},
+    command::{Checked, Header, Limits, Operation, Refusal, Violation, parse_status_filter},
+    handshake::Session,
+    input::Input,
+    output::{Output, Sent, Source},
+    reply::Addressee,
+    socket::Socket,
+    status::{self, Query},
+    wire::NbdError,
+};
+use crate::{
+    engine::{Event, Lane, Wait},
+    request::{Errno, Op, Request, Segments, Submitted},
+};
+
+/// Requests of one connection under way at once.
+const MAX_REQUESTS: usize = 128;
+
+/// Long trims and zero writes are done in pieces of this length, so that a pause or the end of the server does not wait
+/// for a whole disk.
+const PIECE_BYTES: u64 = 1 << 30;
+
+/// Tokens of what the lane watches.
+const SOCKET: u64 = 0;
+const ROOM: u64 = 1;
+
+/// Why a connection ended that the client did not end.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectionError {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("{0}")]
+    Violation(#[from] Violation),
+}
+
+type Result<T> = std::result::Result<T, ConnectionError>;
+
+/// A request from its header to the last byte of its reply.
+struct Flight {
+    to: Addressee,
+    operation: Operation,
+    len_bytes: u64,
+    memory: Memory,
+    /// What is left for the lane behind the piece under way.
+    rest: std::ops::Range<u64>,
+}
+
+/// The memory of a request.
+enum Memory {
+    None,
+    /// Ours: a payload comes in, or data goes out.
+    Idle(Buffer),
+    /// The lane's.
+    Lent(Lent),
+}
+
+/// What the next received bytes are.
+enum Expected {
+    Header,
+    /// Bytes of a request's payload; so many are there.
+    Payload {
+        flight: u32,
+        received: usize,
+        len: usize,
+    },
+    /// Bytes of a request that is refused then.
+    Passed {
+        left: u64,
+        to: Addressee,
+        refusal: Refusal,
+    },
+}
+
+/// The requests of a connection, by the numbers under which the lane answers them.
+struct Flights {
+    slots: Vec<Option<Flight>>,
+    free: Vec<u32>,
+}
+
+impl Flights {
+    fn new() -> Self {
+        let count = u32::try_from(MAX_REQUESTS).expect("a small constant");
+        Self { slots: (0..count).map(|_| None).collect(), free: (0..count).rev().collect() }
+    }
+
+    fn are_full(&self) -> bool {
+        self.free.is_empty()
+    }
+
+    fn are_none(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
+    fn add(&mut self, flight: Flight) -> u32 {
+        let index = self.free.pop().expect("room was seen to be there");
+        self.slots[index as usize] = Some(flight);
+        index
+    }
+
+    fn get(&mut self, index: u32) -> &mut Flight {
+        self.slots[index as usize].as_mut().expect("a request under way")
+    }
+
+    fn remove(&mut self, index: u32) -> Flight {
+        let flight = self.slots[index as usize].take().expect("a request under way");
+        self.free.push(index);
+        flight
+    }
+}
+
+impl Source for Flights {
+    fn data(&self, request: u32, len_bytes: usize) -> &[u8] {
+        match self.slots[request as usize].as_ref().map(|flight| &flight.memory) {
+            Some(Memory::Idle(buffer)) => &buffer.bytes()[..len_bytes],
+            _ => unreachable!("a reply with data keeps its request until it is sent"),
+        }
+    }
+}
+
+/// One connection in transmission.
+pub(super) struct Connection<'a> {
+    // Before `flights`: dropping the lane ends what it does to their memory.
+    lane: Lane,
+    flights: Flights,
+    session: Session,
+    socket: &'a Socket,
+    stop: &'a AtomicBool,
+    pool: Pool,
+    input: Input,
+    expected: Expected,
+    output: Output,
+    /// Requests that the lane had no room for.
+    backlog: VecDeque<u32>,
+    /// Watches for room to send; watched by the lane in turn.
+    room: RoomWatch,
+    /// The client has to read before anything can be sent.
+    blocked: bool,
+    /// Reused.
+    events: Vec<Event>,
+    released: Vec<u32>,
+}
+
+impl<'a> Connection<'a> {
+    /// A connection that negotiated `session`. It ends in good order soon after `stop` is set and the socket or the
+    /// lane is woken.
+    pub(super) fn new(
+        lane: Lane,
+        session: Session,
+        socket: &'a Socket,
+        stop: &'a AtomicBool,
+    ) -> io::Result<Self> {
+        let mut lane = lane;
+        let room = RoomWatch::new(socket)?;
+        lane.watch(socket.as_fd(), SOCKET)?;
+        lane.watch(room.0.as_fd(), ROOM)?;
+        Ok(Self {
+            lane,
+            flights: Flights::new(),
+            session,
+            socket,
+            stop,
+            pool: Pool::default(),
+            input: Input::new(),
+            expected: Expected::Header,
+            output: Output::default(),
+            backlog: VecDeque::new(),
+            room,
+            blocked: false,
+            events: Vec::new(),
+            released: Vec::new(),
+        })
+    }
+
+    /// Serves until the client leaves, the server stops, or a rule is broken.
+    pub(super) fn run(mut self) -> Result<()> {
+        let result = self.serve();
+        // Whatever is under way ends before its memory goes.
+        self.lane.reset();
+        result
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        loop {
+            if self.stop.load(Ordering::Acquire) {
+                self.stop_receiving();
+            }
+            self.receive()?;
+            self.begin_requests()?;
+            // Sleep only when nothing can be done before somebody else did something.
+            let busy = self.can_receive() || self.is_over();
+            self.lane.run_once(if busy { Wait::No } else { Wait::Event }, &mut self.events)?;
+            self.take_events();
+            self.begin_requests()?;
+            self.send()?;
+            if self.is_over() && self.output.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Nothing more will come, and nothing is under way.
+    fn is_over(&self) -> bool {
+        self.input.has_ended() && self.flights.are_none()
+    }
+
+    fn stop_receiving(&mut self) {
+        self.input.end();
+        // A payload that will not be whole is not waited for.
+        if let Expected::Payload { flight, .. } = std::mem::replace(&mut self.expected, Expected::Header) {
+            self.release(flight);
+        }
+    }
+
+    /// Also while the client does not take its replies: one that sends many requests before it reads gets through, as
+    /// far as there is room.
+    fn can_receive(&self) -> bool {
+        self.input.may_receive() && !self.is_full()
+    }
+
+    /// Whether requests have to end, or replies to be taken, before other requests may begin. A payload under way has
+    /// its memory already.
+    fn is_full(&self) -> bool {
+        matches!(self.expected, Expected::Header) && (self.flights.are_full() || self.output.is_long())
+    }
+
+    fn receive(&mut self) -> Result<()> {
+        if !self.can_receive() {
+            return Ok(());
+        }
+        if let Expected::Payload { flight, received, len } = &mut self.expected
+            && self.input.bytes().is_empty()
+        {
+            let Memory::Idle(buffer) = &mut self.flights.get(*flight).memory else {
+                unreachable!("a payload is received into memory of ours");
+            };
+            *received += self.input.receive(self.socket, &mut buffer.bytes_mut()[*received..*len])?;
+        } else {
+            self.input.receive(self.socket, &mut [])?;
+        }
+        Ok(())
+    }
+
+    /// What is expected will not come any more: the client left. Always false, so that nothing more is taken apart.
+    fn was_cut_off(&mut self) -> bool {
+        if self.input.receives_no_more() {
+            self.stop_receiving();
+        }
+        false
+    }
+
+    /// Takes the received bytes apart, as far as there is room for the requests.
+    fn begin_requests(&mut self) -> Result<()> {
+        while self.step()? {}
+        Ok(())
+    }
+
+    /// Whether there may be more to take apart.
+    fn step(&mut self) -> Result<bool> {
+        match &mut self.expected {
+            Expected::Header => self.header(),
+            Expected::Payload { flight, received, len } => {
+                let (flight, len) = (*flight, *len);
+                let Memory::Idle(buffer) = &mut self.flights.get(flight).memory else {
+                    unreachable!("a payload is received into memory of ours");
+                };
+                *received += self.input.take(&mut buffer.bytes_mut()[*received..len]);
+                let whole = *received == len;
+                if whole {
+                    self.expected = Expected::Header;
+                    self.payload_is_whole(flight);
+                }
+                Ok(whole || self.was_cut_off())
+            }
+            Expected::Passed { left, to, refusal } => {
+                let len = self.input.bytes().len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+                *left -= len as u64;
+                let (whole, to, refusal) = (*left == 0, *to, *refusal);
+                self.input.consume(len);
+                if whole {
+                    self.expected = Expected::Header;
+                    self.output.push(|out| to.failure(out, refusal.error, refusal.why), None);
+                }
+                Ok(whole || self.was_cut_off())
+            }
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        let export = &self.session.export;
+        Limits {
+            framing: self.session.framing,
+            disk_bytes: export.size_bytes(),
+            read_only: export.is_read_only(),
+            contexts: self.session.contexts.len(),
+        }
+    }
+
+    /// Takes the next header, when it is whole and there is room for its request.
+    fn header(&mut self) -> Result<bool> {
+        let framing = self.session.framing;
+        if self.input.bytes().len() < framing.request_header_bytes() {
+            return Ok(self.was_cut_off());
+        }
+        if self.is_full() {
+            return Ok(false);
+        }
+        let header = Header::parse(self.input.bytes(), framing)?;
+        let Checked { operation, payload_bytes } = header.check(&self.limits())?;
+        let to = Addressee { framing, cookie: header.cookie, offset: header.offset };
+        let operation = match operation {
+            Ok(operation) => operation,
+            Err(refusal) => {
+                self.input.consume(framing.request_header_bytes());
+                self.expected = Expected::Passed { left: payload_bytes.into(), to, refusal };
+                return Ok(true);
+            }
+        };
+        let memory = match memory_bytes(operation, header.len_bytes) {
+            0 => Memory::None,
+            len => match self.pool.take(len) {
+                Some(buffer) => Memory::Idle(buffer),
+                None if self.pool.is_unused() => return self.no_memory(to, payload_bytes),
+                // Looked at again when a request gave its memory back.
+                None => return Ok(false),
+            },
+        };
+        self.input.consume(framing.request_header_bytes());
+        if operation == Operation::Disconnect {
+            self.stop_receiving();
+            return Ok(false);
+        }
+        let range = header.offset..header.offset + header.len_bytes;
+        let flight =
+            self.flights.add(Flight { to, operation, len_bytes: header.len_bytes, memory, rest: range });
+        if payload_bytes > 0 {
+            let len = usize::try_from(payload_bytes).expect("at most the longest payload");
+            self.expected = Expected::Payload { flight, received: 0, len };
+        } else {
+            self.begin(flight);
+        }
+        Ok(true)
+    }
+
+    fn no_memory(&mut self, to: Addressee, payload_bytes: u32) -> Result<bool> {
+        self.input.consume(self.session.framing.request_header_bytes());
+        let refusal = Refusal { error: NbdError::NoMem, why: "no memory for the request" };
+        self.expected = Expected::Passed { left: payload_bytes.into(), to, refusal };
+        Ok(true)
+    }
+
+    fn payload_is_whole(&mut self, index: u32) {
+        let limits = self.limits();
+        let flight = self.flights.get(index);
+        match (flight.operation, &flight.memory) {
+            (Operation::BlockStatus { filtered: true, one }, Memory::Idle(buffer)) => {
+                let payload = usize::try_from(flight.len_bytes).expect("a short payload");
+                match parse_status_filter(&buffer.bytes()[..payload], flight.to.offset, &limits) {
+                    Ok((len_bytes, ids)) => {
+                        let query = Query { offset: flight.to.offset, len_bytes, one };
+                        self.block_status(index, query, Some(&ids));
+                    }
+                    Err(refusal) => self.fail(index, refusal.error, refusal.why),
+                }
+            }
+            _ => self.begin(index),
+        }
+    }
+
+    /// Begins a request whose payload is there.
+    fn begin(&mut self, index: u32) {
+        let flight = self.flights.get(index);
+        match flight.operation {
+            Operation::BlockStatus { one, .. } => {
+                let query = Query { offset: flight.to.offset, len_bytes: flight.len_bytes, one };
+                self.block_status(index, query, None);
+            }
+            Operation::Flush => self.submit(index),
+            _ if flight.len_bytes == 0 => self.succeed(index),
+            _ => self.submit(index),
+        }
+    }
+
+    /// Gives the next piece of a request to the lane.
+    fn submit(&mut self, index: u32) {
+        let flight = self.flights.get(index);
+        let op = lane_op(flight.operation);
+        let piece = if is_cut(flight.operation) {
+            flight.rest.start..flight.rest.end.min(flight.rest.start + PIECE_BYTES)
+        } else {
+            flight.rest.clone()
+        };
+        flight.memory = match std::mem::replace(&mut flight.memory, Memory::None) {
+            Memory::Idle(buffer) => Memory::Lent(buffer.lend()),
+            memory => memory,
+        };
+        let mut request = Request {
+            tag: index.into(),
+            op,
+            offset: piece.start,
+            len_bytes: piece.end - piece.start,
+            segments: Segments::NONE,
+        };
+        let submitted = match &flight.memory {
+            Memory::Lent(lent) => {
+                let run = lent.run(usize::try_from(request.len_bytes).expect("at most the longest payload"));
+                request.segments = lent.segments(&run);
+                self.lane.submit(&request)
+            }
+            Memory::None | Memory::Idle(_) => self.lane.submit(&request),
+        };
+        match submitted {
+            Submitted::Taken => flight.rest.start = piece.end,
+            Submitted::Full => self.backlog.push_back(index),
+        }
+    }
+
+    fn take_events(&mut self) {
+        let mut events = std::mem::take(&mut self.events);
+        for event in events.drain(..) {
+            match event {
+                Event::Done { tag, result } => {
+                    self.done(u32::try_from(tag).expect("tags are indices"), result);
+                    if let Some(index) = self.backlog.pop_front() {
+                        self.submit(index);
+                    }
+                }
+                Event::Ready { token: SOCKET } => self.input.is_ready(),
+                Event::Ready { .. } => self.blocked = false,
+                Event::Woken => {}
+            }
+        }
+        self.events = events;
+    }
+
+    /// The lane has ended a piece of a request.
+    fn done(&mut self, index: u32, result: std::result::Result<(), Errno>) {
+        let flight = self.flights.get(index);
+        flight.memory = match std::mem::replace(&mut flight.memory, Memory::None) {
+            // SAFETY: the one request that was submitted with this memory is the one answered here: only trims and
+            // zero writes, which have none, are submitted in several pieces.
+            #[allow(unsafe_code, reason = "the lane gives the memory back")]
+            Memory::Lent(lent) => Memory::Idle(unsafe { lent.take_back() }),
+            memory => memory,
+        };
+        if let Err(errno) = result {
+            let text = io::Error::from(errno).to_string();
+            return self.fail(index, NbdError::from_errno(errno.raw_os_error()), &text);
+        }
+        if !flight.rest.is_empty() {
+            return self.submit(index);
+        }
+        match flight.operation {
+            Operation::Read { .. } => {
+                let (to, len) = (flight.to, flight.len_bytes);
+                let len = usize::try_from(len).expect("at most the longest payload");
+                self.output.push(|out| to.data(out, to.offset, len, true), Some((index, len)));
+            }
+            _ => self.succeed(index),
+        }
+    }
+
+    fn succeed(&mut self, index: u32) {
+        let flight = self.flights.get(index);
+        let (to, of_read) = (flight.to, matches!(flight.operation, Operation::Read { .. }));
+        self.output.push(|out| to.success(out, of_read), None);
+        self.release(index);
+    }
+
+    fn fail(&mut self, index: u32, error: NbdError, why: &str) {
+        let to = self.flights.get(index).to;
+        self.output.push(|out| to.failure(out, error, why), None);
+        self.release(index);
+    }
+
+    fn release(&mut self, index: u32) {
+        if let Memory::Idle(buffer) = self.flights.remove(index).memory {
+            self.pool.give(buffer);
+        }
+    }
+
+    /// Answers a block status request; `ids` are the contexts that are asked about, or all.
+    ///
+    /// It is done on this thread: it may wait for tables, which holds back this connection's other answers, and nobody
+    /// else's.
+    fn block_status(&mut self, index: u32, query: Query, ids: Option<&[u32]>) {
+        let contexts = &self.session.contexts;
+        if ids.is_some_and(|ids| ids.iter().any(|id| !contexts.iter().any(|known| known.id == *id))) {
+            return self.fail(index, NbdError::Inval, "a metadata context that was not selected");
+        }
+        let asked = contexts.iter().filter(|known| ids.is_none_or(|ids| ids.contains(&known.id)));
+        let image = self.session.export.disk().image();
+        let found: img_core::Result<Vec<_>> =
+            asked.map(|known| Ok((known.id, status::descriptors(&image, &known.context, &query)?))).collect();
+        let to = self.flights.get(index).to;
+        match found {
+            Ok(found) if found.is_empty() => self.succeed_with_none(index),
+            Ok(found) => {
+                let last = found.len() - 1;
+                for (at, (id, runs)) in found.iter().enumerate() {
+                    self.output.push(|out| to.status(out, *id, runs, at == last), None);
+                }
+                self.release(index);
+            }
+            Err(error) => {
+                let errno = crate::request::errno(&error);
+                self.fail(index, NbdError::from_errno(errno.raw_os_error()), &error.to_string());
+            }
+        }
+    }
+
+    /// A filter may name no context at all: the reply is then an empty one.
+    fn succeed_with_none(&mut self, index: u32) {
+        let to = self.flights.get(index).to;
+        self.output.push(|out| to.success(out, true), None);
+        self.release(index);
+    }
+
+    fn send(&mut self) -> Result<()> {
+        if self.blocked || self.output.is_empty() {
+            return Ok(());
+        }
+        let sent = self.output.send(self.socket, &self.flights, &mut self.released);
+        let mut released = std::mem::take(&mut self.released);
+        released.drain(..).for_each(|index| self.release(index));
+        self.released = released;
+        if sent? == Sent::Blocked {
+            self.blocked = true;
+            self.room.arm(self.socket)?;
+        }
+        Ok(())
+    }
+}
+
+/// What the lane does for an operation.
+fn lane_op(operation: Operation) -> Op {
+    match operation {
+        Operation::Read { .. } => Op::Read,
+        Operation::Write { fua } => Op::Write { fua },
+        Operation::Flush => Op::Flush,
+        Operation::Trim { fua } => Op::Discard { fua },
+        Operation::WriteZeroes { fua, may_unmap, fast_only } => Op::WriteZeroes { may_unmap, fast_only, fua },
+        Operation::Cache => Op::Cache,
+        Operation::Disconnect | Operation::BlockStatus { .. } => unreachable!("not for the lane"),
+    }
+}
+
+/// Whether an operation may be done in pieces. A fast zero write succeeds or fails as one.
+fn is_cut(operation: Operation) -> bool {
+    matches!(operation, Operation::Trim { .. } | Operation::WriteZeroes { fast_only: false, .. })
+}
+
+/// Memory that a request needs.
+fn memory_bytes(operation: Operation, len_bytes: u64) -> usize {
+    match operation {
+        Operation::Read { .. } | Operation::Write { .. } | Operation::BlockStatus { filtered: true, .. } => {
+            usize::try_from(len_bytes).expect("at most the longest payload")
+        }
+        _ => 0,
+    }
+}
+
+/// Tells a lane, which hears of readable descriptors, that a socket has room to send: an epoll instance is readable
+/// when it has something to tell.
+struct RoomWatch(std::os::fd::OwnedFd);
+
+impl RoomWatch {
+    fn new(socket: &Socket) -> io::Result<Self> {
+        let fd = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        // Told nothing before it is armed.
+        epoll::add(&fd, socket, epoll::EventData::new_u64(0), epoll::EventFlags::ONESHOT)?;
+        Ok(Self(fd))
+    }
+
+    /// Tells once, from now on.
+    fn arm(&self, socket: &Socket) -> io::Result<()> {
+        // What it told last time is taken off, or it would have nothing new to tell.
+        let mut told =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+        let nothing_waits = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        epoll::wait(&self.0, &mut told, Some(&nothing_waits))?;
+        let flags = epoll::EventFlags::OUT | epoll::EventFlags::ONESHOT;
+        epoll::modify(&self.0, socket, epoll::EventData::new_u64(0), flags)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,433 @@
+//! The server: sockets that listen, a thread for each connection, and the end in good order.
+//!
+//! Lock order: `registry` is taken alone.
+
+use std::{
+    collections::HashMap,
+    fmt, fs, io,
+    net::TcpListener,
+    os::{fd::OwnedFd, unix::net::UnixListener},
+    path::PathBuf,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    io::Errno,
+    net::{SocketFlags, accept_with, sockopt},
+};
+
+use super::{
+    address::ListenAddress,
+    connection::{Connection, ConnectionError},
+    export::{Export, Exports},
+    handshake::{self, HandshakeError},
+    socket::Socket,
+};
+use crate::{
+    disk::Disk,
+    engine::{Lane, LaneOptions, LaneWaker},
+};
+
+/// A client that has not negotiated by then is sent away; the reference gives as long.
+const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+
+/// How long the end of the server waits for requests under way and for clients to take their replies.
+const STOP_TIME: Duration = Duration::from_secs(10);
+
+/// When the system has no descriptors or threads left, accepting is tried again after this.
+const BREATH: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
+/// How a server is run.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// Connections at once; further ones wait in the listening socket.
+    pub max_connections: usize,
+    /// How the lanes of connections are made.
+    pub lane: LaneOptions,
+    /// Let clients of other hosts write. Without, exports that can be written are refused on such addresses.
+    pub allow_remote_writes: bool,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self { max_connections: 100, lane: LaneOptions::default(), allow_remote_writes: false }
+    }
+}
+
+/// Told of what happens that no client can be told of, one line each.
+pub type Log = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// An NBD server. Dropping it ends it as [`Server::stop`] does.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    address: ListenAddress,
+    /// The socket in the file system, removed at the end.
+    path: Option<PathBuf>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    exports: Exports,
+    options: ServerOptions,
+    registry: Mutex<Registry>,
+    /// A connection has ended.
+    ended: Condvar,
+    /// Readable when the acceptor has to look around.
+    bell: OwnedFd,
+    stopping: AtomicBool,
+    log: Log,
+    accepted: AtomicU64,
+    violations: AtomicU64,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("exports", &self.exports).finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct Registry {
+    next: u64,
+    live: HashMap<u64, Arc<Client>>,
+}
+
+/// A connection as others see it.
+struct Client {
+    socket: Socket,
+    stop: AtomicBool,
+    in_transmission: Mutex<Option<(Arc<Export>, LaneWaker)>>,
+}
+
+impl Client {
+    fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.socket.stop_hearing();
+        if let Some((_, waker)) = &*self.in_transmission() {
+            waker.wake();
+        }
+    }
+
+    fn in_transmission(&self) -> MutexGuard<'_, Option<(Arc<Export>, LaneWaker)>> {
+        self.in_transmission.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn uses(&self, export: &Arc<Export>) -> bool {
+        self.in_transmission().as_ref().is_some_and(|(used, _)| Arc::ptr_eq(used, export))
+    }
+}
+
+/// Numbers of a server, for whoever watches it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerCounts {
+    /// Connections now.
+    pub connections: u64,
+    /// Connections that were accepted since the start.
+    pub accepted: u64,
+    /// Connections that ended since the client broke the protocol.
+    pub violations: u64,
+}
+
+impl Server {
+    /// Listens. Clients find what [`Self::add`] adds.
+    ///
+    /// # Errors
+    /// When the address cannot be listened on; a socket that another server left in the file system is replaced, one
+    /// that somebody still listens on is not.
+    pub fn start(address: &ListenAddress, options: ServerOptions, log: Log) -> io::Result<Self> {
+        let (listener, address, path): (OwnedFd, _, _) = match address {
+            ListenAddress::Unix(path) => {
+                remove_stale_socket(path)?;
+                (UnixListener::bind(path)?.into(), address.clone(), Some(path.clone()))
+            }
+            ListenAddress::Tcp(wanted) => {
+                let listener = TcpListener::bind(wanted)?;
+                let bound = listener.local_addr()?;
+                (listener.into(), ListenAddress::Tcp(bound), None)
+            }
+        };
+        rustix::io::ioctl_fionbio(&listener, true)?;
+        let shared = Arc::new(Shared {
+            exports: Exports::default(),
+            options,
+            registry: Mutex::default(),
+            ended: Condvar::new(),
+            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            stopping: AtomicBool::new(false),
+            log,
+            accepted: AtomicU64::new(0),
+            violations: AtomicU64::new(0),
+        });
+        let for_thread = Arc::clone(&shared);
+        let acceptor = thread::Builder::new()
+            .name("nbd-accept".to_owned())
+            .spawn(move || accept_all(&for_thread, &listener))?;
+        Ok(Self { shared, address, path, acceptor: Some(acceptor) })
+    }
+
+    /// Where it listens; a TCP port of 0 has become the one that was given.
+    #[must_use]
+    pub fn address(&self) -> &ListenAddress {
+        &self.address
+    }
+
+    /// Offers an export.
+    ///
+    /// # Errors
+    /// [`img_core::Error::Invalid`] when the name is taken, or other hosts' clients could write and that was not
+    /// allowed.
+    pub fn add(&self, export: Export) -> img_core::Result<Arc<Export>> {
+        if !export.is_read_only() && !self.address.is_local() && !self.shared.options.allow_remote_writes {
+            return Err(img_core::Error::Invalid(format!(
+                "{} can be reached from other hosts, and anybody there could write to export '{}': make it read-only, \
+                 listen on a loopback address or a unix socket, or allow remote writes",
+                self.address,
+                export.name()
+            )));
+        }
+        self.shared.exports.add(export)
+    }
+
+    /// Takes an export back. Clients of it are sent away with `by_force`; without, there must not be any.
+    ///
+    /// # Errors
+    /// [`img_core::Error::Invalid`] when it is in use.
+    pub fn remove(&self, export: &Arc<Export>, by_force: bool) -> img_core::Result<()> {
+        let users = self.shared.clients(|client| client.uses(export));
+        if !by_force && !users.is_empty() {
+            return Err(img_core::Error::Invalid(format!("export '{}' still in use", export.name())));
+        }
+        self.shared.exports.remove(export);
+        users.iter().for_each(|client| client.stop());
+        self.shared.wait(|client| client.uses(export));
+        Ok(())
+    }
+
+    /// Clients that use the export.
+    #[must_use]
+    pub fn users(&self, export: &Arc<Export>) -> usize {
+        self.shared.clients(|client| client.uses(export)).len()
+    }
+
+    /// Its exports.
+    #[must_use]
+    pub fn exports(&self) -> Vec<Arc<Export>> {
+        self.shared.exports.all()
+    }
+
+    /// Numbers, as of now.
+    #[must_use]
+    pub fn counts(&self) -> ServerCounts {
+        ServerCounts {
+            connections: self.shared.registry().live.len() as u64,
+            accepted: self.shared.accepted.load(Ordering::Relaxed),
+            violations: self.shared.violations.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Ends the server in good order: nobody is let in any more, requests under way are answered, connections are
+    /// closed. Clients that do not take their replies are cut off after ten seconds.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        let Some(acceptor) = self.acceptor.take() else { return };
+        self.shared.exports.close();
+        self.shared.stopping.store(true, Ordering::Release);
+        self.shared.ring();
+        if acceptor.join().is_err() {
+            (self.shared.log)("the thread that accepts connections had panicked");
+        }
+        if let Some(path) = &self.path
+            && let Err(error) = fs::remove_file(path)
+        {
+            (self.shared.log)(&format!("{}: {error}", path.display()));
+        }
+        self.shared.clients(|_| true).iter().for_each(|client| client.stop());
+        self.shared.wait(|_| true);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Shared {
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn clients(&self, which: impl Fn(&Client) -> bool) -> Vec<Arc<Client>> {
+        self.registry().live.values().filter(|client| which(client)).cloned().collect()
+    }
+
+    /// Waits until no such client is left; those that linger are cut off.
+    fn wait(&self, which: impl Fn(&Client) -> bool) {
+        let deadline = Instant::now() + STOP_TIME;
+        let mut registry = self.registry();
+        while registry.live.values().any(|client| which(client)) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                registry
+                    .live
+                    .values()
+                    .filter(|client| which(client))
+                    .for_each(|client| client.socket.hang_up());
+                registry = self.ended.wait(registry).unwrap_or_else(PoisonError::into_inner);
+            } else {
+                registry = self.ended.wait_timeout(registry, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+    }
+
+    fn ring(&self) {
+        // The counter of an eventfd is full after 2^64 - 2 of these.
+        rustix::io::write(&self.bell, &1_u64.to_ne_bytes()).ok();
+    }
+}
+
+/// The life of the thread that accepts.
+fn accept_all(shared: &Arc<Shared>, listener: &OwnedFd) {
+    let mut out_of_breath = false;
+    while !shared.stopping.load(Ordering::Acquire) {
+        let full = shared.registry().live.len() >= shared.options.max_connections;
+        let listens = !full && !out_of_breath;
+        let mut fds = [PollFd::new(&shared.bell, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
+        let fds = if listens { &mut fds[..] } else { &mut fds[..1] };
+        let waited = poll(fds, out_of_breath.then_some(&BREATH));
+        out_of_breath = false;
+        match waited {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => {
+                (shared.log)(&format!("waiting for connections: {errno}"));
+                out_of_breath = true;
+                continue;
+            }
+        }
+        // Empty it; what it says is looked at above.
+        rustix::io::read(&shared.bell, &mut [0; 8]).ok();
+        if !listens {
+            continue;
+        }
+        match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => {
+                if let Err(error) = admit(shared, socket) {
+                    (shared.log)(&format!("a connection could not be served: {error}"));
+                    out_of_breath = true;
+                }
+            }
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+            Err(errno) => {
+                (shared.log)(&format!("accepting connections: {errno}"));
+                out_of_breath = true;
+            }
+        }
+    }
+}
+
+/// Starts the thread of a connection.
+fn admit(shared: &Arc<Shared>, fd: OwnedFd) -> io::Result<()> {
+    // Replies are complete when they are sent; a unix socket has no such option.
+    sockopt::set_tcp_nodelay(&fd, true).ok();
+    let client = Arc::new(Client {
+        socket: Socket::new(fd)?,
+        stop: AtomicBool::new(false),
+        in_transmission: Mutex::default(),
+    });
+    shared.accepted.fetch_add(1, Ordering::Relaxed);
+    let id = {
+        let mut registry = shared.registry();
+        registry.next += 1;
+        let id = registry.next;
+        registry.live.insert(id, Arc::clone(&client));
+        id
+    };
+    let registered = Registered { shared: Arc::clone(shared), id };
+    thread::Builder::new().name(format!("nbd-{id}")).spawn(move || {
+        let shared = &*registered.shared;
+        match serve(shared, &client) {
+            Ok(()) | Err(End::Io(_)) => {}
+            Err(End::Violation(what)) => {
+                shared.violations.fetch_add(1, Ordering::Relaxed);
+                (shared.log)(&format!("connection {id} ended: {what}"));
+            }
+            Err(End::Host(error)) => (shared.log)(&format!("connection {id} ended: {error}")),
+        }
+        client.socket.hang_up();
+    })?;
+    Ok(())
+}
+
+/// A connection's place in the registry, for as long as its thread lives, however it ends.
+struct Registered {
+    shared: Arc<Shared>,
+    id: u64,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.shared.registry().live.remove(&self.id);
+        self.shared.ended.notify_all();
+        self.shared.ring();
+    }
+}
+
+/// Why a connection ended.
+enum End {
+    /// The client is gone.
+    Io(#[expect(dead_code, reason = "for the debugger")] io::Error),
+    Violation(String),
+    /// This host has no more of something.
+    Host(io::Error),
+}
+
+fn serve(shared: &Shared, client: &Client) -> Result<(), End> {
+    let dialogue = client.socket.until(Instant::now() + HANDSHAKE_TIME);
+    let session = match handshake::negotiate(dialogue, &shared.exports) {
+        Ok(Some(session)) => session,
+        Ok(None) => return Ok(()),
+        Err(HandshakeError::Io(error)) => return Err(End::Io(error)),
+        Err(HandshakeError::Violation(what)) => return Err(End::Violation(what)),
+    };
+    let export = Arc::clone(&session.export);
+    let lane = Lane::new(export.disk(), &shared.options.lane).map_err(End::Host)?;
+    *client.in_transmission() = Some((export, lane.waker()));
+    let ended = Connection::new(lane, session, &client.socket, &client.stop).map_err(End::Host)?.run();
+    *client.in_transmission() = None;
+    match ended {
+        Ok(()) => Ok(()),
+        Err(ConnectionError::Io(error)) => Err(End::Io(error)),
+        Err(ConnectionError::Violation(violation)) => Err(End::Violation(violation.to_string())),
+    }
+}
+
+/// Removes a socket that nobody listens on any more.
+fn remove_stale_socket(path: &std::path::Path) -> io::Result<()> {
+    use std::os::unix::{fs::FileTypeExt, net::UnixStream};
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
+    if is_socket
+        && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    {
+        fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+/// So that the disk of an export can be told apart from that of another.
+impl Server {
+    /// The exports of one disk.
+    #[must_use]
+    pub fn exports_of(&self, disk: &Arc<Disk>) -> Vec<Arc<Export>> {
+        self.exports().into_iter().filter(|export| Arc::ptr_eq(export.disk(), disk)).collect()
+    }
+}
