@@ -11,7 +11,13 @@ use std::{
     sync::atomic::Ordering,
 };
 
-use super::{geometry::refcount_get, layer::Qcow2Layer, overlap::Kind, refcount::Counted, write::Write};
+use super::{
+    counts::{next_free, next_used},
+    layer::Qcow2Layer,
+    overlap::Kind,
+    refcount::{Counted, usize_of},
+    write::Write,
+};
 use crate::{Error, Result, format::in_flight::GuestRanges};
 
 /// Rather than growing the file while this many bytes wait to become free, they are made free.
@@ -174,12 +180,19 @@ impl Qcow2Layer {
         let mut is_lost = false;
         self.visit_refcounts(state.free_index..limit, |clusters, counts| {
             if let Some((bytes, first)) = counts {
-                for (index, cluster) in clusters.clone().enumerate() {
-                    if refcount_get(bytes, order, first + index) != 0 {
-                        start = cluster + 1;
-                    } else if cluster + 1 - start >= count {
+                let end = first + usize_of(clusters.end - clusters.start);
+                let cluster_at = |index: usize| clusters.start + (index - first) as u64;
+                let mut free = first;
+                loop {
+                    let used = next_used(bytes, order, free..end);
+                    if cluster_at(used) - start >= count {
                         return false;
                     }
+                    if used == end {
+                        break;
+                    }
+                    free = next_free(bytes, order, used..end);
+                    start = cluster_at(free);
                 }
             }
             is_lost = start > file_end.saturating_add(MAX_LOST_CLUSTERS).max(state.free_index);

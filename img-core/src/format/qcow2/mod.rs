@@ -12,6 +12,7 @@ mod bitmap_track;
 mod check;
 mod commit;
 mod compressed;
+mod counts;
 mod create;
 mod create_layout;
 mod create_write;

@@ -7,10 +7,11 @@
 use std::{collections::BTreeMap, ops::Range};
 
 use super::{
+    counts::{add_to_each, all_one, any_is},
     create_layout::Run,
     entry::REFCOUNT_TABLE_RESERVED,
     extension::be64,
-    geometry::{Geometry, refcount_get, refcount_set},
+    geometry::{Geometry, refcount_get},
     header::Header,
 };
 use crate::{Error, Result, storage::Storage};
@@ -226,39 +227,4 @@ impl<'a> Counts<'a> {
 fn part_of(clusters: Range<u64>, per_block: u64) -> Range<usize> {
     let first = usize::try_from(clusters.start % per_block).expect("inside a block");
     first..first + usize::try_from(clusters.end - clusters.start).expect("inside a block")
-}
-
-/// Whether any count of a part is one of two values. Like the two functions below, without branches for the
-/// width that nearly all images have: 4 TiB have 67 million counts.
-fn any_is(block: &[u8], order: u32, mut part: Range<usize>, values: [u64; 2]) -> bool {
-    if order != 4 {
-        return part.any(|index| values.contains(&refcount_get(block, order, index)));
-    }
-    let [one, other] = values.map(|value| u16::try_from(value).expect("a count of 16 bits").to_be());
-    let counts = block.as_chunks().0[part].iter().map(|count| u16::from_ne_bytes(*count));
-    counts.fold(false, |any, count| any | (count == one) | (count == other))
-}
-
-/// Whether all counts of a part are one.
-fn all_one(block: &[u8], order: u32, mut part: Range<usize>) -> bool {
-    if order != 4 {
-        return part.all(|index| refcount_get(block, order, index) == 1);
-    }
-    let counts = block.as_chunks().0[part].iter().map(|count| u16::from_be_bytes(*count));
-    counts.fold(0, |bits, count| bits | (count ^ 1)) == 0
-}
-
-/// Adds one to each count of a part, or takes one away. None overflows.
-fn add_to_each(block: &mut [u8], order: u32, part: Range<usize>, up: bool) {
-    if order != 4 {
-        for index in part {
-            let count = refcount_get(block, order, index);
-            refcount_set(block, order, index, if up { count + 1 } else { count - 1 });
-        }
-        return;
-    }
-    let change = if up { 1 } else { u16::MAX };
-    for count in &mut block.as_chunks_mut().0[part] {
-        *count = u16::from_be_bytes(*count).wrapping_add(change).to_be_bytes();
-    }
 }
