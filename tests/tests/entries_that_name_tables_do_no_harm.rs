@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use img_core::{
     Error, Result,
-    format::OpenMode,
+    format::{OpenMode, Repair},
     image::Image,
     storage::{MemoryStorage, Storage},
 };
@@ -115,6 +115,45 @@ fn a_table_named_twice_is_not_given_up() {
     let mut guest = [0; 1 << 12];
     image.read_at(&mut guest, 0).expect("readable");
     assert!(guest.iter().all(|&byte| byte == 1));
+}
+
+/// Two entries name one table, or one cluster of data, without the copied flag, and its count is one: a copy made
+/// through one of them does not give away what the other still needs.
+#[test]
+fn what_two_entries_share_is_not_given_away_by_one() {
+    const SPAN: u64 = 2 << 20;
+    for shared in ["table", "data"] {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("shared.qcow2"));
+        memory::create(&storage, &LAYOUT, 8 << 20).expect("created");
+        let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
+        image.write_at(&[1; 1 << 12], 0).expect("written");
+        image.close().expect("closed");
+        let l1 = word(&*storage, 40);
+        let table = word(&*storage, l1) & !COPIED;
+        let (first, second, other) = match shared {
+            "table" => (l1, l1 + 8, SPAN),
+            _ => (table, table + 8, CLUSTER),
+        };
+        let plain = word(&*storage, first) & !COPIED;
+        for at in [first, second] {
+            storage.write_at(&plain.to_be_bytes(), at).expect("written");
+        }
+        let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
+        image.write_at(&[2; 100], 0).expect("written");
+        image.flush().expect("flushed");
+        // Whatever was given up is taken again.
+        image.write_at(&vec![3; 2 << 20], 3 * SPAN).expect("written");
+        image.flush().expect("flushed");
+        let mut guest = [0; 1 << 12];
+        image.read_at(&mut guest, other).expect("readable");
+        assert!(guest.iter().all(|&byte| byte == 1), "{shared}: it reads as before");
+        image.write_at(&[4; 100], other).expect("written");
+        image.close().expect("closed");
+        let image = memory::open(storage, OpenMode::Check { repair: false }).expect("it opens");
+        let mut texts = Vec::new();
+        let report = image.check(Repair::Nothing, &mut |finding| texts.push(finding.text)).expect("checked");
+        assert_eq!(report.corruptions, 0, "{shared}: {texts:#?}");
+    }
 }
 
 /// The same for tables that are named as L2 tables.

@@ -60,12 +60,28 @@ pub(super) struct Freed {
     pub(super) in_data_file: bool,
     /// Give the space back to the host when the count reaches zero.
     pub(super) punch: bool,
+    /// The reference had no copied flag: by its own word others refer to it too, so the last count is not this
+    /// one's to take. An image whose counts deny that keeps a leak, not a reference to what is free.
+    pub(super) is_shared: bool,
 }
 
 impl Freed {
     /// Clusters of the image file, each of which loses one reference.
     pub(super) fn clusters(host: Range<u64>, punch: bool) -> Self {
-        Self { host, in_data_file: false, punch }
+        Self { host, in_data_file: false, punch, is_shared: false }
+    }
+}
+
+impl Freed {
+    /// What lost one reference of many.
+    pub(super) fn shared(self) -> Self {
+        Self { is_shared: true, ..self }
+    }
+
+    /// Whether all but the place is the same.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        let kind = |freed: &Self| (freed.in_data_file, freed.punch, freed.is_shared);
+        kind(self) == kind(other)
     }
 }
 
@@ -75,7 +91,7 @@ impl State {
         self.pending_bytes += freed.host.end - freed.host.start;
         if let Some(last) = self.pending.last_mut()
             && last.host.end == freed.host.start
-            && (last.in_data_file, last.punch) == (freed.in_data_file, freed.punch)
+            && last.is_like(&freed)
         {
             last.host.end = freed.host.end;
             return;

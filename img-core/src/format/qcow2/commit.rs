@@ -123,7 +123,7 @@ impl Qcow2Layer {
         for (guest, (old, was)) in write.clusters.clone().step_by(usize_of(cluster)).zip(old) {
             self.set_entry(table, guest, write.entry(guest, old, was, geometry))?;
             *linked += 1;
-            self.free_replaced(state, write, was);
+            self.free_replaced(state, write, old, was);
         }
         Ok(())
     }
@@ -162,14 +162,14 @@ impl Qcow2Layer {
                 let old = L2Entry::read(bytes, first + index, geometry);
                 let was = old.cluster(geometry);
                 write.entry(guest, old, was, geometry).write(bytes, first + index, geometry);
-                self.free_replaced(state, write, was);
+                self.free_replaced(state, write, old, was);
             }
         });
         Ok(changed.is_some())
     }
 
     /// Gives up what an entry referred to before `write` replaced it.
-    fn free_replaced(&self, state: &mut State, write: &Write, was: Cluster) {
+    fn free_replaced(&self, state: &mut State, write: &Write, old: L2Entry, was: Cluster) {
         let is_moved = match write.kind {
             WriteKind::Reuse { .. } => false,
             // In an external data file the cluster has its one place and stays there.
@@ -178,7 +178,7 @@ impl Qcow2Layer {
             }
         };
         if is_moved {
-            self.free_entry(state, was, self.runtime.discard_other);
+            self.free_entry(state, old, was, self.runtime.discard_other);
         }
     }
 }

@@ -123,6 +123,8 @@ impl Qcow2Layer {
                         if !self.is_in_use_again(state, &host)? {
                             note_hole(&mut holes, Freed { host, ..freed.clone() });
                         }
+                    } else if freed.is_shared && self.refcount_of(cluster)? == 1 {
+                        // Somebody else's.
                     } else if self.count_down(cluster)? == 0 {
                         // At once: where a later step fails, its count is zero and all that is known of it
                         // must agree. Nobody gets it before the hole is punched, as the state is held.
@@ -180,10 +182,7 @@ impl Qcow2Layer {
 /// Appends a hole, to the last one where it continues it.
 fn note_hole(holes: &mut Vec<Freed>, hole: Freed) {
     match holes.last_mut() {
-        Some(last)
-            if last.host.end == hole.host.start
-                && (last.in_data_file, last.punch) == (hole.in_data_file, hole.punch) =>
-        {
+        Some(last) if last.host.end == hole.host.start && last.is_like(&hole) => {
             last.host.end = hole.host.end;
         }
         _ => holes.push(hole),

@@ -8,7 +8,7 @@
 use std::{ops::Range, sync::Arc};
 
 use super::{
-    entry::{COMPRESSED, Cluster, L1Entry, L2Entry, OFFSET_MASK, like_the_first},
+    entry::{COMPRESSED, COPIED, Cluster, L1Entry, L2Entry, OFFSET_MASK, like_the_first},
     geometry::Geometry,
 };
 use crate::{
@@ -31,6 +31,13 @@ pub(super) struct Root {
     pub(super) writable: bool,
     /// Tables end here at the latest: the end of the file, or of what was allocated behind it.
     pub(super) end_bytes: u64,
+}
+
+impl Root {
+    /// The same below an L1 entry: in a table that others use too nothing may be overwritten.
+    fn under(self, entry: L1Entry) -> Self {
+        Self { writable: self.writable && entry.is_copied(), ..self }
+    }
 }
 
 /// The tables of an image.
@@ -90,7 +97,12 @@ impl TableMap {
         let l1_index = self.geometry.l1_index(guest);
         let entry = self.l1_entry(root, l1_index)?;
         let Some(table) = self.checked_table(root, l1_index, entry)? else { return Ok(None) };
-        self.entry_at(table, self.geometry.l2_index(guest)).map(Some)
+        let mut found = self.entry_at(table, self.geometry.l2_index(guest))?;
+        if !entry.is_copied() {
+            // Whoever shares the table shares what it names.
+            found.entry.word &= !COPIED;
+        }
+        Ok(Some(found))
     }
 
     /// Entry `index` of the table at `table`.
@@ -118,12 +130,13 @@ impl TableMap {
                     self.read_table(table, &mut buffer)?;
                     let first = geometry.l2_index(at);
                     let skip = usize::try_from(first * geometry.l2_entry_bytes()).expect("inside a cluster");
+                    let root = root.under(entry);
                     let mut walk = Walk { map: self, root, at, end: table_end, found };
                     walk.entries(&buffer[skip..], table + skip as u64)?;
                     at = table_end;
                 }
                 Some(table) => {
-                    self.map_by_slices(root, table, at..table_end, found)?;
+                    self.map_by_slices(root.under(entry), table, at..table_end, found)?;
                     at = table_end;
                 }
                 None => {
@@ -173,6 +186,7 @@ impl TableMap {
                 walk.at = walk.end;
                 continue;
             };
+            walk.root = root.under(entry);
             while walk.at < walk.end {
                 let entry_at = table + geometry.l2_index(walk.at) * geometry.l2_entry_bytes();
                 let Some((slice, within)) = self.l2.peek_at(entry_at) else { return Ok(false) };

@@ -190,7 +190,7 @@ impl Qcow2Layer {
                 self.check_given_up(was)?;
                 self.set_entry(table, guest, entry)?;
                 if !geometry.external_data {
-                    self.free_entry(&mut state, was, self.runtime.discard_other);
+                    self.free_entry(&mut state, found.entry, was, self.runtime.discard_other);
                 }
             }
             at = end;
@@ -272,7 +272,8 @@ impl Qcow2Layer {
             self.map.l2.forget(table..table + cluster);
             state.new_tables.remove(&table);
             self.forget_place(Kind::ActiveL2, table..table + cluster);
-            state.free(Freed::clusters(table..table + cluster, self.runtime.discard_other));
+            let freed = Freed::clusters(table..table + cluster, self.runtime.discard_other);
+            state.free(if entry.is_copied() { freed } else { freed.shared() });
         }
         Ok(())
     }

@@ -27,6 +27,9 @@ use crate::{
 /// Tokens with this bit are writes in place; the others bits are the epoch of their lease.
 pub(super) const IN_PLACE: u64 = 1 << 63;
 
+/// The byte of [`COPIED`] in an entry as it stands on disk, big-endian.
+const COPIED_BYTE: u8 = COPIED.to_be_bytes()[0];
+
 /// A prepared write that changes the map when it is committed.
 #[derive(Clone, Debug)]
 pub(super) struct Write {
@@ -339,12 +342,14 @@ impl Qcow2Layer {
         self.note_place(Kind::ActiveL2, table..table + cluster);
         if let Some(old) = old {
             self.forget_place(Kind::ActiveL2, old..old + cluster);
-            state.free(Freed::clusters(old..old + cluster, self.runtime.discard_other));
+            let freed = Freed::clusters(old..old + cluster, self.runtime.discard_other);
+            state.free(freed.shared());
         }
         Ok(table)
     }
 
-    /// Puts the entries of `old`, or none, into a new table.
+    /// Puts the entries of `old`, or none, into a new table. Whoever shares the old table shares what it names: no
+    /// entry of the new one has the copied flag.
     fn fill_table(&self, table: u64, old: Option<u64>) -> Result<()> {
         let cluster = self.geometry.cluster_bytes();
         let l2 = &self.map.l2;
@@ -355,7 +360,12 @@ impl Qcow2Layer {
         self.map.read_table(old, &mut bytes)?;
         for (index, piece) in bytes.chunks_exact(usize_of(l2.slice_bytes())).enumerate() {
             let at = table + index as u64 * l2.slice_bytes();
-            l2.update(self.image_file(), at, |slice, _| slice.copy_from_slice(piece))?;
+            l2.update(self.image_file(), at, |slice, _| {
+                slice.copy_from_slice(piece);
+                for entry in slice.chunks_exact_mut(usize_of(self.geometry.l2_entry_bytes())) {
+                    entry[0] &= !COPIED_BYTE;
+                }
+            })?;
         }
         Ok(())
     }
@@ -370,9 +380,11 @@ impl Qcow2Layer {
     }
 
     /// Gives up what an entry referred to.
-    pub(super) fn free_entry(&self, state: &mut State, cluster: Cluster, punch: bool) {
+    pub(super) fn free_entry(&self, state: &mut State, entry: L2Entry, cluster: Cluster, punch: bool) {
         if let Some((host, in_data_file)) = self.place_of(cluster) {
-            state.free(Freed { host, in_data_file, punch });
+            // Compressed clusters never have the flag.
+            let is_shared = !entry.is_copied() && !matches!(cluster, Cluster::Compressed { .. });
+            state.free(Freed { host, in_data_file, punch, is_shared });
         }
     }
 

@@ -171,7 +171,7 @@ impl Qcow2Layer {
                         Change::Discard => self.runtime.discard_requests,
                         Change::Zero { .. } | Change::Forget => self.runtime.discard_other,
                     };
-                    self.free_entry(state, was, punch && !self.is_raw_data());
+                    self.free_entry(state, found.entry, was, punch && !self.is_raw_data());
                 }
             }
             at = end;
