@@ -113,7 +113,6 @@ const MISSING_FORMATS: &[&str] = &[
     "vdi",
     "vhdx",
     "vmdk",
-    "vpc",
     "vvfat",
 ];
 
@@ -204,7 +203,7 @@ impl<'a> Opening<'a> {
     }
 
     /// The rest in the library's terms.
-    pub(crate) fn options(&self) -> Result<OpenOptions, Failure> {
+    pub(crate) fn options(&self, context: &Context) -> Result<OpenOptions, Failure> {
         let refuse = |why: String| Err(Failure::new(format!("Could not open '{}': {why}", self.name)));
         if self.force_share && self.mode.writes() {
             return refuse("force-share=on can only be used with read-only images".to_owned());
@@ -223,6 +222,7 @@ impl<'a> Opening<'a> {
                 force_share: self.force_share,
                 exclusive: self.exclusive,
                 backing: self.backing,
+                probe_heads_only: context.is_reference(),
                 options: OptionSet::new(),
             }),
         }
@@ -233,7 +233,7 @@ impl<'a> Opening<'a> {
         if self.image_opts && self.format.is_some() {
             return Err(Failure::new("--image-opts and --format are mutually exclusive"));
         }
-        let options = self.options()?;
+        let options = self.options(context)?;
         let name = self.image_name()?;
         let image = Image::open(&name, &options).map_err(|error| Failure::open(self.name, &error))?;
         print_warnings(&image, context);

@@ -2,7 +2,7 @@
 
 use img_core::format::{Driver, FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, split_list};
 
-use crate::{error::Failure, output::Out};
+use crate::{context::Context, error::Failure};
 
 /// Joins the lists of several `-o`.
 ///
@@ -28,8 +28,10 @@ pub(crate) fn asks_for_help(list: &str) -> bool {
 }
 
 /// The options that a new image of a format may have: its own, and with `on_file` those of its host file.
-pub(crate) fn descriptions(driver: &dyn Driver, on_file: bool) -> Vec<OptionDescription> {
+/// Whoever stands in for the reference has none but its options.
+pub(crate) fn descriptions(driver: &dyn Driver, on_file: bool, context: &Context) -> Vec<OptionDescription> {
     let mut all = driver.create_options().to_vec();
+    all.retain(|option| !(option.is_beyond_reference && context.is_reference()));
     if on_file {
         for option in FILE_OPTIONS {
             if all.iter().all(|known| known.name != option.name) {
@@ -41,8 +43,9 @@ pub(crate) fn descriptions(driver: &dyn Driver, on_file: bool) -> Vec<OptionDesc
 }
 
 /// Prints the help of `-o help`.
-pub(crate) fn print_help(driver: &dyn Driver, on_file: bool, out: &Out) {
-    let mut options = descriptions(driver, on_file);
+pub(crate) fn print_help(driver: &dyn Driver, on_file: bool, context: &Context) {
+    let out = &context.out;
+    let mut options = descriptions(driver, on_file, context);
     options.sort_by_key(|option| option.name);
     if on_file {
         out.line("Supported options:");

@@ -38,6 +38,7 @@ pub fn open_options(format: Option<&str>, mode: OpenMode) -> OpenOptions {
         force_share: false,
         exclusive: false,
         backing: true,
+        probe_heads_only: false,
         options: OptionSet::new(),
     }
 }

@@ -30,6 +30,8 @@ pub struct Twins {
     compare_files: bool,
     /// What of a file's description may differ.
     ignored: &'static [&'static str],
+    /// Part of a name, and the format in which the contents of such files are compared.
+    formats: Vec<(&'static str, &'static str)>,
 }
 
 impl Twins {
@@ -46,8 +48,15 @@ impl Twins {
             fs::create_dir_all(directory).expect("a directory");
             link(directory, &tool);
         }
-        let twins =
-            Self { _root: root, theirs, ours, differences: Vec::new(), compare_files: true, ignored: &[] };
+        let twins = Self {
+            _root: root,
+            theirs,
+            ours,
+            differences: Vec::new(),
+            compare_files: true,
+            ignored: &[],
+            formats: Vec::new(),
+        };
         for line in setup {
             for directory in [&twins.theirs, &twins.ours] {
                 shell(line, directory, None).output().success();
@@ -67,6 +76,14 @@ impl Twins {
     #[must_use]
     pub fn without_disk_use(mut self) -> Self {
         self.ignored = &["disk size: "];
+        self
+    }
+
+    /// Compares the contents of files that have `part` in their name as disks of that format, which is not what
+    /// the reference would take them for.
+    #[must_use]
+    pub fn reading_as(mut self, part: &'static str, format: &'static str) -> Self {
+        self.formats.push((part, format));
         self
     }
 
@@ -148,7 +165,11 @@ impl Twins {
             return report;
         }
         let [theirs, ours] = [&self.theirs, &self.ours].map(|directory| directory.join(name));
-        let compared = Run::new(oracle("qemu-img"), &self.ours).args(["compare", "-U", "--"]);
+        let mut compared = Run::new(oracle("qemu-img"), &self.ours).args(["compare", "-U"]);
+        if let Some((_, format)) = self.formats.iter().find(|(part, _)| name.contains(part)) {
+            compared = compared.args(["-f", format, "-F", format]);
+        }
+        let compared = compared.arg("--");
         let compared = compared.arg(theirs).arg(ours).output();
         match compared.code {
             0 => String::new(),

@@ -77,7 +77,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         ..Opening::new(file, &args.formats, OpenMode::Check { repair: repairs })
     };
     let image = opening.open(context)?;
-    if !image.layers()[0].driver().can_check() {
+    let driver = image.layers()[0].driver();
+    if !driver.can_check() || (context.is_reference() && driver.beyond_reference().check) {
         return Err(Failure::new("This image format does not support checks").with_code(NOT_SUPPORTED));
     }
     let report = audit(&image, repair, context)?;

@@ -374,7 +374,7 @@ impl Job<'_> {
         let list = snapshots.list().map_err(|error| failed(reason(&error)))?;
         let id = wanted.find(&list).ok_or_else(|| failed("Can't find snapshot".to_owned()))?.id.clone();
         drop(image);
-        let image = Image::open_snapshot(&opening.image_name()?, &opening.options()?, &id)
+        let image = Image::open_snapshot(&opening.image_name()?, &opening.options(self.context)?, &id)
             .map_err(|error| failed(reason(&error)))?;
         print_warnings(&image, self.context);
         Ok(image)
@@ -398,7 +398,7 @@ impl Job<'_> {
     ) -> Result<bool, Failure> {
         let driver = create::driver(self.args.output_format.as_deref().unwrap_or("raw"))?;
         names::check_protocol(self.target).map_err(Failure::new)?;
-        let known = option_list::descriptions(driver, true);
+        let known = option_list::descriptions(driver, true, self.context);
         let mut options = match &self.list {
             Some(list) => option_list::parse(list, &known).map_err(Failure::new)?,
             None => OptionSet::new(),
@@ -406,7 +406,7 @@ impl Job<'_> {
         // The target is as big as the sources, whatever the options say.
         options.set("size", total_bytes.to_string());
         let (backing, format) = (self.args.backing.as_deref(), self.args.backing_format.as_deref());
-        create::record_backing(driver, backing, format, &mut options)?;
+        create::record_backing(driver, backing, format, &mut options, self.context)?;
         let has_backing = options.get("backing_file").is_some();
         if has_backing && sources.len() > 1 {
             return Err(Failure::new(

@@ -92,7 +92,7 @@ pub(crate) fn help(format: &str, file: Option<&str>, context: &Context) -> Outco
     if let Some(file) = file {
         names::check_protocol(file).map_err(Failure::new)?;
     }
-    option_list::print_help(driver, file.is_some(), &context.out);
+    option_list::print_help(driver, file.is_some(), context);
     Ok(0)
 }
 
@@ -120,7 +120,7 @@ fn create_named(
 ) -> Result<(), Failure> {
     let driver = driver(&args.format)?;
     names::check_protocol(file).map_err(Failure::new)?;
-    let known = option_list::descriptions(driver, true);
+    let known = option_list::descriptions(driver, true, context);
     let mut options = match list {
         Some(list) => option_list::parse(list, &known).map_err(Failure::new)?,
         None => OptionSet::new(),
@@ -131,7 +131,7 @@ fn create_named(
         }
         options.set("size", size_bytes.to_string());
     }
-    record_backing(driver, args.backing.as_deref(), args.backing_format.as_deref(), &mut options)?;
+    record_backing(driver, args.backing.as_deref(), args.backing_format.as_deref(), &mut options, context)?;
     check_backing_name(file, &options)?;
     if options.get("backing_file").is_some() {
         if args.backing_unsafe {
@@ -162,12 +162,14 @@ pub(crate) fn record_backing(
     backing: Option<&str>,
     backing_format: Option<&str>,
     options: &mut OptionSet,
+    context: &Context,
 ) -> Result<(), Failure> {
+    let has_backing = driver.has_backing() && !(context.is_reference() && driver.beyond_reference().backing);
     for (name, value, what) in
         [("backing_file", backing, "Backing file"), ("backing_fmt", backing_format, "Backing file format")]
     {
         if let Some(value) = value {
-            if !driver.has_backing() {
+            if !has_backing {
                 return Err(Failure::new(format!(
                     "{what} not supported for file format '{}'",
                     driver.name()

@@ -17,6 +17,13 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// `name` is its own: 0 for no, 100 for a magic number. The highest score wins.
     fn probe(&self, head: &[u8], name: &Path) -> u8;
 
+    /// Whether the last bytes of a file, `tail` (up to 512 of them) of `file_bytes` in all, say that it is the
+    /// driver's own, although its start says nothing.
+    fn probe_tail(&self, tail: &[u8], file_bytes: u64) -> bool {
+        let (_, _) = (tail, file_bytes);
+        false
+    }
+
     /// The options of [`Self::create`], in the order in which `create` reports them. `size` is among them,
     /// and `backing_file` and `backing_fmt` where [`Self::has_backing`].
     fn create_options(&self) -> &'static [OptionDescription];
@@ -35,6 +42,23 @@ pub trait Driver: Send + Sync + fmt::Debug {
 
     /// Whether images can be checked at all.
     fn can_check(&self) -> bool;
+
+    /// What this driver does and the reference's driver of that name refuses: whoever stands in for the reference
+    /// refuses it too.
+    fn beyond_reference(&self) -> Beyond {
+        Beyond::default()
+    }
+}
+
+/// See [`Driver::beyond_reference`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beyond {
+    /// Recording a backing file in a new image.
+    pub backing: bool,
+    /// Auditing.
+    pub check: bool,
+    /// Changing the size.
+    pub resize: bool,
 }
 
 /// Opens another host file that an image names (external data file, extent), under the policy of the
@@ -137,6 +161,12 @@ pub trait Layer: Send + Sync + fmt::Debug {
     /// The unit of allocation in guest bytes, where the format has one. No I/O.
     fn cluster_size_bytes(&self) -> Option<u32>;
 
+    /// The smallest unit in which the map usually changes, in guest bytes, where there is one: as much of the map
+    /// is asked for at once as can be held when each unit differs from its neighbours. No I/O.
+    fn extent_granularity_bytes(&self) -> Option<u32> {
+        self.cluster_size_bytes()
+    }
+
     /// A host file of this layer. No I/O. [`HostFile::IMAGE`] always exists.
     fn file(&self, file: HostFile) -> Option<&Arc<dyn Storage>>;
 
@@ -148,9 +178,31 @@ pub trait Layer: Send + Sync + fmt::Debug {
     /// The backing file it names. No I/O.
     fn backing(&self) -> Option<&Backing>;
 
+    /// Further names under which the backing file may be found, best first: they are tried in order where
+    /// there is no file under the one before. No I/O.
+    fn other_backing_names(&self) -> &[String] {
+        &[]
+    }
+
+    /// Compares the layer that was opened under one of its names with what this one knows of its backing file,
+    /// and returns what is worth a warning.
+    ///
+    /// # Errors
+    /// When it is another one.
+    fn check_backing(&self, below: &dyn Layer) -> Result<Option<String>> {
+        let _ = below;
+        Ok(None)
+    }
+
     /// Whether host holes under [`Data`](super::Place::Data) are worth asking the storage about (raw,
     /// preallocated images).
     fn has_sparse_data(&self) -> bool;
+
+    /// Whether a hole on the host is one in the layer, because the layer is nothing but its file: under any other
+    /// map a hole is data that reads as zeroes.
+    fn is_its_file(&self) -> bool {
+        false
+    }
 
     /// The `format-specific` object of `info`: QEMU's `type` and `data`, or `None`.
     fn details(&self) -> Result<Option<Value>>;

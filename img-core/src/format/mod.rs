@@ -7,6 +7,7 @@
 
 mod dirty;
 mod extent;
+mod host_file;
 mod in_flight;
 mod layer;
 mod options;
@@ -17,12 +18,14 @@ mod write;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
+pub mod vpc;
 
 pub use dirty::{BitmapInfo, Bitmaps, DirtyMap, MAX_MAP_BYTES, NewBitmap};
 pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
+use host_file::{file_preallocation, first_block};
 pub use layer::{
-    Backing, CheckReport, CreateRequest, Driver, Finding, Layer, Lease, LeaseToken, OpenContext, OpenFile,
-    OpenMode, Repair, SnapshotInfo, Snapshots,
+    Backing, Beyond, CheckReport, CreateRequest, Driver, Finding, Layer, Lease, LeaseToken, OpenContext,
+    OpenFile, OpenMode, Repair, SnapshotInfo, Snapshots,
 };
 pub use options::{
     FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,

@@ -26,19 +26,27 @@ pub struct OptionDescription {
     pub help: &'static str,
     /// The text that counts when it is not given, where that is worth showing.
     pub default: Option<&'static str>,
+    /// The reference's format of that name has no such option.
+    pub is_beyond_reference: bool,
 }
 
 impl OptionDescription {
     /// An option without a default.
     #[must_use]
     pub const fn new(name: &'static str, kind: OptionKind, help: &'static str) -> Self {
-        Self { name, kind, help, default: None }
+        Self { name, kind, help, default: None, is_beyond_reference: false }
     }
 
     /// The same with a default that users are shown.
     #[must_use]
     pub const fn or(self, default: &'static str) -> Self {
         Self { default: Some(default), ..self }
+    }
+
+    /// The same as an option that the reference has not.
+    #[must_use]
+    pub const fn beyond_reference(self) -> Self {
+        Self { is_beyond_reference: true, ..self }
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::{Driver, qcow2, qed, raw};
+use super::{Driver, qcow2, qed, raw, vpc};
 
 /// All drivers, in the order of `--help`.
-pub static DRIVERS: &[&dyn Driver] = &[&raw::Raw, &qcow2::Qcow2, &qed::Qed];
+pub static DRIVERS: &[&dyn Driver] = &[&raw::Raw, &qcow2::Qcow2, &qed::Qed, &vpc::Vpc];
 
 /// The driver called `name`.
 #[must_use]
@@ -20,4 +20,19 @@ pub const PROBE_BYTES: usize = 2048;
 #[must_use]
 pub fn probe(head: &[u8], name: &Path) -> &'static dyn Driver {
     DRIVERS.iter().copied().max_by_key(|driver| driver.probe(head, name)).expect("the list is not empty")
+}
+
+/// Whether a driver claims every file, so that its claim means that nothing else is known.
+#[must_use]
+pub fn is_a_guess(driver: &dyn Driver) -> bool {
+    driver.probe(&[], Path::new("")) > 0
+}
+
+/// How many bytes of a file's end [`probe_tail`] looks at.
+pub const PROBE_TAIL_BYTES: usize = 512;
+
+/// The driver that the last bytes of a file speak for, where they do.
+#[must_use]
+pub fn probe_tail(tail: &[u8], file_bytes: u64) -> Option<&'static dyn Driver> {
+    DRIVERS.iter().copied().find(|driver| driver.probe_tail(tail, file_bytes))
 }

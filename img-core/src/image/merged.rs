@@ -61,7 +61,7 @@ struct Kept {
 impl MergedMap {
     /// `layers` from top to bottom; the first one is at `first_depth` of the image.
     pub(super) fn new(layers: &[Arc<dyn Layer>], first_depth: usize) -> Self {
-        let smallest = layers.iter().filter_map(|layer| layer.cluster_size_bytes()).min();
+        let smallest = layers.iter().filter_map(|layer| layer.extent_granularity_bytes()).min();
         let wanted = u64::from(smallest.unwrap_or(u32::MAX)).saturating_mul(WINDOW_CLUSTERS);
         Self {
             layers: layers.to_vec(),

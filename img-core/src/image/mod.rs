@@ -38,7 +38,7 @@ use std::{
 use codec::DecodedUnits;
 use gate::Gate;
 use merged::MergedMap;
-use open::OpenedLayer;
+use open::Opened;
 
 use crate::{
     Error, Result,
@@ -61,11 +61,11 @@ pub struct Image {
     frozen: MergedMap,
     decoded: DecodedUnits,
     gate: Gate,
-    /// Nobody said that the top is raw: its first sector must not begin to look like another format.
-    guards_first_sector: bool,
-    /// Held between the look at the guarded sector and the write to it: two writes, harmless each, might make
+    /// Nobody said that the top is raw: its first and its last sector must not begin to look like another format.
+    guards_ends: bool,
+    /// Held between the look at a guarded sector and the write to it: two writes, harmless each, might make
     /// another format's magic number together.
-    first_sector: Mutex<()>,
+    ends: Mutex<()>,
     /// Every write is flushed before it returns.
     writes_through: bool,
 }
@@ -130,14 +130,13 @@ impl Image {
         open::open_snapshot(name, options, id_or_name)
     }
 
-    fn new(opened: Vec<OpenedLayer>, warnings: Vec<Warning>, cache: CacheMode) -> Self {
-        let guards_first_sector = !warnings.is_empty();
+    fn new(opened: Opened, cache: CacheMode) -> Self {
         let (layers, names): (Vec<_>, Vec<_>) =
-            opened.into_iter().map(|opened| (opened.layer, opened.name)).unzip();
+            opened.layers.into_iter().map(|opened| (opened.layer, opened.name)).unzip();
         Self {
-            guards_first_sector,
+            guards_ends: opened.guessed_raw,
             writes_through: cache.writes_through(),
-            warnings,
+            warnings: opened.warnings,
             ..Self::over(layers, names)
         }
     }
@@ -167,8 +166,8 @@ impl Image {
             warnings: Vec::new(),
             decoded: DecodedUnits::default(),
             gate: Gate::default(),
-            guards_first_sector: false,
-            first_sector: Mutex::default(),
+            guards_ends: false,
+            ends: Mutex::default(),
             writes_through: false,
         }
     }

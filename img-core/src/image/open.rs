@@ -34,6 +34,9 @@ pub struct OpenOptions {
     pub exclusive: bool,
     /// Whether the layers below the top are opened too.
     pub backing: bool,
+    /// Formats are recognised by the first bytes of a file alone, as the reference does; without, by the last
+    /// ones too.
+    pub probe_heads_only: bool,
     /// Runtime options for the top layer's format.
     pub options: OptionSet,
 }
@@ -49,6 +52,7 @@ impl OpenOptions {
             force_share: false,
             exclusive: false,
             backing: true,
+            probe_heads_only: false,
             options: OptionSet::new(),
         }
     }
@@ -82,30 +86,42 @@ pub(super) struct OpenedLayer {
 /// A layer still to be opened.
 struct Pending {
     node: Node,
+    /// Where its file may be when the name of `node` leads to none.
+    other_names: Vec<String>,
     format: Option<String>,
     access: HostAccess,
+    /// Whether the layer above named it itself, and so may know which one it is.
+    is_recorded: bool,
 }
 
 pub(super) fn open(name: &ImageName, options: &OpenOptions) -> Result<Image> {
-    let (layers, warnings) = open_chain(name.node(), options)
+    let opened = open_chain(name.node(), options)
         .map_err(|source| Error::Open { name: name.text().to_owned(), source: Box::new(source) })?;
-    Ok(Image::new(layers, warnings, options.cache))
+    Ok(Image::new(opened, options.cache))
 }
 
 pub(super) fn open_snapshot(name: &ImageName, options: &OpenOptions, id_or_name: &str) -> Result<Image> {
     let options = OpenOptions { mode: OpenMode::Read, ..options.clone() };
-    let (mut layers, warnings) = open_chain(name.node(), &options)
+    let mut opened = open_chain(name.node(), &options)
         .map_err(|source| Error::Open { name: name.text().to_owned(), source: Box::new(source) })?;
-    let top = &mut layers[0];
+    let top = &mut opened.layers[0];
     let Some(snapshots) = top.layer.snapshots() else {
         let driver = top.layer.driver().name();
         return Err(Error::Invalid(format!("{}: {driver} images have no internal snapshots", top.name)));
     };
     top.layer = snapshots.view(id_or_name)?;
-    Ok(Image::new(layers, warnings, options.cache))
+    Ok(Image::new(opened, options.cache))
 }
 
-fn open_chain(top: &Node, options: &OpenOptions) -> Result<(Vec<OpenedLayer>, Vec<Warning>)> {
+/// An opened chain.
+pub(super) struct Opened {
+    pub(super) layers: Vec<OpenedLayer>,
+    pub(super) warnings: Vec<Warning>,
+    /// Nobody said that the top, which is opened for writing, is raw.
+    pub(super) guessed_raw: bool,
+}
+
+fn open_chain(top: &Node, options: &OpenOptions) -> Result<Opened> {
     let access = HostAccess {
         mode: options.mode,
         cache: options.cache,
@@ -117,8 +133,9 @@ fn open_chain(top: &Node, options: &OpenOptions) -> Result<(Vec<OpenedLayer>, Ve
         node.options.set(name, value);
     }
     let format = options.format.clone().or_else(|| node.driver.clone());
-    let mut next = Some(Pending { node, format, access });
-    let mut seen = Vec::new();
+    let mut next = Some(Pending { node, other_names: Vec::new(), format, access, is_recorded: false });
+    let mut opening = Opening { seen: Vec::new(), heads_only: options.probe_heads_only };
+    let mut warnings = Vec::new();
     let mut layers: Vec<OpenedLayer> = Vec::new();
     let mut above: Vec<String> = Vec::new();
     while let Some(pending) = next.take() {
@@ -128,20 +145,25 @@ fn open_chain(top: &Node, options: &OpenOptions) -> Result<(Vec<OpenedLayer>, Ve
                 Error::Invalid(format!("the backing chain is deeper than {MAX_CHAIN_DEPTH} images")),
             ));
         }
-        let layer = open_layer(&pending, &mut seen).map_err(|error| inside(&above, error))?;
+        let (layer, pending) = opening.found(pending).map_err(|error| inside(&above, error))?;
+        if pending.is_recorded
+            && let Some(above_it) = layers.last()
+        {
+            let text = above_it.layer.check_backing(&*layer.layer).map_err(|error| inside(&above, error))?;
+            warnings.extend(text.map(|text| Warning { text, hints: Vec::new() }));
+        }
         above.push(pending.node.path.clone());
         if options.backing {
             next = below(&layer, &pending, access).map_err(|error| inside(&above, error))?;
         }
         layers.push(layer);
     }
-    let warnings = match &layers[0] {
-        top if top.probed && top.layer.driver().name() == "raw" && options.mode.writes() => {
-            vec![guessed_raw(&top.name)]
-        }
-        _ => Vec::new(),
-    };
-    Ok((layers, warnings))
+    let top = &layers[0];
+    let guessed = top.probed && top.layer.is_its_file() && options.mode.writes();
+    if guessed {
+        warnings.push(guessed_raw(&top.name));
+    }
+    Ok(Opened { layers, warnings, guessed_raw: guessed })
 }
 
 /// The reference says for each step down that the step failed.
@@ -152,27 +174,53 @@ fn inside(above: &[String], error: Error) -> Error {
         .fold(error, |source, file| Error::Backing { file: file.into(), source: Box::new(source) })
 }
 
-fn open_layer(pending: &Pending, seen: &mut Vec<Identity>) -> Result<OpenedLayer> {
-    let Pending { node, format, access } = pending;
-    let access = access.for_node(node)?;
-    let named = format.as_deref().map(driver_called).transpose()?;
-    let storage = access.open(&node.path)?;
-    let identity = storage.identity();
-    if let Some(identity) = identity {
-        if seen.contains(&identity) {
-            return Err(Error::BackingLoop { file: storage.path().to_owned() });
+/// What the layers opened so far mean for the next one.
+struct Opening {
+    seen: Vec<Identity>,
+    heads_only: bool,
+}
+
+impl Opening {
+    /// Opens a layer under the first of its names that leads to a file, and gives back what it was found as.
+    fn found(&mut self, pending: Pending) -> Result<(OpenedLayer, Pending)> {
+        let mut first_error = None;
+        let others = pending.other_names.iter().map(|name| Node::file(name));
+        for node in std::iter::once(pending.node.clone()).chain(others) {
+            let pending =
+                Pending { node, other_names: Vec::new(), format: pending.format.clone(), ..pending };
+            match self.layer(&pending) {
+                Ok(layer) => return Ok((layer, pending)),
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOENT.raw_os_error()) => {
+                    first_error = first_error.or(Some(error));
+                }
+                Err(error) => return Err(error),
+            }
         }
-        seen.push(identity);
+        Err(first_error.expect("the loop ran, and ended with each error kept"))
     }
-    let driver = match named {
-        Some(driver) => driver,
-        None => probe(&*storage)?,
-    };
-    access.lock(&*storage, driver.name() == "raw")?;
-    let open_file = |name: &str, mode: OpenMode| access.open_named(&node.path, identity, name, mode);
-    let context = OpenContext { mode: access.mode, options: &node.options, open_file: &open_file };
-    let layer = driver.open(storage, &context)?;
-    Ok(OpenedLayer { layer, name: node.display(), probed: named.is_none() })
+
+    fn layer(&mut self, pending: &Pending) -> Result<OpenedLayer> {
+        let Pending { node, format, access, .. } = pending;
+        let access = access.for_node(node)?;
+        let named = format.as_deref().map(driver_called).transpose()?;
+        let storage = access.open(&node.path)?;
+        let identity = storage.identity();
+        if let Some(identity) = identity {
+            if self.seen.contains(&identity) {
+                return Err(Error::BackingLoop { file: storage.path().to_owned() });
+            }
+            self.seen.push(identity);
+        }
+        let driver = match named {
+            Some(driver) => driver,
+            None => probe(&*storage, self.heads_only)?,
+        };
+        access.lock(&*storage, driver.name() == "raw")?;
+        let open_file = |name: &str, mode: OpenMode| access.open_named(&node.path, identity, name, mode);
+        let context = OpenContext { mode: access.mode, options: &node.options, open_file: &open_file };
+        let layer = driver.open(storage, &context)?;
+        Ok(OpenedLayer { layer, name: node.display(), probed: named.is_none() })
+    }
 }
 
 /// What the layer that was just opened stands on.
@@ -183,6 +231,8 @@ fn below(opened: &OpenedLayer, pending: &Pending, top: HostAccess) -> Result<Opt
     };
     let access = HostAccess { mode, cache: CacheMode::Writeback, ..top };
     let recorded = opened.layer.backing();
+    let mut other_names = Vec::new();
+    let is_recorded = pending.node.backing == BackingChoice::Recorded;
     let (node, format) = match &pending.node.backing {
         BackingChoice::Nothing => return Ok(None),
         BackingChoice::Node(_) if !opened.layer.driver().has_backing() => {
@@ -193,12 +243,14 @@ fn below(opened: &OpenedLayer, pending: &Pending, top: HostAccess) -> Result<Opt
         BackingChoice::Recorded => match recorded {
             None => return Ok(None),
             Some(Backing { name, format }) => {
+                let others = opened.layer.other_backing_names().iter();
+                other_names.extend(others.map(|name| full_backing_name(&pending.node.path, name)));
                 (Node::parse(&full_backing_name(&pending.node.path, name))?, format.clone())
             }
         },
     };
     let format = format.or_else(|| node.driver.clone());
-    Ok(Some(Pending { node, format, access }))
+    Ok(Some(Pending { node, other_names, format, access, is_recorded }))
 }
 
 /// The driver of that name. Protocols recorded where a format should be mean the bytes as they are.
@@ -207,13 +259,32 @@ fn driver_called(name: &str) -> Result<&'static dyn Driver> {
     registry::by_name(format).ok_or_else(|| Error::Invalid(format!("Unknown driver '{name}'")))
 }
 
-/// The format that the first bytes speak for.
-fn probe(storage: &dyn Storage) -> Result<&'static dyn Driver> {
-    let file_bytes = usize::try_from(storage.len_bytes()?).unwrap_or(usize::MAX);
+/// The format that the first bytes speak for, or where they say nothing, the last ones. Bytes that a guest can
+/// write stand at one end or the other: where the two ends disagree, the user has to say which one counts.
+fn probe(storage: &dyn Storage, heads_only: bool) -> Result<&'static dyn Driver> {
+    let file_bytes = storage.len_bytes()?;
+    let most = |bytes: usize| usize::try_from(file_bytes).unwrap_or(usize::MAX).min(bytes);
     let mut head = [0; registry::PROBE_BYTES];
-    let head = &mut head[..file_bytes.min(registry::PROBE_BYTES)];
+    let head = &mut head[..most(registry::PROBE_BYTES)];
     storage.read_at(head, 0)?;
-    Ok(registry::probe(head, Path::new(storage.path())))
+    let by_head = registry::probe(head, Path::new(storage.path()));
+    if heads_only {
+        return Ok(by_head);
+    }
+    let mut tail = [0; registry::PROBE_TAIL_BYTES];
+    let tail = &mut tail[..most(registry::PROBE_TAIL_BYTES)];
+    storage.read_at(tail, file_bytes - tail.len() as u64)?;
+    match registry::probe_tail(tail, file_bytes) {
+        Some(by_tail) if by_tail.name() != by_head.name() && !registry::is_a_guess(by_head) => {
+            Err(Error::Invalid(format!(
+                "the file starts as a {} image and ends as a {} image; name the format that it has",
+                by_head.name(),
+                by_tail.name()
+            )))
+        }
+        Some(by_tail) => Ok(by_tail),
+        None => Ok(by_head),
+    }
 }
 
 fn guessed_raw(name: &str) -> Warning {

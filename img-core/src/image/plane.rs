@@ -17,7 +17,7 @@
 
 use std::{ops::Range, sync::Arc, task::Waker};
 
-use super::{Image, ImageExtent, write::FIRST_SECTOR_BYTES};
+use super::{Image, ImageExtent};
 use crate::{
     Result,
     format::{Attempt, Extent, HostFile, LeaseToken, Place, WriteStep, WriteToken},
@@ -82,8 +82,8 @@ impl Image {
     /// Finds or reserves places for all of `guest_bytes` and puts the steps of the write into `steps`, in place of what
     /// it held: clusters are overwritten in place, or allocated where nothing has to be filled or copied.
     ///
-    /// [`Attempt::Blocks`] also where every write must be durable when it returns, and for a first sector that is
-    /// guarded.
+    /// [`Attempt::Blocks`] also where every write must be durable when it returns, and for a first or last
+    /// sector that is guarded.
     ///
     /// # Errors
     /// [`Error::ReadOnly`](crate::Error::ReadOnly); otherwise as [`Self::try_map`].
@@ -94,8 +94,7 @@ impl Image {
     ) -> Result<Attempt<WriteTicket>> {
         steps.clear();
         let writer = self.writer()?;
-        let is_guarded = self.guards_first_sector && guest_bytes.start < FIRST_SECTOR_BYTES as u64;
-        if is_guarded || self.writes_through {
+        if self.touches_guarded(&guest_bytes) || self.writes_through {
             return Ok(Attempt::Blocks);
         }
         let Some(ticket) = self.try_enter() else { return Ok(Attempt::Busy) };

@@ -11,11 +11,11 @@ use super::{Image, ImageExtent};
 use crate::{
     Error, Result,
     format::{HostFile, LayerWriter, Lease, PreparedWrite, registry},
-    storage::transfer,
+    storage::{Storage, transfer},
 };
 
-/// A disk whose format was guessed to be raw is guarded here.
-pub(super) const FIRST_SECTOR_BYTES: usize = 512;
+/// A disk whose format was guessed to be raw is guarded over this much at either end.
+const END_SECTOR_BYTES: usize = 512;
 
 /// Zeroes are written in pieces of this size where the map cannot say them.
 const ZERO_WRITE_BYTES: usize = 1 << 20;
@@ -135,12 +135,20 @@ impl Image {
     /// [`Self::write_at`] for who holds a pass or has the image alone.
     fn write_inside(&self, bufs: &[IoSlice<'_>], guest_offset: u64) -> Result<()> {
         self.writer()?;
-        if self.guards_first_sector && guest_offset < FIRST_SECTOR_BYTES as u64 {
-            let _alone = self.first_sector.lock().unwrap_or_else(PoisonError::into_inner);
-            self.check_first_sector(bufs, guest_offset)?;
+        if !self.touches_guarded(&(guest_offset..guest_offset + transfer::total(bufs))) {
             return self.write_unguarded(bufs, guest_offset);
         }
+        let _alone = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_first_sector(bufs, guest_offset)?;
+        self.check_last_sector(bufs, guest_offset)?;
         self.write_unguarded(bufs, guest_offset)
+    }
+
+    /// Whether a write to that range has to be looked at: see [`Self::check_first_sector`].
+    pub(super) fn touches_guarded(&self, guest_bytes: &Range<u64>) -> bool {
+        let last_sector = self.virtual_size_bytes().saturating_sub(END_SECTOR_BYTES as u64);
+        let touches_end = guest_bytes.start < END_SECTOR_BYTES as u64 || guest_bytes.end > last_sector;
+        self.guards_ends && touches_end && !guest_bytes.is_empty()
     }
 
     fn write_unguarded(&self, bufs: &[IoSlice<'_>], guest_offset: u64) -> Result<()> {
@@ -307,21 +315,49 @@ impl Image {
         Ok(start..start.saturating_add(granule).min(self.virtual_size_bytes()).max(edge.end))
     }
 
-    /// Refuses a write after which the disk would be taken for another format.
+    /// Refuses a write after which the disk would be taken for another format by its first bytes.
     fn check_first_sector(&self, bufs: &[IoSlice<'_>], guest_offset: u64) -> Result<()> {
-        let storage = self.host_file(0, HostFile::IMAGE)?;
-        let mut sector = [0; FIRST_SECTOR_BYTES];
-        storage.read_at(&mut sector, 0)?;
-        let mut rest = &mut sector[usize::try_from(guest_offset).unwrap_or(FIRST_SECTOR_BYTES)..];
-        for buf in bufs {
-            let (changed, behind) = rest.split_at_mut(buf.len().min(rest.len()));
-            changed.copy_from_slice(&buf[..changed.len()]);
-            rest = behind;
-        }
+        let (sector, storage) = self.sector_after(bufs, guest_offset, 0)?;
         if registry::probe(&sector, Path::new(storage.path())).name() == self.layers[0].driver().name() {
             return Ok(());
         }
         let refused = io::Error::from_raw_os_error(rustix::io::Errno::PERM.raw_os_error());
         Err(Error::io_at(storage.path(), "write to the guarded first sector", guest_offset, refused))
+    }
+
+    /// The same for its last bytes.
+    fn check_last_sector(&self, bufs: &[IoSlice<'_>], guest_offset: u64) -> Result<()> {
+        let size = self.virtual_size_bytes();
+        let Some(start) = size.checked_sub(END_SECTOR_BYTES as u64) else { return Ok(()) };
+        let (sector, storage) = self.sector_after(bufs, guest_offset, start)?;
+        if registry::probe_tail(&sector, size).is_none() {
+            return Ok(());
+        }
+        let refused = io::Error::from_raw_os_error(rustix::io::Errno::PERM.raw_os_error());
+        Err(Error::io_at(storage.path(), "write to the guarded last sector", guest_offset, refused))
+    }
+
+    /// What the sector at `start` of a raw disk would be after a write, and the file that holds it.
+    fn sector_after(
+        &self,
+        bufs: &[IoSlice<'_>],
+        guest_offset: u64,
+        start: u64,
+    ) -> Result<([u8; END_SECTOR_BYTES], &dyn Storage)> {
+        let storage = self.host_file(0, HostFile::IMAGE)?;
+        let mut sector = [0; END_SECTOR_BYTES];
+        storage.read_at(&mut sector, start)?;
+        let end = start + END_SECTOR_BYTES as u64; // inside the disk, or the disk is shorter than a sector
+        let written = guest_offset.max(start)..(guest_offset + transfer::total(bufs)).min(end);
+        if !written.is_empty() {
+            let part = transfer::cut(bufs, written.start - guest_offset, written.end - guest_offset);
+            let mut rest = &mut sector[usize::try_from(written.start - start).unwrap_or(END_SECTOR_BYTES)..];
+            for buf in &*part {
+                let (changed, behind) = rest.split_at_mut(buf.len().min(rest.len()));
+                changed.copy_from_slice(&buf[..changed.len()]);
+                rest = behind;
+            }
+        }
+        Ok((sector, &**storage))
     }
 }

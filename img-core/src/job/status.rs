@@ -114,7 +114,7 @@ pub(super) struct Walk<'a> {
 impl<'a> Walk<'a> {
     /// The status of `start..end`, which is cut at the end of the disk.
     pub(super) fn new(image: &'a Image, input: usize, start: u64, end: u64) -> Self {
-        let smallest = image.layers().iter().filter_map(|layer| layer.cluster_size_bytes()).min();
+        let smallest = image.layers().iter().filter_map(|layer| layer.extent_granularity_bytes()).min();
         let window_bytes =
             smallest.map_or(WINDOW_UNCLUSTERED_BYTES, |cluster| u64::from(cluster) * WINDOW_CLUSTERS);
         Self {
@@ -327,7 +327,7 @@ impl<'a> Walk<'a> {
         let until = if is_hole { known.data.0 } else { known.data.1 };
         let (mut head, rest) = status.cut(until - at);
         // A raw layer is its file: a hole there is no data. Above a map the map's word stands beside it.
-        let is_raw = layer.cluster_size_bytes().is_none();
+        let is_raw = layer.is_its_file();
         head.looked_through = !is_raw;
         head.zero = is_hole;
         head.data = !(is_hole && is_raw);

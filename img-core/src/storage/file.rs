@@ -399,6 +399,10 @@ impl Storage for FileStorage {
         Ok(u64::try_from(self.stat()?.st_blocks).unwrap_or(0).saturating_mul(512))
     }
 
+    fn modified_unix_seconds(&self) -> Result<Option<i64>> {
+        Ok(Some(self.stat()?.st_mtime))
+    }
+
     fn identity(&self) -> Option<Identity> {
         Some(self.identity)
     }

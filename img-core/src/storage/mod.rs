@@ -158,6 +158,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Host space taken, as `st_blocks` counts it.
     fn allocated_bytes(&self) -> Result<u64>;
 
+    /// When the contents were last changed, in seconds since 1970; `None` for memory.
+    fn modified_unix_seconds(&self) -> Result<Option<i64>> {
+        Ok(None)
+    }
+
     /// The identity of the host object; `None` for memory.
     fn identity(&self) -> Option<Identity>;
 

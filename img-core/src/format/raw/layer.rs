@@ -107,6 +107,10 @@ impl Layer for RawLayer {
         true
     }
 
+    fn is_its_file(&self) -> bool {
+        true
+    }
+
     fn details(&self) -> Result<Option<Value>> {
         Ok(None)
     }

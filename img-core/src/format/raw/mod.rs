@@ -9,7 +9,9 @@ mod write;
 
 use std::{path::Path, sync::Arc};
 
-use super::{CreateRequest, Driver, Layer, OpenContext, OptionDescription, OptionKind, OptionSet};
+use super::{
+    CreateRequest, Driver, Layer, OpenContext, OptionDescription, OptionKind, file_preallocation, first_block,
+};
 use crate::{
     Error, Result,
     storage::{Flush, Preallocation, Storage},
@@ -40,11 +42,11 @@ impl Driver for Raw {
         if request.backing.is_some() {
             return Err(Error::Invalid("Backing file not supported for file format 'raw'".to_owned()));
         }
-        let preallocation = preallocation(request.options)?;
+        let preallocation = file_preallocation(request.options)?;
         request.options.check_names(&[super::FILE_OPTIONS])?;
         storage.resize(request.virtual_size_bytes, preallocation)?;
         if preallocation != Preallocation::Full {
-            allocate_first_block(&**storage, request.virtual_size_bytes)?;
+            first_block(&**storage, request.virtual_size_bytes)?;
         }
         if preallocation == Preallocation::Full {
             storage.flush(Flush::Data)?;
@@ -66,27 +68,5 @@ impl Driver for Raw {
 
     fn can_check(&self) -> bool {
         false
-    }
-}
-
-/// A file that was empty gets its first block: with bytes there, how a direct reader must be aligned can be
-/// found out by trying. The reference does so, and it shows in the space taken.
-fn allocate_first_block(storage: &dyn Storage, len_bytes: u64) -> Result<()> {
-    let zeroes = [0; 4096];
-    match len_bytes {
-        0 => Ok(()),
-        1..4096 => storage.write_at(&zeroes[..512], 0),
-        4096.. => storage.write_at(&zeroes, 0),
-    }
-}
-
-/// The option `preallocation` of a new file.
-fn preallocation(options: &OptionSet) -> Result<Preallocation> {
-    match options.get("preallocation") {
-        None | Some("off") => Ok(Preallocation::Off),
-        Some("falloc") => Ok(Preallocation::Falloc),
-        Some("full") => Ok(Preallocation::Full),
-        Some("metadata") => Err(Error::Invalid("Unsupported preallocation mode: metadata".to_owned())),
-        Some(other) => Err(Error::Invalid(format!("invalid parameter value: {other}"))),
     }
 }

@@ -5,7 +5,10 @@ use std::{ops::Range, sync::atomic::Ordering};
 use super::{SECTOR_BYTES, layer::RawLayer};
 use crate::{
     Error, Result,
-    format::{Attempt, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken},
+    format::{
+        Attempt, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
+        first_block,
+    },
     storage::{Flush, Preallocation},
 };
 
@@ -90,7 +93,7 @@ impl LayerWriter for RawLayer {
         }
         self.storage.resize(end, preallocation)?;
         if was == 0 && preallocation != Preallocation::Full {
-            super::allocate_first_block(&*self.storage, end)?;
+            first_block(&*self.storage, end)?;
         }
         self.virtual_size_bytes.store(rounded, Ordering::Relaxed);
         Ok(())

@@ -1,0 +1,29 @@
+//! New host files of formats whose guest bytes stand in them at their own offsets.
+
+use super::OptionSet;
+use crate::{
+    Error, Result,
+    storage::{Preallocation, Storage},
+};
+
+/// A file that was empty gets its first block: with bytes there, how a direct reader must be aligned can be
+/// found out by trying. The reference does so, and it shows in the space taken.
+pub(super) fn first_block(storage: &dyn Storage, len_bytes: u64) -> Result<()> {
+    let zeroes = [0; 4096];
+    match len_bytes {
+        0 => Ok(()),
+        1..4096 => storage.write_at(&zeroes[..512], 0),
+        4096.. => storage.write_at(&zeroes, 0),
+    }
+}
+
+/// The option `preallocation` of a new file.
+pub(super) fn file_preallocation(options: &OptionSet) -> Result<Preallocation> {
+    match options.get("preallocation") {
+        None | Some("off") => Ok(Preallocation::Off),
+        Some("falloc") => Ok(Preallocation::Falloc),
+        Some("full") => Ok(Preallocation::Full),
+        Some("metadata") => Err(Error::Invalid("Unsupported preallocation mode: metadata".to_owned())),
+        Some(other) => Err(Error::Invalid(format!("invalid parameter value: {other}"))),
+    }
+}
