@@ -1,0 +1,208 @@
+//! Putting a kernel, its initial file system and its command line into memory, as a boot protocol wants them.
+
+mod bzimage;
+mod linux64;
+mod pvh;
+
+use std::{
+    fs::File,
+    io::{Cursor, Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use linux_loader::loader::{
+    KernelLoader, KernelLoaderResult,
+    elf::{Elf, PvhBootCapability},
+};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::{
+    Error, Result,
+    machine::{AcpiTables, Entry, GuestMemory, RESET_VALUE, layout, ram_ranges},
+};
+
+/// Kernels are far smaller.
+const MAX_KERNEL_BYTES: u64 = 512 << 20;
+/// An initial file system is put below this where the kernel does not say otherwise (`initrd_addr_max`).
+const INITRD_LIMIT: u64 = 0x3800_0000;
+const PAGE: u64 = 4096;
+/// Real-mode code at the reset vector. Linux jumps there to restart a hardware-reduced machine without EFI:
+/// `mov dx, 0xCF9; mov al, 6; out dx, al; hlt; jmp $-1`.
+const RESET_CODE: [u8; 9] = [0xBA, 0xF9, 0x0C, 0xB0, RESET_VALUE, 0xEE, 0xF4, 0xEB, 0xFD];
+
+/// What a direct boot starts from. Read anew at each reset.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirectBoot {
+    /// bzImage or ELF.
+    pub kernel: PathBuf,
+    /// Initial file system.
+    pub initrd: Option<PathBuf>,
+    /// Command line.
+    pub command_line: String,
+}
+
+/// What a boot protocol has to tell the kernel.
+#[derive(Debug)]
+pub(crate) struct Handover<'a> {
+    pub(crate) memory: &'a GuestMemory,
+    pub(crate) ram_bytes: u64,
+    pub(crate) acpi: &'a AcpiTables,
+    pub(crate) initrd: Option<(GuestAddress, u64)>,
+}
+
+impl DirectBoot {
+    /// Loads everything and says where the first processor begins.
+    ///
+    /// # Errors
+    /// When a file cannot be read, is no kernel, or does not fit into memory.
+    pub fn load(&self, memory: &GuestMemory, ram_bytes: u64, acpi: &AcpiTables) -> Result<Entry> {
+        let image = read_file(&self.kernel, MAX_KERNEL_BYTES)?;
+        let kernel = Kernel::load(&self.kernel, image, memory)?;
+        write_command_line(memory, &self.command_line)?;
+        memory.write_slice(&acpi.bytes, GuestAddress(acpi.address)).map_err(in_memory("the ACPI tables"))?;
+        memory.write_slice(&RESET_CODE, layout::RESET_VECTOR).map_err(in_memory("the reset vector"))?;
+        let initrd = match &self.initrd {
+            Some(path) => Some(load_initrd(path, memory, ram_bytes, kernel.end, kernel.initrd_limit)?),
+            None => None,
+        };
+        let handover = Handover { memory, ram_bytes, acpi, initrd };
+        match kernel.protocol {
+            Protocol::Pvh { entry } => {
+                pvh::write_start_info(&handover)?;
+                Ok(Entry::Pvh { entry })
+            }
+            Protocol::Linux64 { setup } => linux64::write_zero_page(&handover, *setup),
+        }
+    }
+}
+
+/// A kernel in memory.
+struct Kernel {
+    protocol: Protocol,
+    /// The byte behind it, with what it needs to unpack itself.
+    end: u64,
+    /// The byte behind the highest one where it finds an initial file system.
+    initrd_limit: u64,
+}
+
+enum Protocol {
+    Pvh { entry: GuestAddress },
+    Linux64 { setup: Box<bzimage::Setup> },
+}
+
+impl Kernel {
+    fn load(path: &Path, image: Vec<u8>, memory: &GuestMemory) -> Result<Self> {
+        if image.starts_with(b"\x7fELF") {
+            return Self::load_elf(path, &image, memory)?.ok_or_else(|| {
+                bad_kernel(path, "an ELF file without a PVH entry (XEN_ELFNOTE_PHYS32_ENTRY)")
+            });
+        }
+        let setup = bzimage::Setup::read(&image)
+            .ok_or_else(|| bad_kernel(path, "neither a bzImage nor an ELF file"))?;
+        // Unpacked on the host a kernel starts in a fraction of the time: it need not unpack itself in the guest.
+        if let Some(elf) = setup.unpack(&image, MAX_KERNEL_BYTES)?
+            && let Some(kernel) = Self::load_elf(path, &elf, memory)?
+        {
+            return Ok(kernel);
+        }
+        let end = setup.load(&image, memory)?;
+        let initrd_limit = setup.initrd_limit();
+        Ok(Self { protocol: Protocol::Linux64 { setup: Box::new(setup) }, end, initrd_limit })
+    }
+
+    /// `None` for a kernel that has no PVH entry.
+    fn load_elf(path: &Path, image: &[u8], memory: &GuestMemory) -> Result<Option<Self>> {
+        let loaded = Elf::load(memory, None, &mut Cursor::new(image), None);
+        let KernelLoaderResult { kernel_end, pvh_boot_cap, .. } =
+            loaded.map_err(|error| bad_kernel(path, &error.to_string()))?;
+        Ok(match pvh_boot_cap {
+            PvhBootCapability::PvhEntryPresent(entry) => {
+                Some(Self { protocol: Protocol::Pvh { entry }, end: kernel_end, initrd_limit: INITRD_LIMIT })
+            }
+            PvhBootCapability::PvhEntryNotPresent | PvhBootCapability::PvhEntryIgnored => None,
+        })
+    }
+}
+
+fn bad_kernel(path: &Path, why: &str) -> Error {
+    Error::Invalid(format!("{}: not a kernel that this machine can start: {why}", path.display()))
+}
+
+/// Names what did not fit into guest memory.
+pub(crate) fn in_memory(what: &'static str) -> impl FnOnce(vm_memory::GuestMemoryError) -> Error {
+    move |error| Error::Invalid(format!("{what} does not fit into the guest's memory: {error}"))
+}
+
+fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let file = File::open(path).map_err(Error::file(path))?;
+    let mut bytes = Vec::new();
+    let read = file.take(limit + 1).read_to_end(&mut bytes).map_err(Error::file(path))?;
+    if read as u64 > limit {
+        return Err(Error::Invalid(format!(
+            "{}: larger than the {} MiB of any kernel",
+            path.display(),
+            limit >> 20
+        )));
+    }
+    Ok(bytes)
+}
+
+/// Reads the initial file system straight into the guest's memory, as high as it may be.
+fn load_initrd(
+    path: &Path,
+    memory: &GuestMemory,
+    ram_bytes: u64,
+    kernel_end: u64,
+    limit: u64,
+) -> Result<(GuestAddress, u64)> {
+    let mut file = File::open(path).map_err(Error::file(path))?;
+    let length = file.seek(SeekFrom::End(0)).map_err(Error::file(path))?;
+    file.rewind().map_err(Error::file(path))?;
+    let top = ram_bytes.min(layout::LOW_RAM_LIMIT).min(limit);
+    let start = top.checked_sub(length).map(|start| start & !(PAGE - 1)).filter(|start| *start >= kernel_end);
+    let start = start.ok_or_else(|| {
+        Error::Invalid(format!(
+            "{}: {} MiB do not fit between the kernel and {} MiB; give the guest more memory",
+            path.display(),
+            length >> 20,
+            top >> 20
+        ))
+    })?;
+    let count =
+        usize::try_from(length).map_err(|_| Error::Invalid(format!("{}: too large", path.display())))?;
+    memory
+        .read_exact_volatile_from(GuestAddress(start), &mut file, count)
+        .map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))?;
+    Ok((GuestAddress(start), length))
+}
+
+fn write_command_line(memory: &GuestMemory, text: &str) -> Result<()> {
+    if text.len() >= layout::COMMAND_LINE_BYTES || text.contains('\0') {
+        return Err(Error::Invalid(format!(
+            "the kernel's command line has at most {} bytes and no NUL",
+            layout::COMMAND_LINE_BYTES - 1
+        )));
+    }
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    memory.write_slice(&bytes, layout::COMMAND_LINE).map_err(in_memory("the command line"))
+}
+
+/// What is where, for the kernel's memory map: start, length, and whether it is RAM (or else firmware's).
+pub(crate) fn memory_map(handover: &Handover<'_>) -> Vec<(u64, u64, bool)> {
+    let firmware = handover.acpi.address..layout::FIRMWARE_AREA_END;
+    let mut map = Vec::new();
+    for (start, length) in ram_ranges(handover.ram_bytes) {
+        let end = start.0 + length;
+        if (start.0..end).contains(&firmware.start) {
+            map.extend([
+                (start.0, firmware.start - start.0, true),
+                (firmware.start, firmware.end - firmware.start, false),
+            ]);
+            map.push((firmware.end, end - firmware.end, true));
+        } else {
+            map.push((start.0, length, true));
+        }
+    }
+    map
+}

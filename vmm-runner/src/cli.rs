@@ -1,0 +1,75 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use vmm_runner::{
+    console::ConsoleConfig,
+    drive::DriveConfig,
+    machine::{CpuConfig, MemoryConfig},
+};
+
+use crate::demo::DemoOptions;
+
+/// Boots a Linux guest from disk images, with KVM.
+#[derive(Debug, Parser)]
+#[command(name = "vmm-runner", version, max_term_width = 100, args_conflicts_with_subcommands = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+
+    #[command(flatten)]
+    pub(crate) run: RunOptions,
+}
+
+/// What else it does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Shows the whole project in one run.
+    Demo(DemoOptions),
+}
+
+/// What the machine is, and what it boots.
+#[derive(Debug, Args)]
+pub(crate) struct RunOptions {
+    /// Kernel: a bzImage, or an ELF file with a PVH entry.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// Initial file system.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// Command line of the kernel.
+    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0 quiet")]
+    pub(crate) cmdline: String,
+
+    /// RAM: SIZE, or size=SIZE[,hugepages=2M|1G][,shared=on][,mergeable=on][,prefault=on][,numa-node=N][,dump=off].
+    #[arg(long, value_name = "SPEC", default_value = "1G")]
+    pub(crate) memory: MemoryConfig,
+
+    /// Processors: N[,affinity=FIRST-LAST[:...]], one host processor each in turn.
+    #[arg(long, value_name = "SPEC", default_value = "1")]
+    pub(crate) cpus: CpuConfig,
+
+    /// Serial port: stdio (control-A x ends the machine), pty, unix:PATH, file:PATH, off.
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub(crate) serial: ConsoleConfig,
+
+    /// A disk of the guest: an image file of any format, with its chain.
+    #[arg(value_name = "DISK")]
+    pub(crate) disks: Vec<String>,
+
+    /// A disk with options: path=FILE[,format=..][,read-only][,cache=MODE][,queues=N][,serial=TEXT]. A comma in a
+    /// value is written twice.
+    #[arg(long, value_name = "SPEC")]
+    pub(crate) disk: Vec<DriveConfig>,
+
+    /// A source of random numbers for the guest.
+    #[arg(long)]
+    pub(crate) rng: bool,
+
+    /// End when the guest resets, rather than start it again.
+    #[arg(long)]
+    pub(crate) no_reboot: bool,
+}

@@ -1,0 +1,194 @@
+//! The disks that the user names.
+
+use std::{path::PathBuf, str::FromStr, sync::Arc};
+
+use blk_backend::{
+    disk::{Disk, DiskOptions},
+    virtio::DeviceOptions,
+};
+use img_core::image::{CacheMode, ImageName};
+
+use crate::{Error, Result, virtio::Block};
+
+/// One disk, as `--disk` says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DriveConfig {
+    /// The image: a file's name, or any name that `img` takes.
+    pub path: String,
+    /// Its format, or `None` to look.
+    pub format: Option<String>,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// The host's page cache.
+    pub cache: CacheMode,
+    /// Queues; one for each processor where nothing is said.
+    pub queues: Option<u16>,
+    /// What the guest sees as serial number.
+    pub serial: Option<String>,
+}
+
+impl DriveConfig {
+    /// A disk with nothing said but its name.
+    #[must_use]
+    pub fn new(path: &str) -> Self {
+        Self {
+            path: path.to_owned(),
+            format: None,
+            read_only: false,
+            cache: CacheMode::Writeback,
+            queues: None,
+            serial: None,
+        }
+    }
+}
+
+impl FromStr for DriveConfig {
+    type Err = String;
+
+    /// `FILE`, or `path=FILE[,format=..][,read-only[=on]][,cache=..][,queues=N][,serial=..]`. A comma in a value is
+    /// written twice, as the reference has it.
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let mut config = Self::new("");
+        for (index, part) in split_at_commas(text).into_iter().enumerate() {
+            let (name, value) = match part.split_once('=') {
+                Some((name, value)) => (name, Some(value)),
+                None if index == 0 => ("path", Some(part.as_str())),
+                None => (part.as_str(), None),
+            };
+            let needed = || value.ok_or_else(|| format!("{name} needs a value"));
+            match name {
+                "path" => config.path = needed()?.to_owned(),
+                "format" => config.format = Some(needed()?.to_owned()),
+                "read-only" => {
+                    config.read_only = match value {
+                        None | Some("on") => true,
+                        Some("off") => false,
+                        Some(_) => return Err("read-only is on or off".to_owned()),
+                    }
+                }
+                "cache" => {
+                    let mode = CacheMode::from_name(needed()?);
+                    config.cache =
+                        mode.ok_or("cache is none, writeback, writethrough, directsync or unsafe")?;
+                }
+                "queues" => {
+                    let count = needed()?.parse().ok().filter(|count| (1..=64).contains(count));
+                    config.queues = Some(count.ok_or("queues is a number from 1 to 64")?);
+                }
+                "serial" => config.serial = Some(needed()?.to_owned()),
+                _ => return Err(format!("a disk has no option '{name}'")),
+            }
+        }
+        if config.path.is_empty() {
+            return Err("a disk needs path=FILE".to_owned());
+        }
+        Ok(config)
+    }
+}
+
+/// The parts of a list; two commas stand for one.
+fn split_at_commas(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut letters = text.chars().peekable();
+    while let Some(letter) = letters.next() {
+        let last = parts.last_mut().expect("never empty");
+        match letter {
+            ',' if letters.next_if_eq(&',').is_some() => last.push(','),
+            ',' => parts.push(String::new()),
+            letter => last.push(letter),
+        }
+    }
+    parts
+}
+
+/// A disk that is open. It stays so over resets of the machine.
+#[derive(Clone, Debug)]
+pub struct Drive {
+    config: DriveConfig,
+    disk: Arc<Disk>,
+}
+
+impl Drive {
+    /// Opens the image and its chain.
+    ///
+    /// # Errors
+    /// As [`Disk::open`].
+    pub fn open(config: DriveConfig) -> Result<Self> {
+        let options = DiskOptions {
+            format: config.format.clone(),
+            read_only: config.read_only,
+            cache: config.cache,
+            ..DiskOptions::default()
+        };
+        let disk = Disk::open(&ImageName::parse(&config.path)?, &options)?;
+        Ok(Self { config, disk })
+    }
+
+    /// The disk.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// The device through which a guest with that many processors sees it; `index` makes up a serial number.
+    ///
+    /// # Errors
+    /// When an option cannot be.
+    pub fn device(&self, index: usize, cpus: u32) -> Result<Block> {
+        let options = DeviceOptions {
+            queues: self.config.queues.unwrap_or_else(|| u16::try_from(cpus.min(64)).unwrap_or(1)),
+            serial: self.config.serial.clone().unwrap_or_else(|| format!("disk{index}")),
+            ..DeviceOptions::default()
+        };
+        Block::new(&self.disk, &options)
+    }
+
+    /// Flushes and marks the image clean.
+    ///
+    /// # Errors
+    /// When metadata or data cannot be written.
+    pub fn close(self) -> Result<()> {
+        Ok(self.disk.close()?)
+    }
+
+    /// The image's name as it was given.
+    #[must_use]
+    pub fn name(&self) -> PathBuf {
+        PathBuf::from(&self.config.path)
+    }
+}
+
+/// Closes all; the first error is told.
+///
+/// # Errors
+/// As [`Drive::close`].
+pub fn close_all(drives: Vec<Drive>) -> Result<()> {
+    let mut first = None;
+    for drive in drives {
+        let name = drive.name();
+        if let Err(error) = drive.close() {
+            first.get_or_insert(Error::Invalid(format!("{}: {error}", name.display())));
+        }
+    }
+    first.map_or(Ok(()), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_named_or_refused() {
+        let parse = |text: &str| text.parse::<DriveConfig>();
+        assert_eq!(parse("disk.qcow2"), Ok(DriveConfig::new("disk.qcow2")));
+        assert_eq!(parse("path=a,,b=c,read-only").expect("a name").path, "a,b=c");
+        let all = parse("path=d,format=raw,read-only=on,cache=none,queues=2,serial=S1").expect("all options");
+        assert_eq!((all.format.as_deref(), all.read_only, all.queues), (Some("raw"), true, Some(2)));
+        assert_eq!((all.cache, all.serial.as_deref()), (CacheMode::None, Some("S1")));
+        for bad in
+            ["", "format=raw", "d,cache=fast", "d,queues=0", "d,colour=red", "d,read-only=maybe", "d,serial"]
+        {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! What the guest's ACPI says of this board: hardware-reduced (ACPI 6.4, section 4.1), so that nothing of a PC's
+//! power management hardware has to exist.
+
+use acpi_tables::{
+    Aml, AmlSink,
+    aml::{
+        AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Method, Name, Notify, ONE,
+        Package, Path, ResourceTemplate, Scope, ZERO,
+    },
+    fadt::{FADTBuilder, Flags},
+    gas::{self, AccessSize, GAS},
+    madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic},
+    rsdp::Rsdp,
+    sdt::Sdt,
+    xsdt::XSDT,
+};
+use zerocopy::IntoBytes;
+
+use super::layout;
+use crate::{
+    Error, Result,
+    devices::{COM1_GSI, COM1_PORTS, SLEEP_CONTROL_PORT, SLEEP_TYPE_OFF},
+    pci::CONFIG_PORTS,
+};
+
+const OEM: [u8; 6] = *b"IMGVMM";
+const TABLE: [u8; 8] = *b"SMALLPC ";
+const REVISION: u32 = 1;
+
+/// The reset register of a PC's chipset, inside the configuration ports.
+pub const RESET_PORT: u16 = 0xCF9;
+/// What resets when it is written there.
+pub const RESET_VALUE: u8 = 6;
+/// The pin that the power button pulses.
+pub(super) const POWER_BUTTON_GSI: u32 = 9;
+/// Interrupt source override: pin 4 is what the ISA bus calls 4, edge-triggered and active high.
+const ISA_OVERRIDE: u8 = 2;
+/// Local APIC NMI structure.
+const LOCAL_NMI: u8 = 4;
+/// FADT, IA-PC boot architecture flags (ACPI 6.4, section 5.2.9.3).
+const ISA_DEVICES: u16 = 1;
+const NO_VGA: u16 = 1 << 2;
+const NO_CLOCK: u16 = 1 << 5;
+/// The largest id of a processor that the tables can name.
+pub const MAX_CPUS: u32 = 254;
+
+/// Tables, ready to be put at their addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AcpiTables {
+    /// Where the first byte belongs; the RSDP is there.
+    pub address: u64,
+    /// All of them.
+    pub bytes: Vec<u8>,
+}
+
+/// Makes the tables of a board with that many processors, for `address` on.
+///
+/// # Errors
+/// When they do not fit before `limit`.
+pub fn tables(address: u64, limit: u64, cpus: u32) -> Result<AcpiTables> {
+    let mut bytes = vec![0; Rsdp::len().next_multiple_of(16)];
+    let mut place = |table: Vec<u8>| {
+        let at = address + bytes.len() as u64;
+        bytes.extend(table);
+        bytes.resize(bytes.len().next_multiple_of(16), 0);
+        at
+    };
+    let dsdt = place(dsdt());
+    let fadt = place(fadt(dsdt));
+    let madt = place(madt(cpus)?);
+    let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = place(to_bytes(&xsdt));
+    let rsdp = to_bytes(&Rsdp::new(OEM, xsdt));
+    bytes[..rsdp.len()].copy_from_slice(&rsdp);
+    if address + bytes.len() as u64 > limit {
+        return Err(Error::Invalid(format!("the ACPI tables of {cpus} processors do not fit")));
+    }
+    Ok(AcpiTables { address, bytes })
+}
+
+fn to_bytes(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+fn fadt(dsdt: u64) -> Vec<u8> {
+    let port = |address: u16| {
+        GAS::new(gas::AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address))
+    };
+    let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton);
+    fadt.reset_reg = port(RESET_PORT);
+    fadt.reset_value = RESET_VALUE;
+    fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);
+    fadt.sleep_status_reg = port(SLEEP_CONTROL_PORT + 1);
+    // There are ISA devices, but no keyboard controller, no VGA, and no clock with an interrupt.
+    fadt.iapc_boot_arch = (ISA_DEVICES | NO_VGA | NO_CLOCK).into();
+    to_bytes(&fadt.finalize())
+}
+
+fn madt(cpus: u32) -> Result<Vec<u8>> {
+    let mut madt =
+        MADT::new(OEM, TABLE, REVISION, LocalInterruptController::Address(layout::LOCAL_APIC_ADDRESS));
+    for cpu in 0..cpus {
+        let id = u8::try_from(cpu).ok().filter(|_| cpus <= MAX_CPUS);
+        let id = id.ok_or_else(|| Error::Invalid(format!("at most {MAX_CPUS} processors, not {cpus}")))?;
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(0, layout::IOAPIC_ADDRESS, 0));
+    let gsi = COM1_GSI.to_le_bytes();
+    let isa_irq = gsi[0];
+    madt.add_structure(Override([ISA_OVERRIDE, 10, 0, isa_irq, gsi[0], gsi[1], gsi[2], gsi[3], 0b0101, 0]));
+    madt.add_structure(LocalNmi([LOCAL_NMI, 6, 0xFF, 0, 0, 1]));
+    Ok(to_bytes(&madt))
+}
+
+/// An interrupt source override (ACPI 6.4, section 5.2.12.5).
+#[derive(Clone, Copy, zerocopy::IntoBytes, zerocopy::Immutable)]
+#[repr(C)]
+struct Override([u8; 10]);
+
+/// Which pin of the local APIC is the non-maskable interrupt (ACPI 6.4, section 5.2.12.7).
+#[derive(Clone, Copy, zerocopy::IntoBytes, zerocopy::Immutable)]
+#[repr(C)]
+struct LocalNmi([u8; 6]);
+
+impl Aml for Override {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(self.as_bytes());
+    }
+}
+
+impl Aml for LocalNmi {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(self.as_bytes());
+    }
+}
+
+fn dsdt() -> Vec<u8> {
+    let window_end = u32::try_from(layout::PCI_WINDOW_END - 1).expect("below 4 GiB");
+    let window_start = u32::try_from(layout::PCI_WINDOW_START).expect("below 4 GiB");
+    let pci = Device::new(
+        "PCI0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_BBN".into(), &ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &AddressSpace::<u16>::new_bus_number(0, 0),
+                    &IO::new(CONFIG_PORTS, CONFIG_PORTS, 1, 8),
+                    &AddressSpace::<u16>::new_io(0, CONFIG_PORTS - 1, None),
+                    &AddressSpace::<u16>::new_io(CONFIG_PORTS + 8, u16::MAX, None),
+                    &AddressSpace::<u32>::new_memory(
+                        AddressSpaceCacheable::NotCacheable,
+                        true,
+                        window_start,
+                        window_end,
+                        None,
+                    ),
+                ]),
+            ),
+        ],
+    )
+    .to_vec();
+    let serial = Device::new(
+        "COM1".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &ONE),
+            &Name::new("_STA".into(), &0xFu8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &IO::new(COM1_PORTS, COM1_PORTS, 1, 8),
+                    &Interrupt::new(true, true, false, false, COM1_GSI),
+                ]),
+            ),
+        ],
+    )
+    .to_vec();
+    let button =
+        Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C"))]).to_vec();
+    // A hardware-reduced board tells of events by this device (ACPI 6.4, section 5.6.9).
+    let events = Device::new(
+        "GED0".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Interrupt::new(true, true, false, false, POWER_BUTTON_GSI)]),
+            ),
+            &Method::new("_EVT".into(), 1, true, vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &0x80u8)]),
+        ],
+    )
+    .to_vec();
+    let board: Vec<&dyn Aml> = vec![&pci, &serial, &button, &events];
+    let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
+    dsdt.append_slice(&to_bytes(&Scope::new("\\_SB_".into(), board)));
+    let off = Package::new(vec![&SLEEP_TYPE_OFF]);
+    dsdt.append_slice(&to_bytes(&Name::new("\\_S5_".into(), &off)));
+    dsdt.as_slice().to_vec()
+}
+
+/// AML that is made already.
+trait Made {
+    fn to_vec(&self) -> Bytes;
+}
+
+/// See [`Made`].
+struct Bytes(Vec<u8>);
+
+impl Made for Device<'_> {
+    fn to_vec(&self) -> Bytes {
+        Bytes(to_bytes(self))
+    }
+}
+
+impl Aml for Bytes {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    fn word(bytes: &[u8], at: usize) -> usize {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes")) as usize
+    }
+
+    #[test]
+    fn every_table_is_reached_and_adds_up() {
+        let base = layout::ACPI_TABLES.0;
+        let AcpiTables { bytes, .. } = tables(base, layout::ACPI_TABLES_END, 4).expect("they fit");
+        assert_eq!(&bytes[..8], b"RSD PTR ");
+        assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
+        let at = |address: usize| address - usize::try_from(base).expect("below 1 MiB");
+        let table = |start: usize| &bytes[start..start + word(&bytes, start + 4)];
+        let xsdt = table(at(word(&bytes, 24)));
+        assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
+        let names: Vec<&[u8]> = xsdt[36..].chunks(8).map(|entry| &table(at(word(entry, 0)))[..4]).collect();
+        assert_eq!(names, [b"FACP", b"APIC"]);
+        for entry in xsdt[36..].chunks(8) {
+            assert_eq!(sum(table(at(word(entry, 0)))), 0);
+        }
+        let fadt = table(at(word(xsdt, 36)));
+        let dsdt = table(at(word(fadt, 140)));
+        assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
+    }
+
+    #[test]
+    fn too_many_processors_are_refused() {
+        assert!(tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, MAX_CPUS).is_ok());
+        assert!(tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, MAX_CPUS + 1).is_err());
+    }
+}
