@@ -25,6 +25,15 @@ impl Created {
         }
     }
 
+    /// The command has made these files.
+    pub(crate) fn add(&mut self, files: Vec<PathBuf>) {
+        for file in files {
+            if !self.files.contains(&file) {
+                self.files.push(file);
+            }
+        }
+    }
+
     /// The work is done: the files stay.
     pub(crate) fn keep(&mut self) {
         self.files.clear();

@@ -454,11 +454,14 @@ pub fn apply(image: &Image, op: &Op, layout: &Layout) -> Result<()> {
 /// The compressed form of a cluster, made without the library's own encoders.
 fn encode(guest: &[u8], codec: Codec) -> Result<Vec<u8>> {
     match codec {
-        Codec::Deflate => {
+        Codec::Deflate | Codec::Zlib => {
             let mut stored = vec![0; guest.len() + 64];
-            let len = libdeflater::Compressor::new(libdeflater::CompressionLvl::default())
-                .deflate_compress(guest, &mut stored)
-                .map_err(|error| Error::Invalid(error.to_string()))?;
+            let mut compressor = libdeflater::Compressor::new(libdeflater::CompressionLvl::default());
+            let len = match codec {
+                Codec::Zlib => compressor.zlib_compress(guest, &mut stored),
+                _ => compressor.deflate_compress(guest, &mut stored),
+            }
+            .map_err(|error| Error::Invalid(error.to_string()))?;
             stored.truncate(len);
             Ok(stored)
         }

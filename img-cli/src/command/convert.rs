@@ -423,7 +423,8 @@ impl Job<'_> {
         if let Some(data_file) = options.get("data_file") {
             created.expect(names::path(data_file));
         }
-        create::make_for("converting", driver, self.target, options, &known, self.context)?;
+        let made = create::make_for("converting", driver, self.target, options, &known, self.context)?;
+        created.add(made);
         Ok(has_backing)
     }
 

@@ -1,5 +1,7 @@
 //! `img create`: a new image.
 
+use std::path::PathBuf;
+
 use clap::ValueHint;
 use img_core::{
     Error,
@@ -150,7 +152,7 @@ fn create_named(
         context.out.line(format_args!("Formatting '{file}', fmt={}{options}", driver.name()));
         context.out.flush();
     }
-    make(driver, file, options, &known, context)
+    make(driver, file, options, &known, context).map(|_made| ())
 }
 
 /// Takes `-b` and `-F` into the options.
@@ -230,14 +232,15 @@ fn open_plainly(opening: &Opening<'_>, context: &Context) -> Result<img_core::im
     })
 }
 
-/// Makes the image that `options` describe, `size` and backing included.
+/// Makes the image that `options` describe, `size` and backing included. Returns the files that were not there
+/// before.
 pub(crate) fn make(
     driver: &'static dyn Driver,
     file: &str,
     mut options: OptionSet,
     known: &[OptionDescription],
     context: &Context,
-) -> Result<(), Failure> {
+) -> Result<Vec<PathBuf>, Failure> {
     let size_bytes = options.take("size").unwrap_or_default();
     let size_bytes: u64 = size_bytes
         .parse()
@@ -261,11 +264,11 @@ pub(crate) fn make(
     };
     let name = ImageName::from_path(names::path(file));
     let request = CreateImage { name: &name, driver, virtual_size_bytes: size_bytes, backing, options };
-    let warnings = create(&request).map_err(|error| refusal(driver, known, &error))?;
-    for warning in warnings {
-        context.warning(&warning);
+    let made = create(&request).map_err(|error| refusal(driver, known, &error))?;
+    for warning in &made.warnings {
+        context.warning(warning);
     }
-    Ok(())
+    Ok(made.files)
 }
 
 /// Why the image was not made.
@@ -297,7 +300,7 @@ pub(crate) fn make_for(
     options: OptionSet,
     known: &[OptionDescription],
     context: &Context,
-) -> Result<(), Failure> {
+) -> Result<Vec<PathBuf>, Failure> {
     make(driver, file, options, known, context).map_err(|failure| Failure {
         text: format!("{file}: error while {what} {}: {}", driver.name(), failure.text),
         ..failure

@@ -4,7 +4,7 @@ use std::{collections::HashSet, fmt::Write as _, fs, os::unix::fs::FileTypeExt a
 
 use img_core::{
     format::{HostFile, OpenMode, SnapshotInfo},
-    storage::Identity,
+    storage::{Identity, Storage},
     text,
 };
 use serde_json::{Map, Value, json};
@@ -117,18 +117,68 @@ struct Facts {
     name: String,
     format: &'static str,
     virtual_size_bytes: u64,
-    /// Host space taken, where the host can tell.
+    /// Host space taken by all its files, where the host can tell.
     actual_size_bytes: Option<u64>,
-    file_length_bytes: u64,
-    /// The protocol of the file below: `file`, `host_device` or `host_cdrom`.
-    protocol: &'static str,
+    file: HostFacts,
     cluster_size_bytes: Option<u32>,
     encrypted: bool,
     dirty: bool,
     backing: Option<BackingFacts>,
     snapshots: Vec<SnapshotInfo>,
     details: Option<Value>,
-    file_name: String,
+    /// The host files beside the image's own, the last one first, as the reference lists them.
+    others: Vec<HostFacts>,
+}
+
+/// What is told about a host file.
+#[derive(Debug)]
+struct HostFacts {
+    node: String,
+    name: String,
+    length_bytes: u64,
+    actual_size_bytes: Option<u64>,
+    protocol: &'static str,
+}
+
+impl HostFacts {
+    fn gather(node: String, storage: &dyn Storage) -> Result<Self, Failure> {
+        Ok(Self {
+            node,
+            name: text::from_path(storage.path()),
+            // In whole sectors, as the reference counts.
+            length_bytes: storage.len_bytes()?.next_multiple_of(512),
+            actual_size_bytes: storage.allocated_bytes().ok(),
+            protocol: protocol(storage.path()),
+        })
+    }
+
+    fn human(&self, lines: &mut Lines) {
+        lines.add(0, format_args!("Child node '/{}':", self.node));
+        lines.add(1, format_args!("filename: {}", self.name));
+        lines.add(1, format_args!("protocol type: {}", self.protocol));
+        let length = self.length_bytes;
+        lines.add(1, format_args!("file length: {} ({length} bytes)", Human(length)));
+        lines.add(1, format_args!("disk size: {}", disk_size(self.actual_size_bytes)));
+    }
+
+    fn json(&self) -> Value {
+        let mut file = json!({
+            "children": [],
+            "virtual-size": self.length_bytes,
+            "filename": self.name,
+            "format": self.protocol,
+            "dirty-flag": false,
+            "format-specific": { "type": "file", "data": {} },
+        });
+        if let Some(bytes) = self.actual_size_bytes {
+            file["actual-size"] = bytes.into();
+        }
+        json!({ "name": self.node, "info": file })
+    }
+}
+
+fn disk_size(bytes: Option<u64>) -> String {
+    bytes.map_or("unavailable".to_owned(), |bytes| Human(bytes).to_string())
 }
 
 #[derive(Debug)]
@@ -151,13 +201,21 @@ impl Facts {
             name: backing.name.clone(),
             format: backing.format.clone(),
         });
+        let file = HostFacts::gather("file".to_owned(), &**storage)?;
+        let mut others = Vec::new();
+        for (node, file) in layer.other_files().into_iter().rev() {
+            if let Some(storage) = layer.file(file) {
+                others.push(HostFacts::gather(node, &**storage)?);
+            }
+        }
+        let sizes = others.iter().map(|other| other.actual_size_bytes);
+        let actual_size_bytes = sizes.chain([file.actual_size_bytes]).sum();
         let facts = Self {
             format: layer.driver().name(),
             virtual_size_bytes: layer.virtual_size_bytes(),
-            actual_size_bytes: storage.allocated_bytes().ok(),
-            // In whole sectors, as the reference counts.
-            file_length_bytes: storage.len_bytes()?.next_multiple_of(512),
-            protocol: protocol(storage.path()),
+            actual_size_bytes,
+            file,
+            others,
             cluster_size_bytes: layer.cluster_size_bytes(),
             encrypted: layer.is_encrypted(),
             dirty: layer.is_dirty(),
@@ -165,7 +223,6 @@ impl Facts {
             snapshots: layer.snapshots().map_or(Ok(Vec::new()), |snapshots| snapshots.list())?,
             details: layer.details()?,
             name,
-            file_name,
         };
         Ok((facts, storage.identity()))
     }
@@ -176,7 +233,7 @@ impl Facts {
         lines.add(0, format_args!("file format: {}", self.format));
         let virtual_size = self.virtual_size_bytes;
         lines.add(0, format_args!("virtual size: {} ({virtual_size} bytes)", Human(virtual_size)));
-        lines.add(0, format_args!("disk size: {}", self.disk_size()));
+        lines.add(0, format_args!("disk size: {}", disk_size(self.actual_size_bytes)));
         if self.encrypted {
             lines.add(0, "encrypted: yes");
         }
@@ -206,28 +263,13 @@ impl Facts {
             lines.add(0, "Format specific information:");
             lines.tree(details, 1);
         }
-        lines.add(0, "Child node '/file':");
-        lines.add(1, format_args!("filename: {}", self.file_name));
-        lines.add(1, format_args!("protocol type: {}", self.protocol));
-        let length = self.file_length_bytes;
-        lines.add(1, format_args!("file length: {} ({length} bytes)", Human(length)));
-        lines.add(1, format_args!("disk size: {}", self.disk_size()));
+        for file in self.others.iter().chain([&self.file]) {
+            file.human(&mut lines);
+        }
         lines.0
     }
 
-    fn disk_size(&self) -> String {
-        self.actual_size_bytes.map_or("unavailable".to_owned(), |bytes| Human(bytes).to_string())
-    }
-
     fn json(&self) -> Value {
-        let mut file = json!({
-            "children": [],
-            "virtual-size": self.file_length_bytes,
-            "filename": self.file_name,
-            "format": self.protocol,
-            "dirty-flag": false,
-            "format-specific": { "type": "file", "data": {} },
-        });
         let mut object = json!({
             "virtual-size": self.virtual_size_bytes,
             "filename": self.name,
@@ -235,7 +277,6 @@ impl Facts {
             "dirty-flag": self.dirty,
         });
         if let Some(bytes) = self.actual_size_bytes {
-            file["actual-size"] = bytes.into();
             object["actual-size"] = bytes.into();
         }
         if let Some(bytes) = self.cluster_size_bytes {
@@ -260,7 +301,7 @@ impl Facts {
             object["format-specific"] = details.clone();
         }
         // Last, as in the reference: of keys in one bucket of its dictionary the youngest is printed first.
-        object["children"] = json!([{ "name": "file", "info": file }]);
+        object["children"] = self.others.iter().chain([&self.file]).map(HostFacts::json).collect();
         object
     }
 }

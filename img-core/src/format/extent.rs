@@ -74,6 +74,8 @@ pub enum Place {
 pub enum Codec {
     /// A raw deflate stream (RFC 1951), as in qcow2's zlib clusters.
     Deflate,
+    /// A zlib stream (RFC 1950).
+    Zlib,
     /// A Zstandard frame (RFC 8878).
     Zstd,
 }

@@ -68,8 +68,8 @@ pub type OpenFile<'a> = dyn Fn(&str, OpenMode) -> Result<Arc<dyn Storage>> + 'a;
 /// What an image is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpenMode {
-    /// Metadata only: no guest data is read, no other file is opened. Works on images that this build
-    /// could not read (encrypted ones, say).
+    /// Metadata only: no guest data is read, and no other file is opened but those that hold metadata. Works on
+    /// images that this build could not read (encrypted ones, say).
     Inspect,
     /// Reading.
     Read,
@@ -170,9 +170,19 @@ pub trait Layer: Send + Sync + fmt::Debug {
     /// A host file of this layer. No I/O. [`HostFile::IMAGE`] always exists.
     fn file(&self, file: HostFile) -> Option<&Arc<dyn Storage>>;
 
+    /// The host files beside [`HostFile::IMAGE`] and what the reference calls their nodes. No I/O.
+    fn other_files(&self) -> Vec<(String, HostFile)> {
+        Vec::new()
+    }
+
     /// The codec of the compressed clusters it can be given; `None` when it takes none. No I/O.
     fn compression(&self) -> Option<Codec> {
         None
+    }
+
+    /// What becomes of data that should be compressed. No I/O.
+    fn compressed_writes(&self) -> CompressedWrites {
+        if self.compression().is_some() { CompressedWrites::Accepted } else { CompressedWrites::Refused }
     }
 
     /// The backing file it names. No I/O.
@@ -265,6 +275,19 @@ pub trait Layer: Send + Sync + fmt::Debug {
             format_args!("checking {} images", self.driver().name()),
         ))
     }
+}
+
+/// What a layer does with data that should be compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CompressedWrites {
+    /// It has no place for them.
+    Refused,
+    /// It takes them, and keeps them as they are.
+    StoredPlain,
+    /// It takes compressed clusters beside others, in any order.
+    Accepted,
+    /// It takes nothing else, and in guest order.
+    OnlyInOrder,
 }
 
 /// What an audit may change.

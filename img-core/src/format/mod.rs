@@ -18,16 +18,17 @@ mod write;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
+pub mod vmdk;
 pub mod vpc;
 
 pub use dirty::{BitmapInfo, Bitmaps, DirtyMap, MAX_MAP_BYTES, NewBitmap};
 pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
 use host_file::{file_preallocation, first_block};
 pub use layer::{
-    Backing, Beyond, CheckReport, CreateRequest, Driver, Finding, Layer, Lease, LeaseToken, OpenContext,
-    OpenFile, OpenMode, Repair, SnapshotInfo, Snapshots,
+    Backing, Beyond, CheckReport, CompressedWrites, CreateRequest, Driver, Finding, Layer, Lease, LeaseToken,
+    OpenContext, OpenFile, OpenMode, Repair, SnapshotInfo, Snapshots,
 };
 pub use options::{
     FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,
 };
-pub use write::{Attempt, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken};
+pub use write::{Attempt, Frame, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken};

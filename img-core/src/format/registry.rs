@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::{Driver, qcow2, qed, raw, vpc};
+use super::{Driver, qcow2, qed, raw, vmdk, vpc};
 
 /// All drivers, in the order of `--help`.
-pub static DRIVERS: &[&dyn Driver] = &[&raw::Raw, &qcow2::Qcow2, &qed::Qed, &vpc::Vpc];
+pub static DRIVERS: &[&dyn Driver] = &[&raw::Raw, &qcow2::Qcow2, &qed::Qed, &vmdk::Vmdk, &vpc::Vpc];
 
 /// The driver called `name`.
 #[must_use]

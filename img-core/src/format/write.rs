@@ -73,12 +73,50 @@ pub struct PreparedWrite<'a> {
     layer: &'a dyn LayerWriter,
     token: Option<WriteToken>,
     plan: WritePlan,
+    frame: Frame,
+}
+
+/// What a format stores around the bytes of a prepared write: they are written together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Frame {
+    lead: [u8; Self::MAX_LEAD_BYTES],
+    lead_bytes: usize,
+    /// How many zeroes stand directly behind the bytes.
+    pub pad_bytes: u32,
+}
+
+impl Frame {
+    /// The longest lead that any format has.
+    const MAX_LEAD_BYTES: usize = 12;
+
+    /// What stands directly before the bytes, that is, before the plan's `at`.
+    #[must_use]
+    pub fn lead(&self) -> &[u8] {
+        &self.lead[..self.lead_bytes]
+    }
 }
 
 impl<'a> PreparedWrite<'a> {
     /// For layers.
     pub fn new(layer: &'a dyn LayerWriter, token: WriteToken, plan: WritePlan) -> Self {
-        Self { layer, token: Some(token), plan }
+        Self { layer, token: Some(token), plan, frame: Frame::default() }
+    }
+
+    /// For layers: the same with a frame around its bytes.
+    ///
+    /// # Panics
+    /// When `lead` is longer than 12 bytes.
+    pub fn framed(mut self, lead: &[u8], pad_bytes: u32) -> Self {
+        self.frame.lead[..lead.len()].copy_from_slice(lead);
+        self.frame.lead_bytes = lead.len();
+        self.frame.pad_bytes = pad_bytes;
+        self
+    }
+
+    /// What to write around the bytes.
+    #[must_use]
+    pub fn frame(&self) -> &Frame {
+        &self.frame
     }
 
     /// What to write where.

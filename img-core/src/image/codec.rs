@@ -12,7 +12,7 @@ use std::{
 };
 
 use flate2::{Decompress, FlushDecompress};
-use libdeflater::Decompressor;
+use libdeflater::{DecompressionError, Decompressor};
 use zstd::zstd_safe::{self, DCtx, InBuffer, OutBuffer, ResetDirective};
 
 use crate::format::{Codec, HostFile};
@@ -35,6 +35,7 @@ thread_local! {
 pub(super) fn decode(how: Codec, stored: &[u8], unit: &mut [u8]) -> Result<(), &'static str> {
     match how {
         Codec::Deflate => decode_deflate(stored, unit),
+        Codec::Zlib => decode_zlib(stored, unit),
         Codec::Zstd => decode_zstd(stored, unit),
     }
 }
@@ -44,15 +45,27 @@ fn decode_deflate(stored: &[u8], unit: &mut [u8]) -> Result<(), &'static str> {
     match written {
         Ok(bytes) if bytes == unit.len() => Ok(()),
         Ok(_) => Err("a stream that ends too early"),
-        // The fast decoder wants a whole, correct stream. One that is longer than the unit or breaks off
-        // behind it still holds the unit, and the reference reads it.
-        Err(_) => {
-            let mut decoder = Decompress::new(false);
-            let outcome = decoder.decompress(stored, unit, FlushDecompress::Finish);
-            let whole = usize::try_from(decoder.total_out()) == Ok(unit.len());
-            if outcome.is_ok() && whole { Ok(()) } else { Err("a damaged stream") }
-        }
+        Err(_) => decode_prefix(Decompress::new(false), stored, unit),
     }
+}
+
+fn decode_zlib(stored: &[u8], unit: &mut [u8]) -> Result<(), &'static str> {
+    let written = DEFLATE.with_borrow_mut(|decoder| decoder.zlib_decompress(stored, unit));
+    match written {
+        Ok(bytes) if bytes == unit.len() => Ok(()),
+        Ok(_) => Err("a stream that ends too early"),
+        // Bytes that do not add up to the checksum are not the ones that were stored.
+        Err(DecompressionError::BadData) => Err("a damaged stream"),
+        Err(DecompressionError::InsufficientSpace) => decode_prefix(Decompress::new(true), stored, unit),
+    }
+}
+
+/// The fast decoder wants a whole, correct stream. One that is longer than the unit or breaks off behind it still
+/// holds the unit, and the reference reads it.
+fn decode_prefix(mut decoder: Decompress, stored: &[u8], unit: &mut [u8]) -> Result<(), &'static str> {
+    let outcome = decoder.decompress(stored, unit, FlushDecompress::Finish);
+    let whole = usize::try_from(decoder.total_out()) == Ok(unit.len());
+    if outcome.is_ok() && whole { Ok(()) } else { Err("a damaged stream") }
 }
 
 fn decode_zstd(stored: &[u8], unit: &mut [u8]) -> Result<(), &'static str> {
@@ -146,6 +159,17 @@ mod tests {
         encoder.finish().unwrap()
     }
 
+    fn zlib(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::new(6));
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    /// The text, stored in each way.
+    fn stored(text: &[u8]) -> [(Codec, Vec<u8>); 3] {
+        [(Codec::Deflate, deflated(text)), (Codec::Zlib, zlib(text)), (Codec::Zstd, zstandard(text))]
+    }
+
     fn zstandard(bytes: &[u8]) -> Vec<u8> {
         let mut stored = vec![0; zstd_safe::compress_bound(bytes.len())];
         let length = zstd_safe::compress(&mut stored[..], bytes, 3).unwrap();
@@ -156,7 +180,7 @@ mod tests {
     #[test]
     fn what_stands_behind_the_stream_is_ignored() {
         let text = text();
-        for (how, stored) in [(Codec::Deflate, deflated(&text)), (Codec::Zstd, zstandard(&text))] {
+        for (how, stored) in stored(&text) {
             for foreign in [&[][..], &[0; 700], &[0xff; 700], &stored] {
                 let run = [&stored[..], foreign].concat();
                 let mut unit = vec![0; text.len()];
@@ -169,7 +193,7 @@ mod tests {
     #[test]
     fn a_unit_is_never_exceeded_and_never_short() {
         let text = text();
-        for (how, stored) in [(Codec::Deflate, deflated(&text)), (Codec::Zstd, zstandard(&text))] {
+        for (how, stored) in stored(&text) {
             let mut half = vec![0; text.len() / 2];
             assert_eq!(decode(how, &stored, &mut half), Ok(()), "{how:?}");
             assert!(half == text[..half.len()]);

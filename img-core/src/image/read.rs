@@ -237,6 +237,7 @@ fn decode(storage: &Arc<dyn Storage>, how: Codec, stored: &[u8], at: u64, unit: 
     codec::decode(how, stored, unit).map_err(|why| {
         let name = match how {
             Codec::Deflate => "deflate",
+            Codec::Zlib => "zlib",
             Codec::Zstd => "zstd",
         };
         let expected = format!("a {name} stream of {} bytes", unit.len());

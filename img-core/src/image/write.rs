@@ -51,8 +51,11 @@ impl Image {
         let stored_bytes = u32::try_from(stored.len())
             .map_err(|_| Error::Invalid("a compressed cluster of 4 GiB or more".to_owned()))?;
         let prepared = self.writer()?.prepare_compressed(guest_offset, stored_bytes)?;
-        let plan = prepared.plan();
-        self.host_file(0, plan.file)?.write_at(stored, plan.at.0)?;
+        let (plan, frame) = (prepared.plan(), prepared.frame());
+        let pad = vec![0; frame.pad_bytes as usize];
+        let slices = [IoSlice::new(frame.lead()), IoSlice::new(stored), IoSlice::new(&pad)];
+        let at = plan.at.0 - frame.lead().len() as u64; // the format set it aside
+        self.host_file(0, plan.file)?.write_vectored_at(&slices, at)?;
         // Before the map points there; see `DecodedUnits`.
         self.decoded.begin_generation();
         prepared.commit()?;

@@ -41,6 +41,9 @@ pub(super) enum Compressor {
         first: libdeflater::Compressor,
         /// For what shrinks well, when the level is ours to choose.
         careful: Option<libdeflater::Compressor>,
+        /// Whether the stream gets zlib's header and checksum, and is kept whatever its length: a format with
+        /// such streams has no other way to store a cluster.
+        zlib: bool,
     },
     Zstd(zstd::zstd_safe::CCtx<'static>),
 }
@@ -53,7 +56,7 @@ impl Compressor {
     pub(super) fn new(how: Codec, level: Option<i32>) -> Result<Self> {
         let bad_level = |most: i32| Error::Invalid(format!("Compression level must be between 1 and {most}"));
         match how {
-            Codec::Deflate => {
+            Codec::Deflate | Codec::Zlib => {
                 let at_level = |level: i32| match CompressionLvl::new(level) {
                     Ok(checked) if level >= 1 => Ok(libdeflater::Compressor::new(checked)),
                     _ => Err(bad_level(12)),
@@ -61,6 +64,7 @@ impl Compressor {
                 Ok(Self::Deflate {
                     first: at_level(level.unwrap_or(DEFLATE_FAST))?,
                     careful: if level.is_none() { Some(at_level(DEFLATE_CAREFUL)?) } else { None },
+                    zlib: how == Codec::Zlib,
                 })
             }
             Codec::Zstd => {
@@ -77,21 +81,35 @@ impl Compressor {
         }
     }
 
-    /// Compresses a cluster into the front of `out`, which is as long; the length, or `None` when it does not shrink and is to be
-    /// stored as it is.
+    /// How long the buffer must be that takes any compressed cluster of `cluster_bytes`.
+    pub(super) fn bound(how: Codec, cluster_bytes: usize) -> usize {
+        match how {
+            Codec::Deflate | Codec::Zstd => cluster_bytes,
+            // Stored blocks of at least 5000 bytes with 5 in front of each, and the checksum (libdeflate's own
+            // bound, with room to spare).
+            Codec::Zlib => cluster_bytes + cluster_bytes / 1000 + 64,
+        }
+    }
+
+    /// Compresses a cluster into the front of `out`, which is as long as [`Self::bound`] says; the length, or
+    /// `None` when it does not shrink and is to be stored as it is.
     pub(super) fn compress(&mut self, cluster: &[u8], out: &mut [u8]) -> Result<Option<usize>> {
         let stored = match self {
-            Self::Deflate { first, careful } => {
-                let Some(stored) = deflate(first, cluster, out) else { return Ok(None) };
-                match careful {
+            Self::Deflate { first, careful, zlib } => {
+                let Some(stored) = deflate(first, *zlib, cluster, out) else { return Ok(None) };
+                let stored = match careful {
                     Some(careful) if stored * 100 < cluster.len() * SHRINKS_WELL_PERCENT => {
-                        match deflate(careful, cluster, out) {
+                        match deflate(careful, *zlib, cluster, out) {
                             Some(stored) => stored,
                             None => return Ok(None),
                         }
                     }
                     _ => stored,
+                };
+                if *zlib {
+                    return Ok(Some(stored));
                 }
+                stored
             }
             Self::Zstd(context) => match context.compress2(out, cluster) {
                 Ok(stored) => stored,
@@ -107,9 +125,18 @@ impl Compressor {
 }
 
 /// The length of the stream, when it fits.
-fn deflate(compressor: &mut libdeflater::Compressor, cluster: &[u8], out: &mut [u8]) -> Option<usize> {
+fn deflate(
+    compressor: &mut libdeflater::Compressor,
+    zlib: bool,
+    cluster: &[u8],
+    out: &mut [u8],
+) -> Option<usize> {
     // The only error there is says that the stream does not fit.
-    compressor.deflate_compress(cluster, out).ok()
+    if zlib {
+        compressor.zlib_compress(cluster, out).ok()
+    } else {
+        compressor.deflate_compress(cluster, out).ok()
+    }
 }
 
 #[cfg(test)]
@@ -155,8 +182,28 @@ mod tests {
     }
 
     #[test]
+    fn zlib_streams_are_kept_even_where_they_do_not_shrink() {
+        let noise = &far_matches()[..16384];
+        for cluster in [&noise[..1], &noise[..512], noise, &[0; 65536], &noise.repeat(128)] {
+            let mut compressor = Compressor::new(Codec::Zlib, None).expect("the default level exists");
+            let mut out = vec![0; Compressor::bound(Codec::Zlib, cluster.len())];
+            let stored = compressor.compress(cluster, &mut out).expect("enough room").expect("kept");
+            let mut back = Vec::new();
+            let mut decoder = flate2::read::ZlibDecoder::new(&out[..stored]);
+            std::io::Read::read_to_end(&mut decoder, &mut back).expect("a valid stream");
+            assert!(back == cluster);
+        }
+    }
+
+    #[test]
     fn unknown_levels_are_refused() {
-        for (how, level) in [(Codec::Deflate, 0), (Codec::Deflate, 13), (Codec::Zstd, 0), (Codec::Zstd, 23)] {
+        for (how, level) in [
+            (Codec::Deflate, 0),
+            (Codec::Deflate, 13),
+            (Codec::Zlib, 13),
+            (Codec::Zstd, 0),
+            (Codec::Zstd, 23),
+        ] {
             assert!(Compressor::new(how, Some(level)).is_err(), "{how:?} {level}");
         }
     }

@@ -44,6 +44,13 @@ struct Made {
     warnings: RefCell<Vec<String>>,
 }
 
+impl Made {
+    /// All went well.
+    fn keep(&self) -> Created {
+        Created { warnings: self.warnings.take(), files: self.paths.take() }
+    }
+}
+
 impl Drop for Made {
     fn drop(&mut self) {
         for path in self.paths.get_mut() {
@@ -53,13 +60,22 @@ impl Drop for Made {
     }
 }
 
-/// Makes the image, replacing the contents of an existing file. A failure removes the file if this call
-/// made it. Returned are warnings: wishes that the host did not grant.
+/// What [`create`] did beside what it was asked for.
+#[derive(Debug, Default)]
+pub struct Created {
+    /// Wishes that the host did not grant.
+    pub warnings: Vec<String>,
+    /// The files that were not there before: the image's, and those of its extents.
+    pub files: Vec<PathBuf>,
+}
+
+/// Makes the image, replacing the contents of an existing file. A failure removes the files that this call
+/// made.
 ///
 /// # Errors
 /// [`Error::CreateFile`] when the system refuses the file; [`Error::Locked`] when another process uses it;
 /// [`Error::Invalid`] for options that the format refuses.
-pub fn create(request: &CreateImage<'_>) -> Result<Vec<String>> {
+pub fn create(request: &CreateImage<'_>) -> Result<Created> {
     let path = request.name.path_to_create()?;
     let virtual_size_bytes = request
         .virtual_size_bytes
@@ -78,8 +94,7 @@ pub fn create(request: &CreateImage<'_>) -> Result<Vec<String>> {
     let storage = take_file(path, wishes, &made)?;
     if !storage.is_regular() && request.driver.name() == "raw" {
         check_device(&storage, virtual_size_bytes, &options)?;
-        made.paths.take();
-        return Ok(made.warnings.take());
+        return Ok(made.keep());
     }
     let storage: Arc<dyn Storage> = Arc::new(storage);
     let open_file = |name: &str, mode: OpenMode| -> Result<Arc<dyn Storage>> {
@@ -104,8 +119,7 @@ pub fn create(request: &CreateImage<'_>) -> Result<Vec<String>> {
             open_file: &open_file,
         },
     )?;
-    made.paths.take();
-    Ok(made.warnings.take())
+    Ok(made.keep())
 }
 
 /// What the user wants of the host file itself.

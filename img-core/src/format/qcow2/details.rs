@@ -21,7 +21,7 @@ pub(super) fn details(storage: &dyn Storage, header: &Header) -> Result<Value> {
     put(
         "compression-type",
         json!(match header.compression {
-            Codec::Deflate => "zlib",
+            Codec::Deflate | Codec::Zlib => "zlib",
             Codec::Zstd => "zstd",
         }),
     );

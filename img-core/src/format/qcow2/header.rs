@@ -425,7 +425,7 @@ impl Header {
             refcount_order: self.geometry.refcount_order.into(),
             header_length: u32::try_from(field_bytes).expect(fits).into(),
             compression_type: match self.compression {
-                Codec::Deflate => 0,
+                Codec::Deflate | Codec::Zlib => 0,
                 Codec::Zstd => 1,
             },
             padding: self.padding,

@@ -52,8 +52,8 @@ pub(super) fn read(layer: &dyn Layer, guest: Range<u64>) -> Vec<u8> {
 fn decode(stored: &[u8], decoded_bytes: usize, how: Codec) -> Vec<u8> {
     let mut decoded = vec![0; decoded_bytes];
     match how {
-        Codec::Deflate => {
-            let mut inflate = flate2::Decompress::new(false);
+        Codec::Deflate | Codec::Zlib => {
+            let mut inflate = flate2::Decompress::new(how == Codec::Zlib);
             inflate.decompress(stored, &mut decoded, flate2::FlushDecompress::Finish).expect("valid");
         }
         Codec::Zstd => {

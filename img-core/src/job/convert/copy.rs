@@ -38,8 +38,9 @@ const OFFLOAD_PIECE_BYTES: u64 = 64 << 20;
 /// The largest cluster that there is: compressed clusters are read and stored as a whole.
 const MAX_CLUSTER_BYTES: usize = 2 << 20;
 
-/// A buffer for what is read, and one for what it is compressed to, of one cluster or piece each.
-const MAX_THREAD_BUFFER_BYTES: usize = 2 * MAX_CLUSTER_BYTES;
+/// A buffer for what is read, and one for what it is compressed to, of one cluster or piece each; the second with
+/// room for what grows.
+const MAX_THREAD_BUFFER_BYTES: usize = 2 * MAX_CLUSTER_BYTES + MAX_CLUSTER_BYTES / 16;
 
 /// One less than there may be elsewhere, for the bound below.
 const MAX_CONVERT_THREADS: usize = MAX_THREADS - 1;
@@ -93,21 +94,19 @@ impl<'a> Copy<'a> {
         target: Target<'a>,
         plan: &'a Plan<'a>,
         options: &ConvertOptions,
+        compression: Option<Codec>,
         is_local: bool,
         on_salvaged: OnSalvaged<'a>,
     ) -> Result<Self> {
-        let compress = if options.compress {
-            let how = target.compression()?;
+        if let Some(how) = compression {
             // A level that does not exist is refused before anything is written.
             Compressor::new(how, options.level)?;
-            Some((how, options.level))
-        } else {
-            None
-        };
+        }
+        let compress = compression.map(|how| (how, options.level));
         let cut = if options.copy_offload {
             Cut::At(OFFLOAD_PIECE_BYTES)
         } else if is_local {
-            Cut::At(PIECE_BYTES.max(if options.compress { target.cluster_bytes } else { 0 }))
+            Cut::At(PIECE_BYTES.max(if compress.is_some() { target.cluster_bytes } else { 0 }))
         } else {
             Cut::After(REFERENCE_PIECE_BYTES)
         };
@@ -121,7 +120,7 @@ impl<'a> Copy<'a> {
             compress,
             threads,
             cut,
-            in_order: target.allocates() && !options.out_of_order,
+            in_order: target.allocates() && (!options.out_of_order || target.is_in_order_only()),
             target_is_zero: options.target_is_zero && !options.target_has_backing,
             turns: Turns::default(),
             failed: First::new(),
@@ -375,14 +374,15 @@ impl<'a> Copy<'a> {
         // The last cluster of a disk is compressed as a whole too, filled up with zeroes.
         let len = hands.read.len();
         hands.read.resize(len.next_multiple_of(cluster_bytes), 0);
-        hands.stored.resize(hands.read.len(), 0);
+        let bound = Compressor::bound(how, cluster_bytes);
+        hands.stored.resize(hands.read.len() / cluster_bytes * bound, 0);
         let mut clusters = Vec::with_capacity(hands.read.len() / cluster_bytes);
         let mut free = 0;
         for (index, cluster) in hands.read.chunks(cluster_bytes).enumerate() {
             let stored = if self.sparseness.is_some() && is_zero(cluster) {
                 Stored::Zero
             } else {
-                match compressor.compress(cluster, &mut hands.stored[free..free + cluster_bytes])? {
+                match compressor.compress(cluster, &mut hands.stored[free..free + bound])? {
                     None => Stored::Plain,
                     Some(len) => {
                         free += len;

@@ -106,7 +106,8 @@ pub fn convert(
         salvaged(Salvaged { source, offset_bytes, step: JobStep::Map }, error);
     };
     let sparseness = pieces::Sparseness { run_bytes: options.sparse_bytes };
-    let is_local = options.compress || options.sparse_bytes == 0 || sparseness.is_local();
+    let compression = target.compression(options.compress)?;
+    let is_local = compression.is_some() || options.sparse_bytes == 0 || sparseness.is_local();
     let rules = Rules {
         target_backing_bytes: options
             .target_has_backing
@@ -114,7 +115,7 @@ pub fn convert(
         join: is_local,
         on_lost: options.salvage.then_some(&on_lost),
     };
-    let plan = Plan::new(&sources, rules, options.compress.then_some(target.cluster_bytes))?;
+    let plan = Plan::new(&sources, rules, compression.map(|_| target.cluster_bytes))?;
 
     let mut all = plan.pieces();
     let mut to_copy = 0;
@@ -126,8 +127,9 @@ pub fn convert(
     progress.advance(0, to_copy);
 
     let on_salvaged: source::OnSalvaged<'_> = if options.salvage { Some(salvaged) } else { None };
-    Copy::new(&sources, target, &plan, options, is_local, on_salvaged)?.run(progress, to_copy)?;
-    if options.compress {
+    Copy::new(&sources, target, &plan, options, compression, is_local, on_salvaged)?
+        .run(progress, to_copy)?;
+    if compression.is_some() {
         target.pad_to_sector().map_err(|error| target::write_error(sources.len_bytes(), error))?;
     }
     image.flush()

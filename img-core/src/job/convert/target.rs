@@ -4,7 +4,7 @@ use std::{io::IoSlice, ops::Range};
 
 use crate::{
     Error, JobStep, Result,
-    format::{Codec, HostFile, Layer, LayerWriter, PreparedWrite, WritePlan},
+    format::{Codec, CompressedWrites, Frame, HostFile, Layer, LayerWriter, PreparedWrite, WritePlan},
     image::Image,
     storage::{Preallocation, Storage},
 };
@@ -48,15 +48,31 @@ impl<'a> Target<'a> {
         self.layer.cluster_size_bytes().is_some()
     }
 
-    /// How it compresses.
+    /// How it is compressed, when that is `wanted` or the only way to write it; `None` for plain writes.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] when it does not.
-    pub(super) fn compression(&self) -> Result<Codec> {
-        self.layer.compression().ok_or_else(|| {
+    /// [`Error::Unsupported`] when it is wanted and there is no way, [`Error::Invalid`] where there are no clusters
+    /// to be compressed.
+    pub(super) fn compression(&self, wanted: bool) -> Result<Option<Codec>> {
+        let refused = || {
             let file = self.layer.file(HostFile::IMAGE).expect("every layer has its image file");
             Error::unsupported(file.path(), "writing compressed clusters")
-        })
+        };
+        match self.layer.compressed_writes() {
+            CompressedWrites::OnlyInOrder => self.layer.compression().map(Some).ok_or_else(refused),
+            _ if !wanted => Ok(None),
+            CompressedWrites::Refused => Err(refused()),
+            CompressedWrites::StoredPlain if self.layer.cluster_size_bytes().is_none() => {
+                Err(Error::Invalid("invalid cluster size".to_owned()))
+            }
+            CompressedWrites::StoredPlain => Ok(None),
+            CompressedWrites::Accepted => self.layer.compression().map(Some).ok_or_else(refused),
+        }
+    }
+
+    /// Whether it can only be written in guest order.
+    pub(super) fn is_in_order_only(&self) -> bool {
+        self.layer.compressed_writes() == CompressedWrites::OnlyInOrder
     }
 
     pub(super) fn image(&self) -> &'a Image {
@@ -101,22 +117,38 @@ impl<'a> Target<'a> {
             while to < reserved.len() && reserved[to].stands_behind(&reserved[to - 1]) {
                 to += 1;
             }
-            let (first, last) = (reserved[from].plan(), reserved[to - 1].plan());
-            self.write_run(&buf[reserved[from].bytes.start..reserved[to - 1].bytes.end], first, last)
-                .map_err(|error| write_error(first.guest_bytes.start, error))?;
+            self.write_run(buf, &reserved[from..to])
+                .map_err(|error| write_error(reserved[from].plan().guest_bytes.start, error))?;
             from = to;
         }
         Self::commit(reserved)
     }
 
-    /// Writes `bytes` where `first` begins, with the fill before it and the one behind `last`.
-    fn write_run(&self, bytes: &[u8], first: &WritePlan, last: &WritePlan) -> Result<()> {
-        let before = self.fill(first.guest_bytes.start, first.fill_before_bytes, true)?;
-        let after = self.fill(last.guest_bytes.end, last.fill_after_bytes, false)?;
-        let start = first.at.0 - before.len() as u64;
-        let slices = [IoSlice::new(&before), IoSlice::new(bytes), IoSlice::new(&after)];
-        let file = self.file(first)?;
-        file.will_write(start..start + (before.len() + bytes.len() + after.len()) as u64);
+    /// Writes reservations that stand one behind the other on the host, with the fill before the first and the one
+    /// behind the last.
+    fn write_run(&self, buf: &[u8], run: &[Reserved<'a>]) -> Result<()> {
+        let (first, last) = (&run[0], &run[run.len() - 1]);
+        let before = self.fill(first.plan().guest_bytes.start, first.plan().fill_before_bytes, true)?;
+        let after = self.fill(last.plan().guest_bytes.end, last.plan().fill_after_bytes, false)?;
+        let start = first.host().start - before.len() as u64;
+        let file = self.file(first.plan())?;
+        file.will_write(start..last.host().end + after.len() as u64);
+        if run.iter().all(|reserved| *reserved.write.frame() == Frame::default()) {
+            let bytes = &buf[first.bytes.start..last.bytes.end];
+            return file.write_vectored_at(
+                &[IoSlice::new(&before), IoSlice::new(bytes), IoSlice::new(&after)],
+                start,
+            );
+        }
+        let pads: Vec<Vec<u8>> =
+            run.iter().map(|reserved| vec![0; reserved.write.frame().pad_bytes as usize]).collect();
+        let mut slices = vec![IoSlice::new(&before)];
+        for (reserved, pad) in run.iter().zip(&pads) {
+            slices.push(IoSlice::new(reserved.write.frame().lead()));
+            slices.push(IoSlice::new(&buf[reserved.bytes.clone()]));
+            slices.push(IoSlice::new(pad));
+        }
+        slices.push(IoSlice::new(&after));
         file.write_vectored_at(&slices, start)
     }
 
@@ -166,6 +198,13 @@ impl Reserved<'_> {
         self.write.plan()
     }
 
+    /// Where it stands on the host, with its frame and without fills.
+    fn host(&self) -> Range<u64> {
+        let (plan, frame) = (self.plan(), self.write.frame());
+        let end = plan.at.0 + self.bytes.len() as u64 + u64::from(frame.pad_bytes); // set aside by the format
+        plan.at.0 - frame.lead().len() as u64..end
+    }
+
     /// Whether one write can move both: nothing lies between them on the host or in the buffer.
     fn stands_behind(&self, previous: &Self) -> bool {
         let (plan, before) = (self.plan(), previous.plan());
@@ -173,7 +212,7 @@ impl Reserved<'_> {
             && before.fill_after_bytes == 0
             && plan.fill_before_bytes == 0
             && previous.bytes.end == self.bytes.start
-            && before.at.0.checked_add(previous.bytes.len() as u64) == Some(plan.at.0)
+            && previous.host().end == self.host().start
     }
 }
 

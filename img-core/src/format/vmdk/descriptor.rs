@@ -1,0 +1,354 @@
+//! The descriptor: the text that says what a disk is made of ("Virtual Disk Format 5.0", "The Descriptor File").
+//!
+//! It is kept as it was found. The only change ever made to it is another content id, digit by digit in its
+//! place: comments, unknown keys and the disk data base stay, and no crash can leave half a descriptor.
+
+use std::{ops::Range, path::Path};
+
+use crate::{Error, Result, text};
+
+/// `parentCID` of a disk without parent.
+pub(super) const NO_PARENT: u32 = u32::MAX;
+
+/// Descriptors are read up to here (the reference's limit).
+pub(super) const MAX_BYTES: u64 = (1 << 20) - 1;
+
+/// Extents that a descriptor may name: each is an open file.
+const MAX_EXTENTS: usize = 8192;
+
+/// The longest name of a parent (the reference's limit).
+const MAX_HINT_BYTES: usize = 1023;
+
+/// How much a guest may do to an extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// `RW`
+    ReadWrite,
+    /// `RDONLY`
+    ReadOnly,
+}
+
+/// What an extent's file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ExtentKind {
+    /// `FLAT`, `VMFS`: guest bytes as they are.
+    Flat,
+    /// `SPARSE`: a hosted sparse extent.
+    Sparse,
+    /// `VMFSSPARSE`: a COWD extent.
+    VmfsSparse,
+    /// `SESPARSE`.
+    SeSparse,
+    /// `ZERO`: no file, reads as zeroes.
+    Zero,
+}
+
+/// One line of the extent description.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ExtentLine {
+    pub(super) access: Access,
+    pub(super) sectors: u64,
+    pub(super) kind: ExtentKind,
+    /// The type as the line has it.
+    pub(super) type_name: String,
+    /// Empty for [`ExtentKind::Zero`].
+    pub(super) file_name: String,
+    /// Where in the file a flat extent begins.
+    pub(super) offset_sectors: u64,
+}
+
+/// A parsed descriptor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Descriptor {
+    pub(super) cid: u32,
+    /// Where the digits of the content id stand, counted from the start of the descriptor.
+    pub(super) cid_digits: Range<u64>,
+    pub(super) parent_cid: u32,
+    pub(super) create_type: String,
+    pub(super) parent_hint: Option<String>,
+    pub(super) extents: Vec<ExtentLine>,
+}
+
+/// Whether a file that starts with `head` is a descriptor: comments and empty lines, then `version=`.
+pub(super) fn is_descriptor(head: &[u8]) -> bool {
+    for line in head.split(|byte| *byte == b'\n') {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        if line.starts_with(b"#") || line.iter().all(|byte| *byte == b' ') {
+            continue;
+        }
+        return matches!(line, b"version=1" | b"version=2" | b"version=3");
+    }
+    false
+}
+
+impl Descriptor {
+    /// Parses the text up to its first NUL. `file` and `at` say where it stands.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] naming the line that breaks the rules, or the key that is missing.
+    pub(super) fn parse(bytes: &[u8], file: &Path, at: u64) -> Result<Self> {
+        let bytes = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+        let corrupt = |offset: usize, structure: &'static str, expected: &str, found: &[u8]| {
+            let found = String::from_utf8_lossy(&found[..found.len().min(80)]).into_owned();
+            Error::corrupt(file, structure, at + offset as u64, expected, format_args!("'{found}'"))
+        };
+        let (mut cid, mut parent_cid, mut create_type, mut parent_hint) = (None, None, None, None);
+        let mut extents = Vec::new();
+        let mut offset = 0;
+        for whole in bytes.split_inclusive(|byte| *byte == b'\n') {
+            let start = offset;
+            offset += whole.len();
+            let line = whole.trim_ascii();
+            if line.is_empty() || line.starts_with(b"#") {
+                continue;
+            }
+            if let Some((key, value)) = key_and_value(line) {
+                match key {
+                    b"CID" if cid.is_none() => {
+                        let value = value.trim_ascii();
+                        let Some(number) = hexadecimal(value) else {
+                            return Err(corrupt(start, "descriptor.CID", "a hexadecimal number", line));
+                        };
+                        let from = start + (value.as_ptr().addr() - whole.as_ptr().addr());
+                        cid = Some((number, from as u64..(from + value.len()) as u64));
+                    }
+                    b"parentCID" if parent_cid.is_none() => {
+                        let number = hexadecimal(value.trim_ascii());
+                        parent_cid = Some(number.ok_or_else(|| {
+                            corrupt(start, "descriptor.parentCID", "a hexadecimal number", line)
+                        })?);
+                    }
+                    b"createType" if create_type.is_none() => {
+                        let name = quoted(value.trim_ascii());
+                        create_type = Some(text::from_bytes(name.ok_or_else(|| {
+                            corrupt(start, "descriptor.createType", "a name in quotation marks", line)
+                        })?));
+                    }
+                    b"parentFileNameHint" if parent_hint.is_none() => {
+                        let name = quoted(value.trim_ascii()).filter(|name| name.len() <= MAX_HINT_BYTES);
+                        parent_hint = Some(text::from_bytes(name.ok_or_else(|| {
+                            let expected = "a name of at most 1023 bytes in quotation marks";
+                            corrupt(start, "descriptor.parentFileNameHint", expected, line)
+                        })?));
+                    }
+                    _ => {}
+                }
+                continue;
+            }
+            match extent_line(line) {
+                Ok(None) => {}
+                Ok(Some(extent)) => extents.push(extent),
+                Err(expected) => return Err(corrupt(start, "descriptor extent line", expected, line)),
+            }
+            if extents.len() > MAX_EXTENTS {
+                return Err(corrupt(start, "descriptor extent line", "at most 8192 extents", line));
+            }
+        }
+        let (cid, cid_digits) = cid.ok_or_else(|| corrupt(0, "descriptor", "a line 'CID='", b"none"))?;
+        Ok(Self {
+            cid,
+            cid_digits,
+            parent_cid: parent_cid.unwrap_or(NO_PARENT),
+            create_type: create_type
+                .ok_or_else(|| corrupt(0, "descriptor", "a line 'createType='", b"none"))?,
+            parent_hint: parent_hint.filter(|name| !name.is_empty()),
+            extents,
+        })
+    }
+
+    /// Another content id of as many digits, made from `random`, and its text.
+    pub(super) fn new_cid(&self, random: u32) -> (u32, String) {
+        let digits = usize::try_from(self.cid_digits.end - self.cid_digits.start).expect("a short number");
+        let mask = if digits >= 8 { u32::MAX } else { (1 << (4 * digits)) - 1 };
+        // The highest value is left out: with eight digits it means "no parent".
+        let mut cid = random & mask;
+        while cid == self.cid || cid == mask {
+            cid = cid.wrapping_add(1) & mask;
+        }
+        (cid, format!("{cid:0digits$x}"))
+    }
+}
+
+/// `key = value`, for lines whose first word is followed by an equals sign.
+fn key_and_value(line: &[u8]) -> Option<(&[u8], &[u8])> {
+    let equals = line.iter().position(|byte| *byte == b'=')?;
+    let key = line[..equals].trim_ascii();
+    let is_key = !key.is_empty() && key.iter().all(|byte| !byte.is_ascii_whitespace() && *byte != b'"');
+    is_key.then_some((key, &line[equals + 1..]))
+}
+
+/// A hexadecimal number of at most 8 digits that mean something, and at most 16 in all.
+fn hexadecimal(value: &[u8]) -> Option<u32> {
+    let digits = std::str::from_utf8(value).ok()?;
+    let are_digits =
+        !digits.is_empty() && digits.len() <= 16 && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    if are_digits { u32::from_str_radix(digits, 16).ok() } else { None }
+}
+
+/// What stands between two quotation marks.
+fn quoted(value: &[u8]) -> Option<&[u8]> {
+    let rest = value.strip_prefix(b"\"")?;
+    let end = rest.iter().position(|byte| *byte == b'"')?;
+    Some(&rest[..end])
+}
+
+/// The next word, and what follows it.
+fn word(line: &[u8]) -> (&[u8], &[u8]) {
+    let line = line.trim_ascii_start();
+    let end = line.iter().position(u8::is_ascii_whitespace).unwrap_or(line.len());
+    line.split_at(end)
+}
+
+/// `ACCESS SECTORS TYPE "NAME" [OFFSET]`; `None` for a line that is no extent.
+fn extent_line(line: &[u8]) -> Result<Option<ExtentLine>, &'static str> {
+    let (access, rest) = word(line);
+    let access = match access {
+        b"RW" => Access::ReadWrite,
+        b"RDONLY" => Access::ReadOnly,
+        b"NOACCESS" => return Err("an extent that may be read"),
+        _ => return Ok(None),
+    };
+    let (sectors, rest) = word(rest);
+    let sectors = decimal(sectors)
+        .filter(|sectors| (1..=super::header::MAX_CAPACITY_SECTORS).contains(sectors))
+        .ok_or("a number of sectors")?;
+    let (type_name, rest) = word(rest);
+    let kind = match type_name {
+        b"FLAT" | b"VMFS" => ExtentKind::Flat,
+        b"SPARSE" => ExtentKind::Sparse,
+        b"VMFSSPARSE" => ExtentKind::VmfsSparse,
+        b"SESPARSE" => ExtentKind::SeSparse,
+        b"ZERO" => ExtentKind::Zero,
+        _ => return Err("an extent type of FLAT, SPARSE, VMFS, VMFSSPARSE, SESPARSE or ZERO"),
+    };
+    let rest = rest.trim_ascii_start();
+    let (file_name, rest) = match (kind, quoted(rest)) {
+        (ExtentKind::Zero, None) if rest.is_empty() => (&b""[..], &b""[..]),
+        (ExtentKind::Zero, None) | (_, None) => return Err("a file name in quotation marks"),
+        (_, Some(name)) => (name, &rest[name.len() + 2..]),
+    };
+    if file_name.is_empty() && kind != ExtentKind::Zero {
+        return Err("a file name that is not empty");
+    }
+    let (offset, rest) = word(rest);
+    if !rest.trim_ascii().is_empty() && kind != ExtentKind::Flat {
+        return Err("nothing behind the file name");
+    }
+    let is_flat = kind == ExtentKind::Flat;
+    let offset_sectors = match offset {
+        b"" if is_flat && type_name == b"FLAT" => return Err("an offset behind the file name"),
+        b"" => 0,
+        number if is_flat => decimal(number)
+            .filter(|offset| *offset <= super::header::MAX_CAPACITY_SECTORS)
+            .ok_or("an offset in sectors")?,
+        _ => return Err("nothing behind the file name"),
+    };
+    Ok(Some(ExtentLine {
+        access,
+        sectors,
+        kind,
+        type_name: text::from_bytes(type_name),
+        file_name: text::from_bytes(file_name),
+        offset_sectors,
+    }))
+}
+
+fn decimal(digits: &[u8]) -> Option<u64> {
+    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "# Disk DescriptorFile\nversion=1\nCID=123abcde\nparentCID=ffffffff\n\
+                        createType=\"twoGbMaxExtentSparse\"\nx.unknown = \"kept\"\n\n\
+                        RW 4192256 SPARSE \"a b-s001.vmdk\"\nRW 63 ZERO\nRDONLY 10 FLAT \"f\" 7\n\
+                        RW 1 VMFS \"v\"\n#DDB\nddb.adapterType = \"ide\"\n";
+
+    fn parse(text: &str) -> Result<Descriptor> {
+        Descriptor::parse(text.as_bytes(), Path::new("d"), 512)
+    }
+
+    #[test]
+    fn the_parts_of_a_descriptor_are_found() {
+        let descriptor = parse(TEXT).expect("valid");
+        assert_eq!((descriptor.cid, descriptor.parent_cid), (0x123a_bcde, NO_PARENT));
+        assert_eq!(descriptor.create_type, "twoGbMaxExtentSparse");
+        assert_eq!(descriptor.parent_hint, None);
+        let found: Vec<_> = descriptor
+            .extents
+            .iter()
+            .map(|e| (e.access, e.sectors, e.kind, e.file_name.as_str(), e.offset_sectors))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                (Access::ReadWrite, 4_192_256, ExtentKind::Sparse, "a b-s001.vmdk", 0),
+                (Access::ReadWrite, 63, ExtentKind::Zero, "", 0),
+                (Access::ReadOnly, 10, ExtentKind::Flat, "f", 7),
+                (Access::ReadWrite, 1, ExtentKind::Flat, "v", 0),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_new_content_id_has_as_many_digits_and_is_another() {
+        let at = |text: &str| {
+            let descriptor = parse(text).expect("valid");
+            let digits = descriptor.cid_digits.clone();
+            let digits = usize::try_from(digits.start).unwrap()..usize::try_from(digits.end).unwrap();
+            (descriptor, text[digits].to_owned())
+        };
+        let (descriptor, digits) = at(TEXT);
+        assert_eq!(digits, "123abcde");
+        assert_eq!(descriptor.new_cid(7).1, "00000007");
+        assert_eq!(descriptor.new_cid(0x123a_bcde).1, "123abcdf");
+        assert_eq!(descriptor.new_cid(u32::MAX).1, "00000000");
+        let (descriptor, digits) = at("CID = 1 \r\ncreateType=\"x\"\r\n");
+        assert_eq!(digits, "1");
+        assert_eq!(descriptor.new_cid(0xff1), (2, "2".to_owned()));
+    }
+
+    #[test]
+    fn what_breaks_the_rules_is_named() {
+        for (text, expected) in [
+            ("createType=\"x\"\n", "a line 'CID='"),
+            ("CID=1\n", "a line 'createType='"),
+            ("CID=xyz\ncreateType=\"x\"\n", "a hexadecimal number"),
+            ("CID=123456789\ncreateType=\"x\"\n", "a hexadecimal number"),
+            ("CID=1\ncreateType=x\n", "a name in quotation marks"),
+            ("CID=1\ncreateType=\"x\"\nRW 0 FLAT \"a\" 0\n", "a number of sectors"),
+            ("CID=1\ncreateType=\"x\"\nRW 99999999999999999999 FLAT \"a\" 0\n", "a number of sectors"),
+            ("CID=1\ncreateType=\"x\"\nRW 1 FLAT \"a\"\n", "an offset behind the file name"),
+            ("CID=1\ncreateType=\"x\"\nRW 1 FLAT \"a\" -1\n", "an offset in sectors"),
+            ("CID=1\ncreateType=\"x\"\nRW 1 SPARSE \"a\n", "a file name in quotation marks"),
+            ("CID=1\ncreateType=\"x\"\nRW 1 SPARSE \"\"\n", "a file name that is not empty"),
+            ("CID=1\ncreateType=\"x\"\nRW 1 VMFSRDM \"a\"\n", "an extent type of"),
+            ("CID=1\ncreateType=\"x\"\nNOACCESS 1 ZERO\n", "an extent that may be read"),
+            ("CID=1\ncreateType=\"x\"\nparentFileNameHint=\"a\n", "a name of at most 1023 bytes"),
+        ] {
+            let error = parse(text).expect_err(text).to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn probing_looks_for_the_version_behind_comments() {
+        for (head, expected) in [
+            (&b"# Disk DescriptorFile\nversion=1\n"[..], true),
+            (b"#x\r\n\r\n  \r\nversion=3\r\n", true),
+            (b"version=2\n", true),
+            (b"version=4\n", false),
+            (b"Version=1\n", false),
+            (b"# only\n", false),
+            (b"", false),
+            (b"CID=1\nversion=1\n", false),
+        ] {
+            assert_eq!(is_descriptor(head), expected, "{}", String::from_utf8_lossy(head));
+        }
+    }
+}
