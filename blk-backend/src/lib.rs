@@ -14,4 +14,5 @@ pub mod engine;
 pub mod in_process;
 pub mod nbd;
 pub mod request;
+pub mod vhost_user;
 pub mod virtio;

@@ -21,6 +21,7 @@ struct Cli {
 enum Command {
     Host(command::host::Args),
     Nbd(command::nbd::Args),
+    VhostUser(command::vhost_user::Args),
 }
 
 fn main() -> ExitCode {
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Host(args) => command::host::run(args, &mut out),
         Command::Nbd(args) => command::nbd::run(args, &mut out),
+        Command::VhostUser(args) => command::vhost_user::run(args, &mut out),
     };
     match result.and_then(|code| out.flush().map(|()| code).map_err(command::Failure::from)) {
         Ok(code) => code,

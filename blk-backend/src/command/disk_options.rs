@@ -1,14 +1,20 @@
 //! The options with which every daemon opens its image.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use blk_backend::disk::{Disk, DiskOptions};
-use img_core::image::{CacheMode, ImageName};
+use img_core::{
+    Error,
+    image::{CacheMode, ImageName},
+};
 
 use super::Failure;
 
 /// Which image, and how
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct DiskArgs {
     /// The image: a file name, or json:{...}
     #[arg(long, value_name = "FILE")]
@@ -25,7 +31,14 @@ pub(crate) struct DiskArgs {
     /// Take no locks: the image may be in use elsewhere
     #[arg(long)]
     pub(crate) force_share: bool,
+    /// Wait this long for an image that is in use: by a process that was killed, say, and whose last writes are
+    /// still on their way
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub(crate) wait_for_lock: u64,
 }
+
+/// How often a lock that is held is asked for again.
+const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 
 impl DiskArgs {
     /// Opens the image; what is worth a warning is told.
@@ -38,12 +51,28 @@ impl DiskArgs {
             force_share: self.force_share,
             ..DiskOptions::default()
         };
-        let disk = Disk::open(&name, &options)?;
+        let until = Instant::now() + Duration::from_secs(self.wait_for_lock);
+        let disk = loop {
+            match Disk::open(&name, &options) {
+                Err(error) if is_locked(&error) && Instant::now() < until => {
+                    std::thread::sleep(LOCK_INTERVAL)
+                }
+                result => break result?,
+            }
+        };
         for warning in disk.image().warnings() {
             warn(&warning.text);
             warning.hints.iter().for_each(|hint| warn(hint));
         }
         Ok(disk)
+    }
+}
+
+fn is_locked(error: &Error) -> bool {
+    match error {
+        Error::Locked { .. } => true,
+        Error::Open { source, .. } | Error::Backing { source, .. } => is_locked(source),
+        _ => false,
     }
 }
 

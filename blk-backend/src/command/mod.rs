@@ -10,6 +10,7 @@ pub(crate) mod disk_options;
 pub(crate) mod host;
 pub(crate) mod nbd;
 mod signals;
+pub(crate) mod vhost_user;
 
 /// Why a command stopped.
 #[derive(Debug)]

@@ -173,11 +173,13 @@ impl InflightQueue {
             return Err(InflightError::Size { expected: self.size, found });
         }
         let batch = used_idx.wrapping_sub(self.load_u16(USED_IDX));
-        if batch > self.size {
+        let is_marked = |head: &u16| self.load_u8(state(*head) + INFLIGHT) != 0;
+        if batch > self.size && (0..self.size).any(|head| is_marked(&head)) {
             return Err(InflightError::Batch(batch));
         }
         let mut head = self.load_u16(LAST_BATCH_HEAD);
-        for _ in 0..batch {
+        // A ring that begins anew over memory that was left in order: there is no batch.
+        for _ in 0..if batch > self.size { 0 } else { batch } {
             if head >= self.size {
                 return Err(InflightError::Head(head));
             }
@@ -186,7 +188,7 @@ impl InflightQueue {
         }
         self.store_u16(USED_IDX, used_idx);
         let mut marked: Vec<(u64, u16)> = (0..self.size)
-            .filter(|&head| self.load_u8(state(head) + INFLIGHT) != 0)
+            .filter(is_marked)
             .map(|head| (self.load_u64(state(head) + COUNTER), head))
             .collect();
         marked.sort_unstable();

@@ -4,6 +4,7 @@
 //! side: a queue thread of this process, or a daemon.
 
 pub mod model;
+pub mod vhost;
 
 use std::{
     collections::HashMap,
@@ -124,8 +125,8 @@ pub struct GuestQueue {
     pub call: OwnedFd,
     /// How often the device was kicked.
     pub kicks: u64,
-    /// Every other request goes through an indirect table.
-    indirect: bool,
+    /// Whether the next request goes through an indirect table: every other one, or `None` for none.
+    indirect: Option<bool>,
 }
 
 impl GuestQueue {
@@ -148,7 +149,7 @@ impl GuestQueue {
             kick: event(),
             call: event(),
             kicks: 0,
-            indirect: false,
+            indirect: Some(false),
         }
     }
 
@@ -156,6 +157,26 @@ impl GuestQueue {
     #[must_use]
     pub fn layout(&self) -> RingLayout {
         self.queue.layout()
+    }
+
+    /// For a device without indirect descriptors.
+    pub fn never_indirect(&mut self) {
+        self.indirect = None;
+    }
+
+    /// Makes any head available, whatever it is, and shows it.
+    pub fn make_available(&mut self, head: u16) {
+        self.queue.make_available(head);
+        let _kicked_by_the_caller = self.queue.publish();
+    }
+
+    /// The used ring's index.
+    ///
+    /// # Panics
+    /// When the ring is not in memory.
+    #[must_use]
+    pub fn used_idx(&self) -> u16 {
+        self.layout().used_idx(self.queue.ram()).expect("the ring is in memory")
     }
 
     /// Requests that are not answered.
@@ -206,8 +227,8 @@ impl GuestQueue {
             writable.extend([range(data_at, half), range(data_at + half as u64, in_bytes - half)]);
         }
         writable.push(range(status_at, 1));
-        self.indirect = !self.indirect;
-        let head = if self.indirect {
+        self.indirect = self.indirect.map(|indirect| !indirect);
+        let head = if self.indirect == Some(true) {
             self.queue.add_indirect(GuestAddress(table_at), &readable, &writable)
         } else {
             self.queue.add(&readable, &writable)

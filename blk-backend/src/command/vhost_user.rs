@@ -1,0 +1,150 @@
+//! `blk-backend vhost-user`: images as virtio block devices for virtual machine monitors.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use blk_backend::{
+    disk::Disk,
+    vhost_user::{Server, Told},
+    virtio::{Device, DeviceOptions},
+};
+use clap::Parser;
+use img_core::format::split_list;
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::{Failure, disk_options::DiskArgs, signals};
+
+/// Serve images as virtio block devices over vhost-user sockets
+///
+/// Serves until SIGTERM, SIGINT or SIGHUP; then requests under way end, and the images are flushed and closed. A
+/// front end may leave and another come at any time. After a crash, start it again with the same options: the front
+/// end reconnects, and what was under way is done again.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// One more device: the options above without dashes, as NAME=VALUE, with commas between (may be repeated)
+    #[arg(long = "device", value_name = "socket=PATH,image=FILE,...", value_parser = parse_device)]
+    more: Vec<DeviceArgs>,
+}
+
+/// One device
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct DeviceArgs {
+    /// Where front ends connect
+    #[arg(long, visible_alias = "socket-path", value_name = "PATH")]
+    socket: PathBuf,
+    #[command(flatten)]
+    disk: DiskArgs,
+    /// Request queues, each with a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    queues: u16,
+    /// The serial number that the guest sees: up to 20 characters
+    #[arg(long, value_name = "TEXT", default_value = "blk-backend")]
+    serial: String,
+    /// The guest's block size: a power of two from 512 to 4096
+    #[arg(long, value_name = "BYTES", default_value_t = 512)]
+    block_size: u32,
+    /// Look for requests this long before sleeping
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
+    poll: u64,
+}
+
+/// `NAME=VALUE,…` read by the same definitions as the options, so that both know the same.
+fn parse_device(text: &str) -> Result<DeviceArgs, String> {
+    #[derive(Parser)]
+    #[command(no_binary_name = true, disable_help_flag = true)]
+    struct Line {
+        #[command(flatten)]
+        device: DeviceArgs,
+    }
+    let mut words = Vec::new();
+    for part in split_list(text) {
+        match part.split_once('=') {
+            // Switches take no value on a command line.
+            Some((_, "off")) if is_switch(&part) => {}
+            Some((name, "on")) if is_switch(&part) => words.push(format!("--{name}")),
+            _ => words.push(format!("--{part}")),
+        }
+    }
+    let line = Line::try_parse_from(words).map_err(|error| {
+        let text = error.render().to_string();
+        text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
+    })?;
+    Ok(line.device)
+}
+
+fn is_switch(part: &str) -> bool {
+    ["read-only=", "force-share="].iter().any(|name| part.starts_with(name))
+}
+
+pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure> {
+    // First of all, so that no signal is too early.
+    let asked_to_end = signals::on_termination()?;
+    let devices: Vec<(Arc<Disk>, Arc<Device>, &Path)> =
+        std::iter::once(&args.device).chain(&args.more).map(open).collect::<Result<_, _>>()?;
+    let told: Told = Arc::new(super::warn);
+    let mut servers = Vec::new();
+    for (_, device, socket) in &devices {
+        let server = Server::start(Arc::clone(device), socket, Arc::clone(&told))
+            .map_err(|error| Failure::new(format_args!("{}: {error}", socket.display())))?;
+        writeln!(out, "listening on {}", server.path().display())?;
+        servers.push(server);
+    }
+    out.flush()?;
+    loop {
+        let mut fds = [PollFd::new(&asked_to_end, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) => break,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(Failure::new(errno)),
+        }
+    }
+    servers.into_iter().for_each(Server::stop);
+    for (disk, _, _) in devices {
+        disk.close()?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn open(args: &DeviceArgs) -> Result<(Arc<Disk>, Arc<Device>, &Path), Failure> {
+    let disk = args.disk.open(&mut |text| super::warn(text))?;
+    let options = DeviceOptions {
+        queues: args.queues,
+        serial: args.serial.clone(),
+        block_bytes: args.block_size,
+        poll: Duration::from_micros(args.poll),
+    };
+    let device = Device::new(&disk, &options).map_err(Failure::new)?;
+    Ok((disk, device, &args.socket))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_named_by_the_same_options() {
+        let device =
+            parse_device("socket=/tmp/s,image=a,,b.qcow2,read-only=on,queues=4").expect("it is right");
+        assert_eq!(device.socket, Path::new("/tmp/s"));
+        assert_eq!(
+            (device.disk.image.as_str(), device.disk.read_only, device.queues),
+            ("a,b.qcow2", true, 4)
+        );
+        assert!(!parse_device("socket=s,image=i,read-only=off").expect("it is right").disk.read_only);
+        for (text, why) in [
+            ("socket=s", "were not provided"),
+            ("socket=s,image=i,colour=red", "unexpected argument"),
+            ("socket=s,image=i,queues=many", "invalid value"),
+        ] {
+            let error = parse_device(text).expect_err(text);
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+}
