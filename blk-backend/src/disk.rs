@@ -9,6 +9,7 @@
 
 use std::{
     fmt,
+    os::unix::fs::MetadataExt as _,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering::SeqCst},
@@ -16,10 +17,12 @@ use std::{
 };
 
 use img_core::{
-    Result,
-    format::OpenMode,
+    Error, Result,
+    format::{Backing, HostFile, OpenMode, OptionSet, registry},
     image::{CacheMode, Image, ImageName, OpenOptions},
-    storage::Preallocation,
+    job::create::{self, CreateImage},
+    storage::{Identity, Preallocation},
+    text,
 };
 
 use crate::engine::{Flight, LaneSnapshot, Mailbox, Workers};
@@ -72,7 +75,8 @@ pub struct Disk {
     /// Counts the exchanges of `image`.
     generation: AtomicU64,
     read_only: bool,
-    writes_through: bool,
+    cache: CacheMode,
+    force_share: bool,
     /// How often it was paused and not resumed yet.
     paused: AtomicU64,
     /// Who changes the disk as a whole, one at a time.
@@ -81,7 +85,7 @@ pub struct Disk {
     quiet: Mutex<()>,
     quieter: Condvar,
     observers: Mutex<Vec<Observer>>,
-    pub(crate) flight: Flight,
+    pub(crate) flight: Arc<Flight>,
     pub(crate) workers: Workers,
 }
 
@@ -122,14 +126,15 @@ impl Disk {
             image: RwLock::new(Arc::new(image)),
             generation: AtomicU64::new(0),
             read_only,
-            writes_through: options.cache.writes_through(),
+            cache: options.cache,
+            force_share: options.force_share,
             paused: AtomicU64::new(0),
             changing: Mutex::default(),
             lanes: Mutex::default(),
             quiet: Mutex::default(),
             quieter: Condvar::new(),
             observers: Mutex::default(),
-            flight: Flight::default(),
+            flight: Arc::default(),
             workers: Workers::new(options.workers),
         })
     }
@@ -155,7 +160,7 @@ impl Disk {
     /// Whether every write is durable before it is done.
     #[must_use]
     pub fn writes_through(&self) -> bool {
-        self.writes_through
+        self.cache.writes_through()
     }
 
     /// Holds new requests back and returns when none is under way. Every call needs its
@@ -213,6 +218,70 @@ impl Disk {
     /// Those of [`Image::snapshot_delete`].
     pub fn snapshot_delete(&self, id_or_name: &str) -> Result<()> {
         self.drained(|| self.image().snapshot_delete(id_or_name))
+    }
+
+    /// Puts a new image of `format` over the disk while the guest runs: what is written from now on goes there, and
+    /// the image that was on top is not changed any more. With `existing` the image is there already; it has the
+    /// disk's size, and whoever made it saw to what it names as its backing file.
+    ///
+    /// # Errors
+    /// When the image cannot be made or opened, is in the chain already, or the old top cannot be flushed. The disk
+    /// is then as it was.
+    pub fn snapshot_external(&self, overlay: &ImageName, format: &str, existing: bool) -> Result<()> {
+        self.drained(|| {
+            let image = self.image();
+            if self.read_only {
+                return Err(Error::ReadOnly { file: image.layer_name(0).into() });
+            }
+            if !existing {
+                self.make_overlay(&image, overlay, format)?;
+            }
+            let open = OpenOptions {
+                format: Some(format.to_owned()),
+                cache: self.cache,
+                force_share: self.force_share,
+                backing: false,
+                ..OpenOptions::new(OpenMode::Write)
+            };
+            let new = image.with_overlay(Image::open(overlay, &open)?)?;
+            *self.image.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+            self.generation.fetch_add(1, SeqCst);
+            Ok(())
+        })
+    }
+
+    fn make_overlay(&self, image: &Image, overlay: &ImageName, format: &str) -> Result<()> {
+        let driver = registry::by_name(format).filter(|driver| driver.has_backing());
+        let driver = driver.ok_or_else(|| {
+            Error::Invalid(format!("Format '{format}' does not exist or has no backing files"))
+        })?;
+        let top = &image.layers()[0];
+        let path = top.file(HostFile::IMAGE).map(|file| file.path().to_owned()).unwrap_or_default();
+        let path = path.canonicalize().map_err(|error| Error::io(&path, "find", error))?;
+        self.check_is_foreign(image, overlay)?;
+        let request = CreateImage {
+            name: overlay,
+            driver,
+            virtual_size_bytes: image.virtual_size_bytes(),
+            backing: Some(Backing {
+                name: text::from_path(&path),
+                format: Some(top.driver().name().to_owned()),
+            }),
+            options: OptionSet::new(),
+        };
+        create::create(&request).map(drop)
+    }
+
+    /// Making an image empties its file: it must not be one of this disk's. (Locks say so too, where there are any.)
+    fn check_is_foreign(&self, image: &Image, overlay: &ImageName) -> Result<()> {
+        let path = overlay.path_to_create()?;
+        let Ok(found) = std::fs::metadata(text::to_path(path)) else { return Ok(()) };
+        let identity = Identity { device: found.dev(), inode: found.ino() };
+        let files = image.layers().iter().filter_map(|layer| layer.file(HostFile::IMAGE)?.identity());
+        if files.into_iter().any(|known| known == identity) {
+            return Err(Error::Invalid(format!("'{path}' is in use by the disk itself")));
+        }
+        Ok(())
     }
 
     /// Calls `observer` after each change that a front end tells its guest about, on the thread that made it.

@@ -14,13 +14,17 @@ use rustix::{
     io::Errno,
 };
 
-/// What the lane's own bell is called.
-const BELL: u64 = u64::MAX;
+use super::ring::BELL;
+
+/// What is told in one call.
+const MAX_READY: usize = 64;
 
 /// The descriptors that a lane watches.
 pub(super) struct Epoll {
     fd: OwnedFd,
+    /// Not told yet.
     ready: Vec<epoll::Event>,
+    calls: u64,
 }
 
 impl fmt::Debug for Epoll {
@@ -32,7 +36,8 @@ impl fmt::Debug for Epoll {
 impl Epoll {
     /// Watches the bell.
     pub(super) fn new(bell: BorrowedFd<'_>) -> Result<Self, Errno> {
-        let this = Self { fd: epoll::create(CreateFlags::CLOEXEC)?, ready: Vec::with_capacity(64) };
+        let fd = epoll::create(CreateFlags::CLOEXEC)?;
+        let this = Self { fd, ready: Vec::with_capacity(MAX_READY), calls: 0 };
         this.watch(bell, BELL)?;
         Ok(this)
     }
@@ -46,28 +51,26 @@ impl Epoll {
         epoll::delete(&self.fd, fd)
     }
 
-    /// Waits at most `timeout` (for ever without one) and tells what became ready.
-    pub(super) fn wait(
-        &mut self,
-        timeout: Option<Duration>,
-        mut ready: impl FnMut(u64),
-    ) -> Result<(), Errno> {
+    /// Waits until something is ready, at most `timeout` (for ever without one).
+    pub(super) fn wait(&mut self, timeout: Option<Duration>) -> Result<(), Errno> {
         let timeout = timeout.map(|timeout| Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: i64::from(timeout.subsec_nanos()),
         });
+        self.calls += 1;
         self.ready.clear();
-        let space = rustix::buffer::spare_capacity(&mut self.ready);
-        match epoll::wait(&self.fd, space, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno),
+        match epoll::wait(&self.fd, rustix::buffer::spare_capacity(&mut self.ready), timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno),
         }
-        for event in &self.ready {
-            let token = event.data.u64();
-            if token != BELL {
-                ready(token);
-            }
-        }
-        Ok(())
+    }
+
+    /// What became ready, one after the other.
+    pub(super) fn next(&mut self) -> Option<u64> {
+        self.ready.pop().map(|event| event.data.u64())
+    }
+
+    pub(super) fn calls(&self) -> u64 {
+        self.calls
     }
 }

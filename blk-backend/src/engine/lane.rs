@@ -7,16 +7,22 @@ use std::{
     ops::Range,
     os::fd::BorrowedFd,
     sync::Arc,
+    task::Waker,
     time::{Duration, Instant},
 };
 
-use img_core::image::Image;
+use img_core::{
+    format::HostFile,
+    image::{Commit, Image},
+};
 
 use super::{
-    epoll::Epoll,
+    backend::{Backend, EngineChoice, EngineInUse},
     mailbox::{Content, Finished, LaneWaker, Mailbox},
+    ring::{Answer, BELL},
     slot::{Slots, Stage},
-    worker::Job,
+    transfer::{Hold, Progress, Transfers, Way},
+    worker::{Job, Task},
 };
 use crate::{
     disk::Disk,
@@ -30,11 +36,13 @@ pub struct LaneOptions {
     pub depth: u32,
     /// How long [`Lane::run_once`] looks for work before it sleeps.
     pub poll: Duration,
+    /// Which engine.
+    pub engine: EngineChoice,
 }
 
 impl Default for LaneOptions {
     fn default() -> Self {
-        Self { depth: 256, poll: Duration::ZERO }
+        Self { depth: 256, poll: Duration::ZERO, engine: EngineChoice::Auto }
     }
 }
 
@@ -88,8 +96,17 @@ pub struct Lane {
     events: Vec<Event>,
     /// Reused.
     content: Content,
-    epoll: Epoll,
+    /// Wait for somebody who is in the way for a short time.
+    busy: Vec<u32>,
+    /// Makes the lane try those again.
+    progress: Waker,
+    transfers: Transfers,
+    backend: Backend,
+    engine: EngineInUse,
+    direct: Option<Direct>,
     poll: Duration,
+    /// One look at the clock serves a batch.
+    now: Option<Instant>,
     _stays_on_its_thread: PhantomData<*mut ()>,
 }
 
@@ -97,24 +114,31 @@ impl Lane {
     /// A lane of `disk` for the calling thread.
     ///
     /// # Errors
-    /// When the system has no descriptors or memory left.
+    /// When the system has no descriptors or memory left, or no ring where one was asked for.
     pub fn new(disk: &Arc<Disk>, options: &LaneOptions) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox::new()?);
-        let epoll = Epoll::new(mailbox.bell())?;
         let depth = options.depth.max(1);
+        let (backend, engine) = Backend::new(options.engine, depth, &mailbox)?;
+        let image = disk.image();
         disk.add_lane(&mailbox);
         Ok(Self {
             generation: disk.generation(),
-            image: disk.image(),
+            direct: Direct::of(&image),
+            image,
             disk: Arc::clone(disk),
             slots: Slots::new(depth),
             held: VecDeque::with_capacity(depth as usize),
             under_way: 0,
             events: Vec::with_capacity(depth as usize + 8),
             content: Content::default(),
-            epoll,
+            busy: Vec::with_capacity(depth as usize),
+            progress: Waker::from(Arc::clone(&mailbox)),
+            transfers: Transfers::default(),
+            backend,
+            engine,
             mailbox,
             poll: options.poll,
+            now: None,
             _stays_on_its_thread: PhantomData,
         })
     }
@@ -125,6 +149,12 @@ impl Lane {
         &self.disk
     }
 
+    /// What it stands on.
+    #[must_use]
+    pub fn engine(&self) -> &EngineInUse {
+        &self.engine
+    }
+
     /// Takes a request. Never waits. It is answered by an event of [`Self::run_once`], errors included.
     pub fn submit(&mut self, request: &Request<'_>) -> Submitted {
         let Some(index) = self.slots.take() else { return Submitted::Full };
@@ -132,7 +162,7 @@ impl Lane {
         let slot = self.slots.get(index);
         slot.tag = request.tag;
         slot.op = request.op;
-        slot.began = Instant::now();
+        slot.began = *self.now.get_or_insert_with(Instant::now);
         slot.guest_bytes = 0..0;
         slot.runs.set(request.segments);
         slot.stage = Stage::Held;
@@ -155,9 +185,9 @@ impl Lane {
     /// already. Edge-triggered: whoever is told reads until nothing is left (an eventfd need not be read at all).
     ///
     /// # Errors
-    /// Those of `epoll_ctl`; a descriptor can be watched once.
+    /// Those of the system; a descriptor can be watched once.
     pub fn watch(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
-        Ok(self.epoll.watch(fd, token)?)
+        self.backend.watch(fd, token)
     }
 
     /// Ends a [`watch`](Self::watch). An event that was on its way may still come.
@@ -165,7 +195,7 @@ impl Lane {
     /// # Errors
     /// When it is not watched.
     pub fn unwatch(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        Ok(self.epoll.unwatch(fd)?)
+        self.backend.unwatch(fd)
     }
 
     /// From other threads: makes [`Self::run_once`] return.
@@ -201,10 +231,12 @@ impl Lane {
         events: &mut Vec<Event>,
     ) -> io::Result<()> {
         self.look_around();
-        if self.events.is_empty() && wait != Wait::No && !self.polls_to_success(wait, &mut has_work) {
+        if wait == Wait::No || !self.events.is_empty() || has_work() {
+            self.exchange(None)?;
+        } else if self.poll.is_zero() || !self.polls_to_success(wait, &mut has_work)? {
             self.sleep(wait)?;
-            self.look_around();
         }
+        self.look_around();
         events.append(&mut self.events);
         Ok(())
     }
@@ -215,6 +247,9 @@ impl Lane {
         while let Some(index) = self.held.pop_front() {
             self.slots.give(index);
         }
+        for index in std::mem::take(&mut self.busy) {
+            self.retire(index);
+        }
         let parked: Vec<u32> = self.slots.in_stage(Stage::Parked).collect();
         for index in parked {
             if self.disk.flight.forget(&self.mailbox, index) {
@@ -223,7 +258,8 @@ impl Lane {
         }
         while self.under_way > 0 {
             self.look_around();
-            // Whatever was parked and has entered meanwhile has begun, and ends like the others.
+            // Whatever was parked and has entered meanwhile has begun, and ends like the others. A system that
+            // refuses to wait is asked again: nothing else ends the requests.
             if self.under_way > 0 && self.sleep(Wait::Event).is_err() {
                 std::thread::yield_now();
             }
@@ -243,6 +279,9 @@ impl Lane {
                 self.slots.get(index).entered = true;
                 self.begin(index);
             }
+            if self.mailbox.take_progress() {
+                self.try_again();
+            }
             if self.mailbox.take_call() {
                 self.events.push(Event::Woken);
             }
@@ -254,45 +293,74 @@ impl Lane {
         }
     }
 
+    /// Begins again what somebody was in the way of.
+    fn try_again(&mut self) {
+        for _ in 0..self.busy.len() {
+            let index = self.busy.remove(0);
+            self.begin(index);
+        }
+    }
+
     /// Looks for work for a while. Whether there is some.
-    fn polls_to_success(&mut self, wait: Wait, has_work: &mut impl FnMut() -> bool) -> bool {
-        if has_work() {
-            return true;
-        }
-        if self.poll.is_zero() {
-            return false;
-        }
+    fn polls_to_success(&mut self, wait: Wait, has_work: &mut impl FnMut() -> bool) -> io::Result<bool> {
+        self.exchange(None)?;
         let mut until = Instant::now() + self.poll;
         if let Wait::Until(moment) = wait {
             until = until.min(moment);
         }
-        while Instant::now() < until {
-            std::hint::spin_loop();
-            self.look_around();
+        loop {
             if !self.events.is_empty() || has_work() {
                 self.mailbox.stats.poll_hits.add(1);
-                return true;
+                return Ok(true);
             }
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+            self.exchange(None)?;
+            self.look_around();
         }
-        false
     }
 
-    fn sleep(&mut self, wait: Wait) -> Result<(), Errno> {
+    fn sleep(&mut self, wait: Wait) -> io::Result<()> {
         let timeout = match wait {
-            Wait::No => return Ok(()),
-            Wait::Event => None,
-            Wait::Until(moment) => Some(moment.saturating_duration_since(Instant::now())),
+            Wait::No => return self.exchange(None),
+            Wait::Event => Duration::MAX,
+            Wait::Until(moment) => moment.saturating_duration_since(Instant::now()),
         };
         if !self.mailbox.fall_asleep() {
-            return Ok(());
+            return self.exchange(None);
         }
-        let stats = &self.mailbox.stats;
-        stats.sleeps.add(1);
-        stats.enters.add(1);
-        let events = &mut self.events;
-        let slept = self.epoll.wait(timeout, |token| events.push(Event::Ready { token }));
+        self.mailbox.stats.sleeps.add(1);
+        let slept = self.exchange(Some(timeout));
         self.mailbox.awake();
         slept
+    }
+
+    /// Submits what is waiting for it, waits for an answer where `timeout` says so, and takes what is there.
+    fn exchange(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        match timeout {
+            None => self.backend.submit()?,
+            Some(Duration::MAX) => self.backend.wait(None)?,
+            Some(timeout) => self.backend.wait(Some(timeout))?,
+        }
+        self.mailbox.stats.enters.set(self.backend.calls());
+        self.now = None;
+        while let Some(answer) = self.backend.next()? {
+            match answer {
+                Answer::Ready { token: BELL } => {}
+                Answer::Ready { token } => self.events.push(Event::Ready { token }),
+                Answer::Moved { transfer, result } => {
+                    let ring = self.backend.ring().expect("only a ring moves bytes");
+                    if let Progress::Last(index) =
+                        self.transfers.moved(ring, &mut self.slots, transfer, result)
+                    {
+                        self.end_moving(index);
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Whether a request may begin; if so it counts as under way.
@@ -308,13 +376,22 @@ impl Lane {
                 return false;
             }
             if self.disk.generation() != self.generation {
-                self.generation = self.disk.generation();
-                self.image = self.disk.image();
+                self.change_image();
             }
         }
         self.under_way += 1;
         self.mailbox.stats.depth_is(self.under_way);
         true
+    }
+
+    /// The disk has another image; nothing is under way.
+    fn change_image(&mut self) {
+        self.generation = self.disk.generation();
+        self.image = self.disk.image();
+        self.direct = Direct::of(&self.image);
+        if let Some(ring) = self.backend.ring() {
+            self.transfers.forget_files(ring);
+        }
     }
 
     fn become_quiet(&self) {
@@ -336,37 +413,155 @@ impl Lane {
         if range.is_empty() && op != Op::Flush && !op.is_fua() {
             return self.end(index, Ok(()));
         }
-        if op.changes() && !self.slots.get(index).entered && !self.enter(index, &range) {
-            return;
+        match op {
+            Op::Read => self.read(index),
+            Op::Write { .. } => self.write(index),
+            Op::Flush | Op::Cache => self.hand_over(index, Task::All(op)),
+            Op::Discard { .. } | Op::WriteZeroes { .. } => self.change(index),
         }
-        self.hand_over(index);
+    }
+
+    fn read(&mut self, index: u32) {
+        let Some(ring) = self.backend.ring() else { return self.hand_over(index, Task::All(Op::Read)) };
+        let slot = self.slots.get(index);
+        let mut way = self.transfers.read(ring, &self.image, index, slot);
+        if way == Way::Busy {
+            // Whoever ends from here on wakes the lane; who has ended already is not in the way any more.
+            self.image.wake_on_progress(&self.progress);
+            way = self.transfers.read(ring, &self.image, index, slot);
+        }
+        match way {
+            Way::Pushed => self.begin_moving(index),
+            Way::Busy => self.wait_for_progress(index),
+            Way::Blocks => {
+                self.mailbox.stats.misses.add(1);
+                self.hand_over(index, Task::All(Op::Read));
+            }
+        }
+    }
+
+    fn write(&mut self, index: u32) {
+        if self.engine != EngineInUse::Ring {
+            return self.write_by_worker(index);
+        }
+        if let Some(direct) = self.direct {
+            if !direct.ring_writes {
+                return self.change(index);
+            }
+            if !self.slots.get(index).entered && !self.enter(index) {
+                return;
+            }
+        }
+        let ring = self.backend.ring().expect("it is in use");
+        let slot = self.slots.get(index);
+        let mut way = self.transfers.write(ring, &self.image, index, slot);
+        if way == Way::Busy {
+            self.image.wake_on_progress(&self.progress);
+            way = self.transfers.write(ring, &self.image, index, slot);
+        }
+        match way {
+            Way::Pushed => self.begin_moving(index),
+            Way::Busy => self.wait_for_progress(index),
+            Way::Blocks => {
+                self.mailbox.stats.misses.add(1);
+                self.change(index);
+            }
+        }
+    }
+
+    /// Overwriting what is there is in nobody's way; any other write waits for its clusters.
+    fn write_by_worker(&mut self, index: u32) {
+        let slot = self.slots.get(index);
+        if slot.entered || self.transfers.is_in_place(&self.image, &slot.guest_bytes) {
+            let op = slot.op;
+            return self.hand_over(index, Task::All(op));
+        }
+        self.change(index);
+    }
+
+    /// A change by a worker, who has its clusters to itself.
+    fn change(&mut self, index: u32) {
+        if self.slots.get(index).entered || self.enter(index) {
+            let op = self.slots.get(index).op;
+            self.hand_over(index, Task::All(op));
+        }
     }
 
     /// Makes the clusters of a change its own, where changes can be in each other's way. False when it is parked.
-    fn enter(&mut self, index: u32, range: &Range<u64>) -> bool {
-        let Some(cluster) = self.image.layers()[0].cluster_size_bytes().map(u64::from) else { return true };
-        let start = range.start - range.start % cluster;
-        let end = range.end.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
+    fn enter(&mut self, index: u32) -> bool {
+        let cluster = self.image.layers()[0].cluster_size_bytes().map(u64::from);
+        let granule = self.direct.map(|direct| direct.granule_bytes);
+        let Some(unit) = cluster.max(granule) else { return true };
         let slot = self.slots.get(index);
+        let Range { start, end } = slot.guest_bytes;
+        let clusters = match self.direct {
+            // A storage that writes a part of a block past the end of the file cuts the file off behind it.
+            Some(direct) if !(start | end).is_multiple_of(direct.unit_bytes) => 0..u64::MAX,
+            _ => start - start % unit..end.checked_next_multiple_of(unit).unwrap_or(u64::MAX),
+        };
         slot.stage = Stage::Parked;
-        if self.disk.flight.enter(start..end, &self.mailbox, index) {
-            self.slots.get(index).entered = true;
-            return true;
+        slot.entered = self.disk.flight.enter(clusters, &self.mailbox, index);
+        if !slot.entered {
+            self.mailbox.stats.parked.add(1);
         }
-        self.mailbox.stats.parked.add(1);
-        false
+        slot.entered
     }
 
-    fn hand_over(&mut self, index: u32) {
+    fn wait_for_progress(&mut self, index: u32) {
+        let slot = self.slots.get(index);
+        if slot.stage != Stage::Busy {
+            slot.stage = Stage::Busy;
+            self.mailbox.stats.parked.add(1);
+        }
+        self.busy.push(index);
+    }
+
+    fn begin_moving(&mut self, index: u32) {
+        let slot = self.slots.get(index);
+        slot.stage = Stage::Moving;
+        if slot.pending == 0 {
+            self.end_moving(index);
+        }
+    }
+
+    /// The kernel has answered all transfers of a request.
+    fn end_moving(&mut self, index: u32) {
+        let slot = self.slots.get(index);
+        let hold = slot.hold.take();
+        match (slot.failure.take(), hold) {
+            // What the ring cannot do here the blocking calls can, or they say why not.
+            (Some(Errno::AGAIN | Errno::INTR | Errno::INVAL | Errno::OPNOTSUPP), hold) => {
+                drop(hold);
+                if slot.op == Op::Read {
+                    self.hand_over(index, Task::All(Op::Read));
+                } else {
+                    self.change(index);
+                }
+            }
+            (Some(errno), _) => self.end(index, Err(errno)),
+            (None, Some(Hold::Write(ticket))) => {
+                let fua = slot.op.is_fua();
+                match ticket.try_commit() {
+                    Commit::Blocks(ticket) => self.hand_over(index, Task::Commit { ticket, fua }),
+                    Commit::Done if fua => self.hand_over(index, Task::All(Op::Flush)),
+                    Commit::Done => self.end(index, Ok(())),
+                }
+            }
+            (None, Some(Hold::Read(_)) | None) => self.end(index, Ok(())),
+        }
+    }
+
+    fn hand_over(&mut self, index: u32, task: Task) {
         let slot = self.slots.get(index);
         slot.stage = Stage::Working;
         let job = Job {
             image: Arc::clone(&self.image),
             owner: Arc::clone(&self.mailbox),
             slot: index,
-            op: slot.op,
+            task,
             guest_bytes: slot.guest_bytes.clone(),
             runs: std::mem::take(&mut slot.runs),
+            entered: std::mem::take(&mut slot.entered).then(|| Arc::clone(&self.disk.flight)),
         };
         self.mailbox.stats.handed_over.add(1);
         self.disk.workers.give(job);
@@ -396,7 +591,8 @@ impl Lane {
     fn answer(&mut self, index: u32, result: Result<(), Errno>) {
         let slot = self.slots.get(index);
         let bytes = slot.guest_bytes.end - slot.guest_bytes.start;
-        self.mailbox.stats.done(slot.op, bytes, slot.began.elapsed(), result.is_ok());
+        let took = self.now.get_or_insert_with(Instant::now).saturating_duration_since(slot.began);
+        self.mailbox.stats.done(slot.op, bytes, took, result.is_ok());
         self.events.push(Event::Done { tag: slot.tag, result });
         if slot.entered {
             self.disk.flight.leave(&self.mailbox, index);
@@ -410,6 +606,39 @@ impl Drop for Lane {
     fn drop(&mut self) {
         self.reset();
         self.disk.remove_lane(&self.mailbox);
+    }
+}
+
+/// What is different where the ring writes past the page cache. The storage keeps its own writers of one block
+/// apart, those that must read a block first too; the writes of a ring do not pass there. So all changes enter the
+/// [`Flight`](super::Flight), in whole blocks.
+#[derive(Clone, Copy, Debug)]
+struct Direct {
+    /// What is written past the cache is a multiple of this.
+    unit_bytes: u64,
+    /// The storage's unit of exclusion.
+    granule_bytes: u64,
+    /// False where a block holds data and tables, which the format writes.
+    ring_writes: bool,
+}
+
+impl Direct {
+    /// `None` where the top layer is written through the page cache, or not at all.
+    fn of(image: &Image) -> Option<Self> {
+        let top = &image.layers()[0];
+        let limits = top.file(HostFile::IMAGE)?.limits();
+        if limits.alignment_bytes <= 1 || top.writer().is_none() {
+            return None;
+        }
+        let granule_bytes =
+            u64::from(limits.alignment_bytes.max(limits.block_bytes).max(4096)).next_power_of_two();
+        let cluster = top.cluster_size_bytes().map(u64::from);
+        let unit_bytes = u64::from(limits.alignment_bytes);
+        Some(Self {
+            unit_bytes,
+            granule_bytes,
+            ring_writes: cluster.is_none_or(|cluster| cluster.is_multiple_of(granule_bytes)),
+        })
     }
 }
 

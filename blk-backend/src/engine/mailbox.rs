@@ -10,6 +10,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
+    task::Wake,
 };
 
 use rustix::{
@@ -28,6 +29,8 @@ pub(crate) struct Mailbox {
     content: Mutex<Content>,
     /// Something is in the box, or somebody wants the lane to look around.
     posted: AtomicBool,
+    /// Something ended that may have made requests of this lane busy.
+    progressed: AtomicBool,
     /// A front end's own wish to be woken.
     called: AtomicBool,
     asleep: AtomicBool,
@@ -59,6 +62,7 @@ impl Mailbox {
         Ok(Self {
             content: Mutex::default(),
             posted: AtomicBool::new(false),
+            progressed: AtomicBool::new(false),
             called: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -97,6 +101,11 @@ impl Mailbox {
         content.finished.append(&mut here.finished);
         content.released.append(&mut here.released);
         true
+    }
+
+    /// Whether something ended that may have made requests busy, since last asked.
+    pub(super) fn take_progress(&self) -> bool {
+        self.progressed.load(SeqCst) && self.progressed.swap(false, SeqCst)
     }
 
     /// Whether a front end called, since last asked.
@@ -146,6 +155,18 @@ impl Mailbox {
         let mut content = Content::default();
         self.take(&mut content);
         content.released
+    }
+}
+
+/// Woken by the image when something has ended; see [`Image::wake_on_progress`](img_core::image::Image).
+impl Wake for Mailbox {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.progressed.store(true, SeqCst);
+        self.ring();
     }
 }
 

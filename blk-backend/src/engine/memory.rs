@@ -4,6 +4,8 @@
 //! therefore be torn between two of its writes; that is the guest's affair, and nothing is decided by these bytes.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use crate::request::{Segments, iovec};
 
 /// The runs of memory of one request, kept by the engine from submission to answer.
@@ -50,6 +52,24 @@ impl Runs {
         });
     }
 
+    /// Fills `length_bytes` of the request's memory from `at_bytes` on with zeroes.
+    pub(super) fn zero(&self, at_bytes: u64, length_bytes: u64) {
+        self.each(at_bytes, length_bytes, |address, length| {
+            // SAFETY: as in `put`.
+            unsafe { std::ptr::write_bytes(address, 0, length) };
+        });
+    }
+
+    /// Whether the addresses and lengths of a part of the request's memory are multiples of `unit_bytes`.
+    pub(super) fn are_aligned(&self, at_bytes: u64, length_bytes: u64, unit_bytes: u64) -> bool {
+        let mut are = true;
+        self.each(at_bytes, length_bytes, |address, length| {
+            are &= (address.addr() as u64).is_multiple_of(unit_bytes);
+            are &= (length as u64).is_multiple_of(unit_bytes);
+        });
+        are
+    }
+
     /// The parts of memory that hold the bytes `at_bytes..at_bytes + length_bytes` of the request.
     fn each(&self, at_bytes: u64, length_bytes: u64, mut part: impl FnMut(*mut u8, usize)) {
         let (mut skip, mut left) = (at_bytes, length_bytes);
@@ -69,6 +89,64 @@ impl Runs {
             part(address, count);
             skip = 0;
             left -= length;
+        }
+    }
+}
+
+/// The memory of a request in lists, one for each part that the kernel moves by itself. They stay where they are
+/// until [`Self::clear`] or [`Self::add`].
+#[derive(Debug, Default)]
+pub(super) struct RunLists {
+    runs: Vec<iovec>,
+    /// Where each list ends in `runs`.
+    ends: Vec<usize>,
+}
+
+impl RunLists {
+    /// No lists, in the memory that is here already.
+    pub(super) fn clear(&mut self) {
+        self.runs.clear();
+        self.ends.clear();
+    }
+
+    /// Appends a list of the memory that holds `length_bytes` of a request from `at_bytes` on.
+    pub(super) fn add(&mut self, memory: &Runs, at_bytes: u64, length_bytes: u64) {
+        memory.each(at_bytes, length_bytes, |address, length| {
+            self.runs.push(iovec { iov_base: address.cast(), iov_len: length });
+        });
+        self.ends.push(self.runs.len());
+    }
+
+    /// Where list `index` stands.
+    pub(super) fn range(&self, index: usize) -> Range<usize> {
+        let start = index.checked_sub(1).map_or(0, |before| self.ends[before]);
+        start..self.ends[index]
+    }
+
+    /// A list, without the runs at its start that are used up.
+    pub(super) fn get(&self, list: Range<usize>) -> &[iovec] {
+        let runs = &self.runs[list];
+        let used = runs.iter().take_while(|run| run.iov_len == 0).count();
+        &runs[used..]
+    }
+
+    /// Uses up the first bytes of a list.
+    pub(super) fn advance(&mut self, list: Range<usize>, bytes: u64) {
+        let mut left = bytes;
+        for run in &mut self.runs[list] {
+            let now = left.min(run.iov_len as u64);
+            // SAFETY: at most the length of the run, which is one mapped object.
+            run.iov_base = unsafe { run.iov_base.cast::<u8>().add(usize_of(now)) }.cast();
+            run.iov_len -= usize_of(now);
+            left -= now;
+        }
+    }
+
+    /// Fills what is left of a list with zeroes.
+    pub(super) fn zero(&self, list: Range<usize>) {
+        for run in &self.runs[list] {
+            // SAFETY: the lists of a request name its own memory, which is writable for a read.
+            unsafe { std::ptr::write_bytes(run.iov_base.cast::<u8>(), 0, run.iov_len) };
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::{ops::Range, time::Instant};
 
-use super::memory::Runs;
+use super::{
+    memory::{RunLists, Runs},
+    transfer::Hold,
+};
 use crate::request::{Errno, Op};
 
 /// Where a request stands.
@@ -15,6 +18,10 @@ pub(super) enum Stage {
     Held,
     /// Waits in the [`Flight`](super::Flight) for its clusters.
     Parked,
+    /// Waits for somebody who is in the way for a short time.
+    Busy,
+    /// The ring moves its bytes.
+    Moving,
     /// A worker has it.
     Working,
 }
@@ -27,11 +34,24 @@ pub(super) struct Slot {
     pub(super) op: Op,
     pub(super) guest_bytes: Range<u64>,
     pub(super) runs: Runs,
+    /// Parts of `runs`, for the ring.
+    pub(super) lists: RunLists,
+    /// Transfers that the kernel has not answered.
+    pub(super) pending: u32,
+    /// What keeps the places valid that the transfers go to.
+    pub(super) hold: Option<Hold>,
     pub(super) began: Instant,
     /// Its clusters are its own in the [`Flight`](super::Flight).
     pub(super) entered: bool,
     /// The first failure wins.
     pub(super) failure: Option<Errno>,
+}
+
+impl Slot {
+    /// Notes a failure.
+    pub(super) fn fail(&mut self, errno: Errno) {
+        self.failure.get_or_insert(errno);
+    }
 }
 
 /// All slots of a lane. Nothing is allocated once each was in use.
@@ -50,6 +70,9 @@ impl Slots {
             op: Op::Flush,
             guest_bytes: 0..0,
             runs: Runs::default(),
+            lists: RunLists::default(),
+            pending: 0,
+            hold: None,
             began: now,
             entered: false,
             failure: None,
@@ -69,6 +92,8 @@ impl Slots {
         slot.stage = Stage::Free;
         slot.entered = false;
         slot.failure = None;
+        debug_assert_eq!(slot.pending, 0, "the kernel may still write its memory");
+        slot.hold = None;
         slot.runs.clear();
         self.free.push(index);
     }

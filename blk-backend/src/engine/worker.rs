@@ -12,9 +12,13 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use img_core::{Result, image::Image};
+use img_core::{
+    Result,
+    image::{Image, WriteTicket},
+};
 
 use super::{
+    flight::Flight,
     mailbox::{Finished, Mailbox},
     memory::Runs,
 };
@@ -29,9 +33,25 @@ pub(super) struct Job {
     pub(super) image: Arc<Image>,
     pub(super) owner: Arc<Mailbox>,
     pub(super) slot: u32,
-    pub(super) op: Op,
+    pub(super) task: Task,
     pub(super) guest_bytes: Range<u64>,
     pub(super) runs: Runs,
+    /// Where the request has its clusters to itself, if it has. The worker leaves, not the lane: others wait for the
+    /// work, not for a queue thread to look around.
+    pub(super) entered: Option<Arc<Flight>>,
+}
+
+/// What a worker does for a request.
+#[derive(Debug)]
+pub(super) enum Task {
+    /// All of it.
+    All(Op),
+    /// What is left of a write whose bytes stand in their place.
+    Commit {
+        ticket: WriteTicket,
+        /// Durable before it is done.
+        fua: bool,
+    },
 }
 
 /// The threads of one disk.
@@ -72,7 +92,7 @@ impl Workers {
     /// Takes a job; its end is told to its owner.
     pub(super) fn give(&self, job: Job) {
         let mut queue = self.shared.lock();
-        if job.op == Op::Flush {
+        if matches!(job.task, Task::All(Op::Flush)) {
             queue.flushes.push(job)
         } else {
             queue.jobs.push_back(job)
@@ -130,9 +150,17 @@ impl Shared {
         let mut bounce = Vec::new();
         while let Some(work) = self.next() {
             match work {
-                Work::One(job) => {
-                    let result = guarded(|| job.run(&mut bounce));
-                    job.finish(result);
+                Work::One(Job { image, owner, slot, task, guest_bytes, runs, entered }) => {
+                    let result = guarded(|| match task {
+                        Task::All(op) => {
+                            Whole { image: &image, op, guest_bytes, runs: &runs }.run(&mut bounce)
+                        }
+                        Task::Commit { ticket, fua } => {
+                            ticket.commit()?;
+                            if fua { image.flush() } else { Ok(()) }
+                        }
+                    });
+                    finish(&owner, entered, Finished { slot, result, runs });
                 }
                 Work::Flushes(jobs) => {
                     let result = guarded(|| jobs[0].image.flush());
@@ -173,11 +201,28 @@ fn guarded(call: impl FnOnce() -> Result<()>) -> Result<(), Errno> {
 
 impl Job {
     fn finish(self, result: Result<(), Errno>) {
-        self.owner.finish(Finished { slot: self.slot, result, runs: self.runs });
+        finish(&self.owner, self.entered, Finished { slot: self.slot, result, runs: self.runs });
     }
+}
 
+fn finish(owner: &Arc<Mailbox>, entered: Option<Arc<Flight>>, finished: Finished) {
+    if let Some(flight) = entered {
+        flight.leave(owner, finished.slot);
+    }
+    owner.finish(finished);
+}
+
+/// A request from its first byte to its last.
+struct Whole<'a> {
+    image: &'a Image,
+    op: Op,
+    guest_bytes: Range<u64>,
+    runs: &'a Runs,
+}
+
+impl Whole<'_> {
     fn run(&self, bounce: &mut Vec<u8>) -> Result<()> {
-        let image = &*self.image;
+        let image = self.image;
         match self.op {
             Op::Read => self.read(bounce)?,
             Op::Write { .. } => self.write(bounce)?,

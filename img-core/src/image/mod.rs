@@ -14,6 +14,7 @@ mod host;
 mod merged;
 mod name;
 mod open;
+mod overlay;
 mod path;
 mod plane;
 mod read;

@@ -90,7 +90,7 @@ impl ImageName {
     }
 
     /// The host path of an image that is to be made: structured names cannot say that.
-    pub(crate) fn path_to_create(&self) -> Result<&str> {
+    pub fn path_to_create(&self) -> Result<&str> {
         match protocol(&self.text) {
             Some("json") => Err(Error::Invalid("Unknown protocol 'json'".to_owned())),
             _ => Ok(&self.node.path),

@@ -11,9 +11,17 @@ use img_core::{
 
 use crate::{
     disk::{Disk, DiskOptions},
-    engine::{Event, Lane, LaneOptions, Wait},
+    engine::{EngineChoice, Event, Lane, LaneOptions, Wait, ring_support},
     request::{Errno, Op, Request, Segments, Submitted, iovec},
 };
+
+/// The engines that this host has.
+pub(super) fn engines() -> Vec<EngineChoice> {
+    match ring_support() {
+        Ok(()) => vec![EngineChoice::Threads, EngineChoice::Ring],
+        Err(_) => vec![EngineChoice::Threads],
+    }
+}
 
 /// The image of `format` and `options` called `name` in a directory.
 pub(super) fn image(
@@ -68,8 +76,8 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn new(disk: &Arc<Disk>) -> Self {
-        Self::with(disk, &LaneOptions { depth: 16, poll: Duration::ZERO })
+    pub(super) fn new(disk: &Arc<Disk>, engine: EngineChoice) -> Self {
+        Self::with(disk, &LaneOptions { depth: 16, poll: Duration::ZERO, engine })
     }
 
     pub(super) fn with(disk: &Arc<Disk>, options: &LaneOptions) -> Self {

@@ -1,6 +1,6 @@
 //! What each request does.
 
-use super::client::{Client, fresh_disk, image};
+use super::client::{Client, engines, fresh_disk, image};
 use crate::{
     disk::{Disk, DiskOptions},
     engine::OpKind,
@@ -12,94 +12,107 @@ const WRITE_ZEROES: Op = Op::WriteZeroes { may_unmap: true, fast_only: false, fu
 
 #[test]
 fn every_request_does_what_it_says() {
-    for format in ["raw", "qcow2"] {
-        let (_dir, disk) = fresh_disk(format, 4 * MIB);
-        let mut client = Client::new(&disk);
-        assert_eq!(client.read(MIB - 100, 300), Ok(vec![0; 300]), "{format}");
-        let bytes: Vec<u8> = (0..200_000u32).map(|i| (i % 251) as u8).collect();
-        assert_eq!(client.write(MIB - 100_000, &bytes), Ok(()));
-        assert_eq!(client.read(MIB - 100_000, bytes.len()).as_deref(), Ok(&bytes[..]), "{format}");
-        assert_eq!(client.change(WRITE_ZEROES, MIB - 50, 100), Ok(()));
-        let mut expected = bytes.clone();
-        expected[99_950..100_050].fill(0);
-        assert_eq!(client.read(MIB - 100_000, bytes.len()).as_deref(), Ok(&expected[..]), "{format}");
-        assert_eq!(client.change(Op::Discard { fua: true }, 0, 4 * MIB), Ok(()));
-        assert_eq!(client.read(0, 4 << 20), Ok(vec![0; 4 << 20]), "{format}");
-        assert_eq!(client.change(Op::Cache, 0, 3 * MIB), Ok(()));
-        assert_eq!(client.change(Op::Flush, 0, 0), Ok(()));
-        let tag = client.submit(Op::Write { fua: true }, 0, 512, &[7; 512]).expect("room");
-        assert_eq!(client.wait(tag).0, Ok(()));
-        let stats = disk.stats();
-        let done = OpKind::ALL.map(|kind| stats.op(kind).done);
-        assert_eq!(done, [5, 2, 1, 1, 1], "{format}");
-        assert_eq!((stats.op(OpKind::Write).bytes, stats.depth), (200_512, 0));
+    for engine in engines() {
+        for format in ["raw", "qcow2"] {
+            let (_dir, disk) = fresh_disk(format, 4 * MIB);
+            let mut client = Client::new(&disk, engine);
+            assert_eq!(client.read(MIB - 100, 300), Ok(vec![0; 300]), "{format}");
+            let bytes: Vec<u8> = (0..200_000u32).map(|i| (i % 251) as u8).collect();
+            assert_eq!(client.write(MIB - 100_000, &bytes), Ok(()));
+            assert_eq!(client.read(MIB - 100_000, bytes.len()).as_deref(), Ok(&bytes[..]), "{format}");
+            assert_eq!(client.change(WRITE_ZEROES, MIB - 50, 100), Ok(()));
+            let mut expected = bytes.clone();
+            expected[99_950..100_050].fill(0);
+            assert_eq!(client.read(MIB - 100_000, bytes.len()).as_deref(), Ok(&expected[..]), "{format}");
+            assert_eq!(client.change(Op::Discard { fua: true }, 0, 4 * MIB), Ok(()));
+            assert_eq!(client.read(0, 4 << 20), Ok(vec![0; 4 << 20]), "{format}");
+            assert_eq!(client.change(Op::Cache, 0, 3 * MIB), Ok(()));
+            assert_eq!(client.change(Op::Flush, 0, 0), Ok(()));
+            let tag = client.submit(Op::Write { fua: true }, 0, 512, &[7; 512]).expect("room");
+            assert_eq!(client.wait(tag).0, Ok(()));
+            let stats = disk.stats();
+            let done = OpKind::ALL.map(|kind| stats.op(kind).done);
+            assert_eq!(done, [5, 2, 1, 1, 1], "{format}");
+            assert_eq!((stats.op(OpKind::Write).bytes, stats.depth), (200_512, 0));
+        }
     }
 }
 
 #[test]
 fn wrong_numbers_are_refused_and_touch_nothing() {
-    let (_dir, disk) = fresh_disk("qcow2", MIB);
-    let mut client = Client::new(&disk);
-    assert_eq!(client.read(MIB - 1, 2), Err(Errno::INVAL));
-    assert_eq!(client.read(u64::MAX, 2), Err(Errno::INVAL));
-    assert_eq!(client.write(MIB - 1, &[1, 2]), Err(Errno::NOSPC));
-    assert_eq!(client.change(WRITE_ZEROES, MIB, 1), Err(Errno::NOSPC));
-    assert_eq!(client.change(Op::Discard { fua: false }, 1, u64::MAX), Err(Errno::INVAL));
-    let tag = client.submit(Op::Read, 0, 100, &[0; 99]).expect("room");
-    assert_eq!(client.wait(tag).0, Err(Errno::INVAL), "its memory is shorter than it says");
-    assert_eq!(client.read(MIB - 1, 1), Ok(vec![0]));
-    assert_eq!(client.read(MIB, 0), Ok(vec![]));
+    for engine in engines() {
+        let (_dir, disk) = fresh_disk("qcow2", MIB);
+        let mut client = Client::new(&disk, engine);
+        assert_eq!(client.read(MIB - 1, 2), Err(Errno::INVAL));
+        assert_eq!(client.read(u64::MAX, 2), Err(Errno::INVAL));
+        assert_eq!(client.write(MIB - 1, &[1, 2]), Err(Errno::NOSPC));
+        assert_eq!(client.change(WRITE_ZEROES, MIB, 1), Err(Errno::NOSPC));
+        assert_eq!(client.change(Op::Discard { fua: false }, 1, u64::MAX), Err(Errno::INVAL));
+        let tag = client.submit(Op::Read, 0, 100, &[0; 99]).expect("room");
+        assert_eq!(client.wait(tag).0, Err(Errno::INVAL), "its memory is shorter than it says");
+        assert_eq!(client.read(MIB - 1, 1), Ok(vec![0]));
+        assert_eq!(client.read(MIB, 0), Ok(vec![]));
+    }
 }
 
 #[test]
 fn memory_of_more_bytes_than_a_number_holds_is_refused() {
-    let (_dir, disk) = fresh_disk("raw", MIB);
-    let mut client = Client::new(&disk);
-    let run = iovec { iov_base: std::ptr::null_mut(), iov_len: usize::MAX };
-    let vectors = [run, run];
-    // SAFETY: it is refused before anyone looks at it.
-    #[allow(unsafe_code)]
-    let segments = unsafe { Segments::new(&vectors) };
-    let request = Request { tag: 7, op: Op::Read, offset: 0, len_bytes: u64::MAX, segments };
-    assert_eq!(client.lane.submit(&request), Submitted::Taken);
-    let mut events = Vec::new();
-    client.lane.run_once(crate::engine::Wait::No, &mut events).expect("it runs");
-    assert_eq!(events, [crate::engine::Event::Done { tag: 7, result: Err(Errno::INVAL) }]);
+    for engine in engines() {
+        let (_dir, disk) = fresh_disk("raw", MIB);
+        let mut client = Client::new(&disk, engine);
+        let run = iovec { iov_base: std::ptr::null_mut(), iov_len: usize::MAX };
+        let vectors = [run, run];
+        // SAFETY: it is refused before anyone looks at it.
+        #[allow(unsafe_code)]
+        let segments = unsafe { Segments::new(&vectors) };
+        let request = Request { tag: 7, op: Op::Read, offset: 0, len_bytes: u64::MAX, segments };
+        assert_eq!(client.lane.submit(&request), Submitted::Taken);
+        let mut events = Vec::new();
+        client.lane.run_once(crate::engine::Wait::No, &mut events).expect("it runs");
+        assert_eq!(events, [crate::engine::Event::Done { tag: 7, result: Err(Errno::INVAL) }]);
+    }
 }
 
 #[test]
 fn a_read_only_disk_is_not_changed() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let name = image(dir.path(), "disk", "qcow2", &[], MIB, None);
-    let disk = Disk::open(&name, &DiskOptions { read_only: true, ..DiskOptions::default() }).expect("opens");
-    let mut client = Client::new(&disk);
-    assert_eq!(client.write(0, &[1]), Err(Errno::ROFS));
-    assert_eq!(client.change(WRITE_ZEROES, 0, MIB), Err(Errno::ROFS));
-    assert_eq!(client.change(Op::Flush, 0, 0), Ok(()));
-    assert_eq!(client.read(0, 1), Ok(vec![0]));
+    for engine in engines() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let name = image(dir.path(), "disk", "qcow2", &[], MIB, None);
+        let disk =
+            Disk::open(&name, &DiskOptions { read_only: true, ..DiskOptions::default() }).expect("opens");
+        let mut client = Client::new(&disk, engine);
+        assert_eq!(client.write(0, &[1]), Err(Errno::ROFS));
+        assert_eq!(client.change(WRITE_ZEROES, 0, MIB), Err(Errno::ROFS));
+        assert_eq!(client.change(Op::Flush, 0, 0), Ok(()));
+        assert_eq!(client.read(0, 1), Ok(vec![0]));
+    }
 }
 
 #[test]
 fn zeroes_that_would_have_to_be_written_are_refused_when_they_must_be_fast() {
-    let (_dir, disk) = fresh_disk("qcow2", MIB);
-    let mut client = Client::new(&disk);
-    assert_eq!(client.write(0, &[9; 200_000]), Ok(()));
-    let fast = Op::WriteZeroes { may_unmap: false, fast_only: true, fua: false };
-    assert_eq!(client.change(fast, 65536, 65536), Ok(()));
-    assert_eq!(client.change(fast, 0, 100), Err(Errno::OPNOTSUPP));
-    let mut expected = vec![9; 200_000];
-    expected[65536..131_072].fill(0);
-    assert_eq!(client.read(0, 200_000), Ok(expected));
+    for engine in engines() {
+        let (_dir, disk) = fresh_disk("qcow2", MIB);
+        let mut client = Client::new(&disk, engine);
+        assert_eq!(client.write(0, &[9; 200_000]), Ok(()));
+        let fast = Op::WriteZeroes { may_unmap: false, fast_only: true, fua: false };
+        assert_eq!(client.change(fast, 65536, 65536), Ok(()));
+        assert_eq!(client.change(fast, 0, 100), Err(Errno::OPNOTSUPP));
+        let mut expected = vec![9; 200_000];
+        expected[65536..131_072].fill(0);
+        assert_eq!(client.read(0, 200_000), Ok(expected));
+    }
 }
 
 #[test]
 fn a_full_lane_says_so() {
-    let (_dir, disk) = fresh_disk("raw", MIB);
-    let mut client = Client::new(&disk);
-    let tags: Vec<_> = (0..16).map(|at| client.submit_read(at * 512, 512)).collect();
-    assert_eq!(client.submit(Op::Flush, 0, 0, &[]), None);
-    for tag in tags {
-        assert_eq!(client.wait(tag).0, Ok(()));
+    for engine in engines() {
+        let (_dir, disk) = fresh_disk("raw", MIB);
+        let mut client = Client::new(&disk, engine);
+        let tags: Vec<_> = (0..16).map(|at| client.submit_read(at * 512, 512)).collect();
+        assert_eq!(client.submit(Op::Flush, 0, 0, &[]), None);
+        for tag in tags {
+            assert_eq!(client.wait(tag).0, Ok(()));
+        }
+        assert!(client.submit(Op::Flush, 0, 0, &[]).is_some());
     }
-    assert!(client.submit(Op::Flush, 0, 0, &[]).is_some());
 }

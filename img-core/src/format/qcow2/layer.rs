@@ -62,8 +62,8 @@ pub(super) struct Qcow2Layer {
     broken: AtomicBool,
     /// Nothing is written any more: see [`Self::halt`].
     halted: AtomicBool,
-    /// Tables end here at the latest; see [`Root::end_bytes`].
-    pub(super) end_bytes: AtomicU64,
+    /// Tables end here at the latest; see [`TableMap::end_bytes`].
+    pub(super) end_bytes: Arc<AtomicU64>,
     has_sparse_data: OnceLock<bool>,
     /// The bitmaps that are kept in memory while the disk changes.
     pub(super) tracking: Tracking,
@@ -119,7 +119,7 @@ impl Qcow2Layer {
         data_file: Option<Arc<dyn Storage>>,
     ) -> Result<Self> {
         let geometry = header.geometry;
-        let end_bytes = storage.len_bytes()?;
+        let end_bytes = Arc::new(AtomicU64::new(storage.len_bytes()?));
         Ok(Self {
             mode,
             geometry,
@@ -132,6 +132,7 @@ impl Qcow2Layer {
                 codec: header.compression,
                 l1: SliceCache::new(runtime.slice_bytes, TOP_TABLE_BYTES),
                 l2: SliceCache::new(runtime.l2_slice_bytes, runtime.l2_cache_bytes),
+                end_bytes: Arc::clone(&end_bytes),
             },
             refcount_table: SliceCache::new(runtime.slice_bytes, TOP_TABLE_BYTES),
             refcount_blocks: SliceCache::new(runtime.slice_bytes, runtime.refcount_cache_bytes),
@@ -142,7 +143,7 @@ impl Qcow2Layer {
             places_known: AtomicBool::new(false),
             broken: AtomicBool::new(false),
             halted: AtomicBool::new(false),
-            end_bytes: AtomicU64::new(end_bytes),
+            end_bytes,
             has_sparse_data: OnceLock::new(),
             tracking: Tracking::default(),
             header_turn: Mutex::default(),
@@ -261,7 +262,6 @@ impl Qcow2Layer {
             l1_offset: header.l1_offset,
             l1_entries: u64::from(header.l1_entries),
             writable: self.mode == OpenMode::Write,
-            end_bytes: self.end_bytes.load(Ordering::Relaxed),
         }
     }
 

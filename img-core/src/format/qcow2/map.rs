@@ -5,7 +5,13 @@
 //! more, it reads the whole into a buffer of its own, so that it neither thrashes the cache nor asks the
 //! host 16 times, and lays the cached slices, which may be newer than the file, over it.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use super::{
     entry::{COMPRESSED, COPIED, Cluster, L1Entry, L2Entry, OFFSET_MASK, like_the_first},
@@ -29,8 +35,6 @@ pub(super) struct Root {
     pub(super) l1_entries: u64,
     /// Whether clusters with the copied flag may be overwritten.
     pub(super) writable: bool,
-    /// Tables end here at the latest: the end of the file, or of what was allocated behind it.
-    pub(super) end_bytes: u64,
 }
 
 impl Root {
@@ -48,6 +52,9 @@ pub(super) struct TableMap {
     pub(super) codec: Codec,
     pub(super) l1: SliceCache,
     pub(super) l2: SliceCache,
+    /// Tables end here at the latest: the end of the file, or of what was allocated behind it. It grows before an
+    /// entry names what is new, so it is looked at after the entry.
+    pub(super) end_bytes: Arc<AtomicU64>,
 }
 
 /// An L2 entry and where it stands.
@@ -85,8 +92,9 @@ impl TableMap {
         if self.geometry.in_cluster(table) != 0 {
             return Err(self.corrupt("L1 entry", at, "an L2 table at the start of a cluster", table));
         }
-        if table >= root.end_bytes {
-            let expected = format_args!("an L2 table inside the file, below {:#x}", root.end_bytes);
+        let end = self.end_bytes.load(Ordering::Relaxed);
+        if table >= end {
+            let expected = format_args!("an L2 table inside the file, below {end:#x}");
             return Err(self.corrupt("L1 entry", at, expected, table));
         }
         Ok(Some(table))

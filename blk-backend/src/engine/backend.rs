@@ -1,0 +1,133 @@
+//! What a lane stands on: a ring, or an epoll instance and the workers.
+
+use std::{io, os::fd::BorrowedFd, time::Duration};
+
+use super::{
+    epoll::Epoll,
+    mailbox::Mailbox,
+    ring::{Answer, BELL, Ring},
+};
+
+/// Which engine a lane shall use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// `io_uring` where it is allowed, threads elsewhere.
+    #[default]
+    Auto,
+    /// `io_uring`, or no lane.
+    Ring,
+    /// Threads.
+    Threads,
+}
+
+impl EngineChoice {
+    /// The choice of that name: `auto`, `io_uring`, `threads`.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "auto" => Self::Auto,
+            "io_uring" => Self::Ring,
+            "threads" => Self::Threads,
+            _ => return None,
+        })
+    }
+}
+
+/// Which engine a lane uses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EngineInUse {
+    /// `io_uring`.
+    Ring,
+    /// Threads.
+    Threads {
+        /// Why not `io_uring`; `None` when threads were asked for.
+        why: Option<String>,
+    },
+}
+
+#[derive(Debug)]
+pub(super) enum Backend {
+    Ring(Box<Ring>),
+    Threads(Epoll),
+}
+
+impl Backend {
+    /// What `choice` and the host allow, with the bell of `mailbox` on watch.
+    pub(super) fn new(
+        choice: EngineChoice,
+        depth: u32,
+        mailbox: &Mailbox,
+    ) -> io::Result<(Self, EngineInUse)> {
+        let threads = |why| -> io::Result<_> {
+            Ok((Self::Threads(Epoll::new(mailbox.bell())?), EngineInUse::Threads { why }))
+        };
+        let ring = |depth| {
+            let mut ring = Ring::new(depth)?;
+            ring.watch(mailbox.bell(), BELL)?;
+            io::Result::Ok((Self::Ring(Box::new(ring)), EngineInUse::Ring))
+        };
+        match choice {
+            EngineChoice::Threads => threads(None),
+            EngineChoice::Ring => ring(depth),
+            EngineChoice::Auto => ring(depth).or_else(|error| threads(Some(error.to_string()))),
+        }
+    }
+
+    pub(super) fn watch(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        match self {
+            Self::Ring(ring) => ring.watch(fd, token),
+            Self::Threads(epoll) => Ok(epoll.watch(fd, token)?),
+        }
+    }
+
+    pub(super) fn unwatch(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        match self {
+            Self::Ring(ring) => ring.unwatch(fd),
+            Self::Threads(epoll) => Ok(epoll.unwatch(fd)?),
+        }
+    }
+
+    /// Submits what is waiting for it, and looks for answers. Never waits.
+    pub(super) fn submit(&mut self) -> io::Result<()> {
+        match self {
+            Self::Ring(ring) => {
+                if ring.has_business() {
+                    ring.enter(0, None)?;
+                }
+                Ok(())
+            }
+            Self::Threads(epoll) => Ok(epoll.wait(Some(Duration::ZERO))?),
+        }
+    }
+
+    /// Submits what is waiting for it, and waits until there is an answer, or `timeout` is over.
+    pub(super) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Ring(ring) => ring.enter(1, timeout),
+            Self::Threads(epoll) => Ok(epoll.wait(timeout)?),
+        }
+    }
+
+    /// The next answer that is there.
+    pub(super) fn next(&mut self) -> io::Result<Option<Answer>> {
+        match self {
+            Self::Ring(ring) => ring.next(),
+            Self::Threads(epoll) => Ok(epoll.next().map(|token| Answer::Ready { token })),
+        }
+    }
+
+    /// Calls of the kernel to submit or to wait.
+    pub(super) fn calls(&self) -> u64 {
+        match self {
+            Self::Ring(ring) => ring.calls(),
+            Self::Threads(epoll) => epoll.calls(),
+        }
+    }
+
+    pub(super) fn ring(&mut self) -> Option<&mut Ring> {
+        match self {
+            Self::Ring(ring) => Some(ring),
+            Self::Threads(_) => None,
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! The ring of one lane: an `io_uring` that may do nothing but read, write and poll the files in its own table.
+//!
+//! Batched: what is pushed goes to the kernel with the next [`Ring::enter`], all of it in one call. Bytes that are
+//! in the page cache have been moved when that call returns. Where the kernel has it (6.1) the ring belongs to its
+//! thread alone and the kernel's own part of completions runs only inside that call, so nothing interrupts the
+//! queue thread.
+#![allow(unsafe_code)]
+
+use std::{
+    fmt, io,
+    os::fd::{AsRawFd, BorrowedFd, RawFd},
+    time::Duration,
+};
+
+use io_uring::{
+    IoUring, cqueue, opcode,
+    register::Restriction,
+    squeue::{Entry, Flags, PushError},
+    types::{Fixed, SubmitArgs, Timespec},
+};
+
+use crate::request::{Errno, iovec};
+
+/// Files of images that a lane can have in its table. A chain that has more is served by workers beyond that.
+const IMAGE_FILES: u32 = 1024;
+
+/// Descriptors that a lane can watch.
+const WATCHES: u32 = 256;
+
+/// Set in the user data of polls; the rest is the number of the watch and how often it was used.
+const WATCH: u64 = 1 << 63;
+
+/// User data of a request whose answer nobody wants.
+const NOBODY: u64 = u64::MAX;
+
+/// The most bytes of one plain read or write; the kernel would cut them near here (`MAX_RW_COUNT`).
+const MAX_TRANSFER_BYTES: usize = 1 << 30;
+
+/// The most runs of memory in one vectored read or write (`UIO_MAXIOV`).
+const MAX_RUNS: usize = 1024;
+
+/// What a lane's own bell is called.
+pub(super) const BELL: u64 = u64::MAX;
+
+/// See the module.
+pub(super) struct Ring {
+    ring: IoUring,
+    watches: Vec<Watch>,
+    /// Image files in the table; the next free place.
+    files: u32,
+    /// Pushed and not submitted.
+    calls: u64,
+}
+
+/// A place in the table for a watched descriptor.
+#[derive(Debug, Default)]
+struct Watch {
+    fd: Option<RawFd>,
+    token: u64,
+    /// Tells an answer of an earlier use of this place from one of this.
+    uses: u32,
+}
+
+/// A file of an image in a ring's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RingFile(u32);
+
+/// What the kernel answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// To the transfer of that number: bytes moved.
+    Moved { transfer: u32, result: Result<u32, Errno> },
+    /// A watched descriptor.
+    Ready { token: u64 },
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring")
+            .field("watches", &self.watches)
+            .field("files", &self.files)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// A ring with room for `depth` transfers, for the calling thread.
+    ///
+    /// # Errors
+    /// When the kernel has none, or has one that cannot be restricted, or somebody forbids it.
+    pub(super) fn new(depth: u32) -> io::Result<Self> {
+        let entries = depth.next_power_of_two().clamp(8, 4096);
+        let ring = build(entries)?;
+        ring.submitter().register_files_sparse(IMAGE_FILES + WATCHES)?;
+        restrict(&ring)?;
+        ring.submitter().register_enable_rings()?;
+        Ok(Self { ring, watches: Vec::new(), files: 0, calls: 0 })
+    }
+
+    /// Puts a file into the table. `None` when the table is full.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub(super) fn add_file(&mut self, fd: BorrowedFd<'_>) -> io::Result<Option<RingFile>> {
+        if self.files == IMAGE_FILES {
+            return Ok(None);
+        }
+        self.ring.submitter().register_files_update(self.files, &[fd.as_raw_fd()])?;
+        self.files += 1;
+        Ok(Some(RingFile(self.files - 1)))
+    }
+
+    /// Gives the places of all files of images to others. No transfer is under way. The kernel keeps a file until its
+    /// place is taken.
+    pub(super) fn forget_files(&mut self) {
+        self.files = 0;
+    }
+
+    /// Tells about `fd` from now on.
+    pub(super) fn watch(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        let raw = fd.as_raw_fd();
+        if self.watches.iter().any(|watch| watch.fd == Some(raw)) {
+            return Err(Errno::EXIST.into());
+        }
+        let free = self.watches.iter().position(|watch| watch.fd.is_none());
+        let index = match free {
+            Some(index) => index,
+            None if self.watches.len() < WATCHES as usize => {
+                self.watches.push(Watch::default());
+                self.watches.len() - 1
+            }
+            None => return Err(Errno::MFILE.into()),
+        };
+        self.ring.submitter().register_files_update(place(index), &[raw])?;
+        let watch = &mut self.watches[index];
+        *watch = Watch { fd: Some(raw), token, uses: watch.uses.wrapping_add(1) };
+        self.arm(index)
+    }
+
+    /// Ends a watch.
+    pub(super) fn unwatch(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let raw = Some(fd.as_raw_fd());
+        let index = self.watches.iter().position(|watch| watch.fd == raw).ok_or(Errno::NOENT)?;
+        let remove = opcode::PollRemove::new(self.watch_name(index)).build();
+        self.push(remove.flags(Flags::FIXED_FILE).user_data(NOBODY))?;
+        self.watches[index].fd = None;
+        // Now, not with the next batch: the owner may close the descriptor, and its number may come again.
+        self.enter(0, None)?;
+        self.ring.submitter().register_files_update(place(index), &[-1])?;
+        Ok(())
+    }
+
+    fn arm(&mut self, index: usize) -> io::Result<()> {
+        let events = u32::from((libc::POLLIN | libc::POLLRDHUP).unsigned_abs());
+        let poll = opcode::PollAdd::new(Fixed(place(index)), events).multi(true).build();
+        self.push(poll.user_data(self.watch_name(index)))
+    }
+
+    /// The user data of a watch: below 2^63 all of it, and never [`NOBODY`].
+    fn watch_name(&self, index: usize) -> u64 {
+        WATCH | u64::from(self.watches[index].uses & 0x3fff_ffff) << 32 | index as u64
+    }
+
+    /// A transfer between `runs` (not empty) and `file` from `at_bytes` on. It may move less than all.
+    ///
+    /// The runs are memory of a request (see [`Segments::new`](crate::request::Segments::new)) which is not
+    /// answered before this transfer is; the list itself stays where it is until the next [`Self::enter`].
+    ///
+    /// # Safety
+    /// As said: list and memory stay.
+    pub(super) unsafe fn transfer(
+        &mut self,
+        transfer: u32,
+        writes: bool,
+        file: RingFile,
+        at_bytes: u64,
+        runs: &[iovec],
+    ) -> io::Result<()> {
+        let fd = Fixed(file.0);
+        let entry = if let [run] = runs {
+            let (address, length) = (run.iov_base.cast::<u8>(), run.iov_len.min(MAX_TRANSFER_BYTES));
+            let length = u32::try_from(length).expect("at most MAX_TRANSFER_BYTES");
+            if writes {
+                opcode::Write::new(fd, address, length).offset(at_bytes).build()
+            } else {
+                opcode::Read::new(fd, address, length).offset(at_bytes).build()
+            }
+        } else {
+            let count = u32::try_from(runs.len().min(MAX_RUNS)).expect("at most MAX_RUNS");
+            if writes {
+                opcode::Writev::new(fd, runs.as_ptr(), count).offset(at_bytes).build()
+            } else {
+                opcode::Readv::new(fd, runs.as_ptr(), count).offset(at_bytes).build()
+            }
+        };
+        self.push(entry.user_data(u64::from(transfer)))
+    }
+
+    /// The caller of [`Self::transfer`] answers for the memory that an entry names; polls name none.
+    fn push(&mut self, entry: Entry) -> io::Result<()> {
+        // SAFETY: see above.
+        if let Err(PushError { .. }) = unsafe { self.ring.submission().push(&entry) } {
+            self.enter(0, None)?;
+            // SAFETY: as above.
+            unsafe { self.ring.submission().push(&entry) }.map_err(|_| Errno::BUSY)?;
+        }
+        Ok(())
+    }
+
+    /// Submits what was pushed, and waits for `wanted` answers, for ever or as long as `timeout`.
+    pub(super) fn enter(&mut self, wanted: usize, timeout: Option<Duration>) -> io::Result<()> {
+        self.calls += 1;
+        let submitter = self.ring.submitter();
+        let entered = match timeout {
+            Some(timeout) if wanted > 0 => {
+                let time = Timespec::new().sec(timeout.as_secs()).nsec(timeout.subsec_nanos());
+                submitter.submit_with_args(wanted, &SubmitArgs::new().timespec(&time))
+            }
+            _ => submitter.submit_and_wait(wanted),
+        };
+        match entered {
+            Ok(_) => Ok(()),
+            // Interrupted, late, or more answers are waiting than the kernel likes: look at what is there.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether [`Self::enter`] has something to do without waiting.
+    pub(super) fn has_business(&mut self) -> bool {
+        let submission = self.ring.submission();
+        !submission.is_empty() || submission.taskrun() || submission.cq_overflow()
+    }
+
+    /// The calls of the kernel so far.
+    pub(super) fn calls(&self) -> u64 {
+        self.calls
+    }
+
+    /// The next answer that is there.
+    pub(super) fn next(&mut self) -> io::Result<Option<Answer>> {
+        loop {
+            let Some(entry) = self.ring.completion().next() else { return Ok(None) };
+            let name = entry.user_data();
+            if name == NOBODY {
+                continue;
+            }
+            if name & WATCH == 0 {
+                let transfer = u32::try_from(name).expect("as it was given");
+                let result = u32::try_from(entry.result())
+                    .map_err(|_| Errno::from_raw_os_error(entry.result().saturating_neg()));
+                return Ok(Some(Answer::Moved { transfer, result }));
+            }
+            let index = usize::try_from(name & 0xffff_ffff).expect("a small number");
+            if self.watches[index].fd.is_none() || self.watch_name(index) != name {
+                continue;
+            }
+            // An error is told as readiness: who then reads learns what it is.
+            if !cqueue::more(entry.flags()) && entry.result() >= 0 {
+                self.arm(index)?;
+            }
+            return Ok(Some(Answer::Ready { token: self.watches[index].token }));
+        }
+    }
+}
+
+/// Where watch `index` stands in the table.
+fn place(index: usize) -> u32 {
+    IMAGE_FILES + u32::try_from(index).expect("below WATCHES")
+}
+
+/// The best ring that this kernel has, not enabled yet.
+fn build(entries: u32) -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder.setup_r_disabled().setup_cqsize(entries * 4).setup_clamp().dontfork();
+    let mut best = builder.clone();
+    best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
+    let mut good = builder.clone();
+    good.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all();
+    let is_old = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
+    let ring = match best.build(entries) {
+        Err(error) if is_old(&error) => match good.build(entries) {
+            Err(error) if is_old(&error) => builder.build(entries)?,
+            other => other?,
+        },
+        other => other?,
+    };
+    let has = ring.params();
+    if !has.is_feature_ext_arg() || !has.is_feature_nodrop() || !has.is_feature_submit_stable() {
+        return Err(io::Error::other("the kernel is older than 5.11"));
+    }
+    Ok(ring)
+}
+
+/// Lets the ring do what a lane does and nothing else, whatever somebody may write into it: these operations, on
+/// the files in its table.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    /// `IORING_REGISTER_FILES_UPDATE`.
+    const FILES_UPDATE: u8 = 6;
+    let allowed = [
+        opcode::Read::CODE,
+        opcode::Readv::CODE,
+        opcode::Write::CODE,
+        opcode::Writev::CODE,
+        opcode::PollAdd::CODE,
+        opcode::PollRemove::CODE,
+    ];
+    let mut rules: Vec<Restriction> = allowed.into_iter().map(Restriction::sqe_op).collect();
+    rules.push(Restriction::register_op(FILES_UPDATE));
+    rules.push(Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()));
+    ring.submitter().register_restrictions(&mut rules)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    fn answers(ring: &mut Ring) -> Vec<Answer> {
+        std::iter::from_fn(|| ring.next().expect("a ring")).collect()
+    }
+
+    #[test]
+    fn a_ring_moves_bytes_and_does_nothing_else() {
+        let Ok(mut ring) = Ring::new(8) else { return };
+        let mut file = tempfile::tempfile().expect("a file");
+        std::io::Write::write_all(&mut file, b"0123456789").expect("written");
+        let at = ring.add_file(file.as_fd()).expect("added").expect("room");
+        let mut memory = [0u8; 4];
+        let run = iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: 4 };
+        // SAFETY: all of it lives to the end of the test.
+        unsafe { ring.transfer(7, false, at, 3, &[run]) }.expect("pushed");
+        ring.enter(1, None).expect("entered");
+        assert_eq!(answers(&mut ring), [Answer::Moved { transfer: 7, result: Ok(4) }]);
+        assert_eq!(&memory, b"3456");
+
+        // A file outside the table, and an operation outside the list.
+        let outside =
+            opcode::Read::new(io_uring::types::Fd(file.as_raw_fd()), memory.as_mut_ptr(), 4).build();
+        let operation = opcode::Fsync::new(Fixed(at.0)).build();
+        for entry in [outside, operation] {
+            ring.push(entry.user_data(8)).expect("pushed");
+            ring.enter(1, None).expect("entered");
+            assert_eq!(answers(&mut ring), [Answer::Moved { transfer: 8, result: Err(Errno::ACCESS) }]);
+        }
+        assert!(ring.ring.submitter().register_files(&[file.as_raw_fd()]).is_err());
+    }
+}

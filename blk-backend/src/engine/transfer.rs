@@ -1,0 +1,276 @@
+//! The fast way of a request: its extents become transfers of the ring, one each, and one countdown.
+//!
+//! A request goes this way whole or not at all: when any part needs a worker, nothing of it is submitted. A
+//! transfer that moved less than asked goes on where it stopped; the end of a file reads as zeroes. The request ends
+//! when the last of its transfers has, whatever became of the others: until then the kernel may touch its memory.
+#![allow(unsafe_code)]
+
+use std::{ops::Range, sync::Arc};
+
+use img_core::{
+    format::{Attempt, HostFile, HostOffset, Place, WriteStep},
+    image::{Image, ImageExtent, Ticket, WriteTicket},
+};
+
+use super::{
+    memory::Runs,
+    ring::{Ring, RingFile},
+    slot::{Slot, Slots},
+};
+use crate::request::Errno;
+
+/// What a request holds while its bytes are moved.
+#[derive(Debug)]
+pub(super) enum Hold {
+    Read(#[expect(dead_code, reason = "held for its drop")] Ticket),
+    Write(WriteTicket),
+}
+
+/// What came of trying the fast way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Its transfers are pushed; none is left where all of it read as zeroes.
+    Pushed,
+    /// Somebody who will soon be done is in the way.
+    Busy,
+    /// For a worker.
+    Blocks,
+}
+
+/// What came of the answer to a transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// The request has more to wait for.
+    More,
+    /// This was the last transfer of the request in that slot.
+    Last(u32),
+}
+
+/// One run of host bytes that the kernel reads or writes.
+#[derive(Debug)]
+struct Transfer {
+    slot: u32,
+    file: File,
+    writes: bool,
+    at_bytes: u64,
+    /// Where in [`Slot::lists`] its memory is named.
+    runs: Range<usize>,
+    left_bytes: u64,
+}
+
+/// A host file as the ring knows it.
+#[derive(Clone, Copy, Debug)]
+struct File {
+    ring: RingFile,
+    /// Offsets, lengths and addresses are multiples of this.
+    unit_bytes: u64,
+}
+
+/// The transfers of one lane, and what is reused from request to request.
+#[derive(Debug, Default)]
+pub(super) struct Transfers {
+    all: Vec<Transfer>,
+    free: Vec<u32>,
+    /// By depth and number of the file: what the ring calls it; `None` where it cannot be used.
+    files: Vec<Vec<Option<File>>>,
+    extents: Vec<ImageExtent>,
+    steps: Vec<WriteStep>,
+    places: Vec<(File, u64, u64)>,
+}
+
+impl Transfers {
+    /// The image was exchanged: nothing of the old one is used any more. No transfer is under way.
+    pub(super) fn forget_files(&mut self, ring: &mut Ring) {
+        self.files.clear();
+        ring.forget_files();
+    }
+
+    /// Whether a range is known to be written over what is there, in the top layer.
+    pub(super) fn is_in_place(&mut self, image: &Arc<Image>, guest_bytes: &Range<u64>) -> bool {
+        matches!(image.try_map(guest_bytes.clone(), &mut self.extents), Ok(Attempt::Done(_)))
+            && self
+                .extents
+                .iter()
+                .all(|extent| extent.depth == 0 && matches!(extent.place, Place::Data { writable: true, .. }))
+    }
+
+    /// Tries to read without a worker.
+    pub(super) fn read(&mut self, ring: &mut Ring, image: &Arc<Image>, index: u32, slot: &mut Slot) -> Way {
+        let mut extents = std::mem::take(&mut self.extents);
+        let attempt = image.try_map(slot.guest_bytes.clone(), &mut extents);
+        self.extents = extents;
+        let ticket = match attempt {
+            Ok(Attempt::Done(ticket)) => ticket,
+            Ok(Attempt::Busy) => return Way::Busy,
+            // What is wrong is told by the worker.
+            Ok(Attempt::Blocks) | Err(_) => return Way::Blocks,
+        };
+        self.places.clear();
+        for at in 0..self.extents.len() {
+            let ImageExtent { depth, place, len_bytes, guest_offset } = self.extents[at];
+            if let Place::Data { file, at: HostOffset(at), .. } = place {
+                let Some(file) = self.file(ring, image, depth, file) else { return Way::Blocks };
+                let request_at = guest_offset - slot.guest_bytes.start;
+                if !file.takes(at, &slot.runs, request_at, len_bytes) {
+                    return Way::Blocks;
+                }
+                self.places.push((file, at, len_bytes));
+            }
+        }
+        slot.lists.clear();
+        slot.pending = 0;
+        // All lists first: they must not move once a transfer names them.
+        for extent in &self.extents {
+            let request_at = extent.guest_offset - slot.guest_bytes.start;
+            if extent.reads_as_zeroes() {
+                slot.runs.zero(request_at, extent.len_bytes);
+            } else {
+                slot.lists.add(&slot.runs, request_at, extent.len_bytes);
+            }
+        }
+        slot.hold = Some(Hold::Read(ticket));
+        self.push_all(ring, index, slot, false)
+    }
+
+    /// Tries to write without a worker.
+    pub(super) fn write(&mut self, ring: &mut Ring, image: &Arc<Image>, index: u32, slot: &mut Slot) -> Way {
+        let mut steps = std::mem::take(&mut self.steps);
+        let attempt = image.try_prepare_write(slot.guest_bytes.clone(), &mut steps);
+        self.steps = steps;
+        let ticket = match attempt {
+            Ok(Attempt::Done(ticket)) => ticket,
+            Ok(Attempt::Busy) => return Way::Busy,
+            Ok(Attempt::Blocks) | Err(_) => return Way::Blocks,
+        };
+        self.places.clear();
+        slot.lists.clear();
+        slot.pending = 0;
+        for at in 0..self.steps.len() {
+            let WriteStep { file, at: HostOffset(at), ref guest_bytes } = self.steps[at];
+            let request_at = guest_bytes.start - slot.guest_bytes.start;
+            let len_bytes = guest_bytes.end - guest_bytes.start;
+            let Some(file) = self.file(ring, image, 0, file) else { return Way::Blocks };
+            if !file.takes(at, &slot.runs, request_at, len_bytes) {
+                return Way::Blocks;
+            }
+            self.places.push((file, at, len_bytes));
+            slot.lists.add(&slot.runs, request_at, len_bytes);
+        }
+        slot.hold = Some(Hold::Write(ticket));
+        self.push_all(ring, index, slot, true)
+    }
+
+    /// Pushes a transfer for each of [`Self::places`], whose memory stands in the lists of the slot, in order.
+    fn push_all(&mut self, ring: &mut Ring, index: u32, slot: &mut Slot, writes: bool) -> Way {
+        for at in 0..self.places.len() {
+            let (file, at_bytes, left_bytes) = self.places[at];
+            let transfer =
+                Transfer { slot: index, file, writes, at_bytes, runs: slot.lists.range(at), left_bytes };
+            let number = match self.free.pop() {
+                Some(number) => {
+                    self.all[number as usize] = transfer;
+                    number
+                }
+                None => {
+                    self.all.push(transfer);
+                    u32::try_from(self.all.len() - 1).expect("a few for each slot")
+                }
+            };
+            if !push(ring, number, &self.all[number as usize], slot) {
+                self.free.push(number);
+                break;
+            }
+            slot.pending += 1;
+        }
+        if slot.pending == 0 && slot.failure.take().is_some() {
+            slot.hold = None;
+            return Way::Blocks;
+        }
+        Way::Pushed
+    }
+
+    /// Takes an answer. What is left of a transfer goes on by itself.
+    pub(super) fn moved(
+        &mut self,
+        ring: &mut Ring,
+        slots: &mut Slots,
+        number: u32,
+        result: Result<u32, Errno>,
+    ) -> Progress {
+        let transfer = &mut self.all[number as usize];
+        let slot = slots.get(transfer.slot);
+        match result {
+            Ok(0) if transfer.writes => slot.fail(Errno::IO),
+            Err(errno) => slot.fail(errno),
+            Ok(moved) => {
+                let moved = u64::from(moved).min(transfer.left_bytes);
+                transfer.left_bytes -= moved;
+                transfer.at_bytes += moved;
+                if transfer.left_bytes > 0 {
+                    slot.lists.advance(transfer.runs.clone(), moved);
+                    // Past the cache a file ends where less than whole units come.
+                    let ends = moved == 0 || !moved.is_multiple_of(transfer.file.unit_bytes);
+                    if transfer.writes || !ends {
+                        if push(ring, number, transfer, slot) {
+                            return Progress::More;
+                        }
+                    } else {
+                        slot.lists.zero(transfer.runs.clone());
+                    }
+                }
+            }
+        }
+        let index = transfer.slot;
+        self.free.push(number);
+        slot.pending -= 1;
+        if slot.pending == 0 { Progress::Last(index) } else { Progress::More }
+    }
+
+    /// What the ring calls a file of the image; `None` where it has no descriptor or the table no room.
+    fn file(&mut self, ring: &mut Ring, image: &Image, depth: usize, file: HostFile) -> Option<File> {
+        let known = self.files.get(depth).and_then(|files| files.get(file.0 as usize));
+        if let Some(known) = known {
+            return *known;
+        }
+        if self.files.len() <= depth {
+            self.files.resize_with(depth + 1, Vec::new);
+        }
+        while self.files[depth].len() <= file.0 as usize {
+            let next = HostFile(u32::try_from(self.files[depth].len()).expect("at most file.0"));
+            let found = image.storage(depth, next).and_then(|storage| {
+                let unit_bytes = u64::from(storage.limits().alignment_bytes.max(1));
+                // Where the table takes no more, workers read and write the file.
+                let ring = ring.add_file(storage.as_fd()?).ok()??;
+                Some(File { ring, unit_bytes })
+            });
+            self.files[depth].push(found);
+        }
+        self.files[depth][file.0 as usize]
+    }
+}
+
+impl File {
+    /// Whether the kernel takes a part of a request as it is. (Alignment is decided here alone: what does not fit
+    /// goes to a worker, and the storage bounces it.)
+    fn takes(self, at_bytes: u64, runs: &Runs, request_at_bytes: u64, len_bytes: u64) -> bool {
+        let unit = self.unit_bytes;
+        unit == 1
+            || at_bytes.is_multiple_of(unit)
+                && len_bytes.is_multiple_of(unit)
+                && runs.are_aligned(request_at_bytes, len_bytes, unit)
+    }
+}
+
+/// Gives what is left of a transfer to the ring. Where it takes nothing the request fails as one that is to be tried
+/// again, by a worker.
+fn push(ring: &mut Ring, number: u32, transfer: &Transfer, slot: &mut Slot) -> bool {
+    let runs = slot.lists.get(transfer.runs.clone());
+    // SAFETY: the list stands in the slot, and is not changed before the answer; the memory is that of the slot's
+    // request, which is answered when none of its transfers is pending.
+    let pushed =
+        unsafe { ring.transfer(number, transfer.writes, transfer.file.ring, transfer.at_bytes, runs) };
+    if pushed.is_err() {
+        slot.fail(Errno::AGAIN);
+    }
+    pushed.is_ok()
+}

@@ -1,0 +1,41 @@
+//! Putting a new layer over an open disk: what a live external snapshot does.
+
+use super::Image;
+use crate::{Error, Result, format::HostFile, storage::lock::Use};
+
+impl Image {
+    /// The disk of `overlay`, which was opened alone for writing and holds nothing yet, over all layers of this one.
+    /// This image's top is made durable, marked clean and shared with readers; from then on it is a layer below and
+    /// nothing may change it, so nobody uses this `Image` any more unless the call fails.
+    ///
+    /// What a power cut leaves: the old disk with all its bytes, and beside it an overlay that stands on it.
+    ///
+    /// # Errors
+    /// When the old top cannot be flushed; [`Error::Invalid`] when the overlay has another size, cannot be written, or
+    /// has layers of its own.
+    pub fn with_overlay(&self, overlay: Self) -> Result<Self> {
+        let _alone = self.gate.drain();
+        let refused = |why: String| Error::Invalid(format!("{}: {why}", overlay.names[0]));
+        if overlay.layers.len() != 1 {
+            return Err(refused("the overlay was opened with layers below it".to_owned()));
+        }
+        overlay.writer()?;
+        let (old, new) = (self.virtual_size_bytes(), overlay.virtual_size_bytes());
+        if old != new {
+            return Err(refused(format!("the overlay is a disk of {new} bytes over one of {old}")));
+        }
+        // 1. the new layer's file, 2. all that was written to the old one: a flush of the new disk speaks for both.
+        overlay.flush()?;
+        if let Some(writer) = self.layers[0].writer() {
+            writer.close()?;
+        }
+        for file in (0..).map_while(|number| self.layers[0].file(HostFile(number))) {
+            file.lock(Use::Read)?;
+        }
+        let mut layers = overlay.layers.clone();
+        layers.extend(self.layers.iter().cloned());
+        let mut names = overlay.names.clone();
+        names.extend(self.names.iter().cloned());
+        Ok(Self { writes_through: self.writes_through, ..Self::over(layers, names) })
+    }
+}
