@@ -56,6 +56,34 @@ fn snapshot() {
     .agree();
 }
 
+/// A snapshot whose L1 table cannot be where the entry says: it is listed, and refused where it is used.
+#[test]
+fn snapshots_that_cannot_be_used() {
+    Twins::new(&[
+        "qemu-img create -q -f qcow2 o 16M && qemu-io -c 'write 0 64k' o >/dev/null",
+        "qemu-img snapshot -c one o && qemu-img snapshot -c two o && cp o l",
+        // The entry of the first: where its L1 table is, and the number of its entries.
+        r"t=$(od -An -j64 -N8 -tu8 --endian=big o | tr -d ' ') && echo $t &&
+          printf '\2' | dd of=o bs=1 seek=$((t + 6)) conv=notrunc status=none &&
+          printf '\100\0\1' | dd of=l bs=1 seek=$((t + 9)) conv=notrunc status=none",
+    ])
+    .without_disk_use()
+    .lines(&[
+        "qemu-img snapshot -l o",
+        "qemu-img snapshot -l l",
+        "qemu-img info o",
+        "qemu-img info --output=json l",
+        "qemu-img snapshot -d one o",
+        "qemu-img snapshot -d one l",
+        "qemu-img convert -l one -O raw o out",
+        "qemu-img convert -l snapshot.name=one -O raw l out",
+        "qemu-img convert -l two -O raw o out",
+        "qemu-img snapshot -d two o",
+        "qemu-img snapshot -l o",
+    ])
+    .agree();
+}
+
 /// How much host space a grown image takes is left out here.
 #[test]
 fn resize_with_preallocation() {

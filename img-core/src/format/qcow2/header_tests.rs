@@ -373,17 +373,45 @@ fn snapshot_entries_have_limits() {
     for (at, bytes, named) in [
         (36, &u32be(1025)[..], "snapshot, extra data"),
         (36, &u32be(u32::MAX), "snapshot, extra data"),
-        (8, &u32be((4 << 20) + 1), "snapshot, L1 entries"),
-        (0, &u64be(12), "snapshot, L1 offset"),
-        (0, &u64be(u64::MAX - 65535), "snapshot, L1 offset"),
-        (48, &u64be(u64::MAX), "snapshot, disk size"),
-        (48, &u64be(i64::MAX as u64), "snapshot, disk size"),
         (14, &[0xff, 0xff], "snapshot table"),
     ] {
         match patched(at, bytes) {
             Err(Error::Corrupt { structure, .. }) => assert_eq!(structure, named),
             other => panic!("{named}: {other:?}"),
         }
+    }
+}
+
+/// An entry whose L1 table or size cannot be is listed, and refused when it is used.
+#[test]
+fn snapshots_that_cannot_be_used_are_listed() {
+    let (l1_offset, l1_entries, virtual_size_bytes) = (1 << 16, 1, 1 << 20);
+    let sound = NewSnapshot { id: 1, name: "n", date: (0, 0), virtual_size_bytes, l1_offset, l1_entries };
+    for (new, refusal) in [
+        (sound.clone(), None),
+        (NewSnapshot { l1_entries: (4 << 20) + 1, ..sound.clone() }, Some("Snapshot L1 table too large")),
+        (NewSnapshot { l1_offset: 12, ..sound.clone() }, Some("Snapshot L1 table offset invalid")),
+        (
+            NewSnapshot { l1_offset: u64::MAX << 16, ..sound.clone() },
+            Some("Snapshot L1 table offset invalid"),
+        ),
+        (
+            NewSnapshot { virtual_size_bytes: u64::MAX, ..sound.clone() },
+            Some("Image size cannot be negative"),
+        ),
+        (
+            NewSnapshot { virtual_size_bytes: i64::MAX as u64, ..sound.clone() },
+            Some("Failed to grow the L1 table: File too large"),
+        ),
+    ] {
+        let mut header = self::sound();
+        (header.snapshots_offset, header.snapshot_count) = (1 << 16, 1);
+        let storage = MemoryStorage::new("table");
+        storage.write_at(&encode_table(&[Snapshot::new(&new)]), 1 << 16).expect("memory");
+        let [listed] =
+            <[Snapshot; 1]>::try_from(read_table(&storage, &header).expect("listed")).expect("one");
+        let checked = listed.check_l1(GEOMETRY).and_then(|()| listed.check_size(GEOMETRY));
+        assert_eq!(checked.err().map(|error| error.to_string()).as_deref(), refusal, "{new:?}");
     }
 }
 

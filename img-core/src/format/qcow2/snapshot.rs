@@ -69,6 +69,7 @@ impl Snapshots for Qcow2Layer {
         let mut header = self.header().clone();
         let table = read_table(self.image_file(), &header)?;
         let snapshot = &table[self.find(&table, id_or_name)?];
+        snapshot.check_l1(self.geometry)?;
         // The disk keeps its present size: what the snapshot's table does not reach is unallocated, and what it
         // has beyond the disk's end is not shown. The reference loads a snapshot for reading the same way.
         header.l1_offset = snapshot.l1_offset;
@@ -333,6 +334,8 @@ impl Qcow2Layer {
     fn apply_snapshot(&self, id_or_name: &str) -> Result<()> {
         let table = read_table(self.image_file(), &self.header())?;
         let snapshot = &table[self.find(&table, id_or_name)?];
+        snapshot.check_l1(self.geometry)?;
+        snapshot.check_size(self.geometry)?;
         if self.header().bitmaps.is_some() {
             return Err(Error::Invalid("Device has active dirty bitmaps".to_owned()));
         }
@@ -398,6 +401,7 @@ impl Qcow2Layer {
         // The reference deletes by name only.
         let index = table.iter().position(|snapshot| snapshot.info.name == name);
         let snapshot = table.remove(index.ok_or_else(|| self.no_such_snapshot(name))?);
+        snapshot.check_l1(self.geometry)?;
         // 1.
         let bytes = encode_table(&table);
         let table_offset = self.allocate_room(bytes.len() as u64)?;

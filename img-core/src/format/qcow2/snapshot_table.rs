@@ -24,9 +24,9 @@ const MAX_NAME_BYTES: usize = 255;
 /// An entry of the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Snapshot {
-    /// Host offset of its L1 table, aligned to clusters.
+    /// Host offset of its L1 table; not to be used before [`Self::check_l1`].
     pub(super) l1_offset: u64,
-    /// Entries of that table, at most [`MAX_L1_BYTES`].
+    /// Entries of that table; not to be used before [`Self::check_l1`].
     pub(super) l1_entries: u32,
     /// What users see.
     pub(super) info: SnapshotInfo,
@@ -86,32 +86,13 @@ impl Snapshot {
         Self { l1_offset: new.l1_offset, l1_entries: new.l1_entries, info, raw }
     }
 
-    /// Reads one entry that begins at host offset `at`, from `bytes` on; and its length without padding.
-    fn parse(file: &std::path::Path, bytes: &[u8], at: u64, header: &Header) -> Result<Self> {
-        let corrupt = |field, offset: u64, expected: &str, found: String| {
-            Err(Error::corrupt(file, field, at.saturating_add(offset), expected, found))
-        };
+    /// Reads one entry from the start of `bytes`, as it stands.
+    fn parse(bytes: &[u8], header: &Header) -> Self {
         let sizes = Sizes::of(bytes);
         let (l1_offset, l1_entries) = (be64(bytes, 0), be32(bytes, 8));
-        if u64::from(l1_entries) * 8 > MAX_L1_BYTES {
-            let expected = format!("at most {}", MAX_L1_BYTES / 8);
-            return corrupt("snapshot, L1 entries", 8, &expected, l1_entries.to_string());
-        }
-        let geometry: Geometry = header.geometry;
-        if geometry.in_cluster(l1_offset) != 0 || l1_offset > i64::MAX as u64 - MAX_L1_BYTES {
-            let found = format!("{l1_offset:#x}");
-            return corrupt("snapshot, L1 offset", 0, "a multiple of the cluster size, below 2^63", found);
-        }
         let extra = &bytes[FIXED_BYTES..FIXED_BYTES + sizes.extra];
         let word = |index: usize| extra.get(index * 8..index * 8 + 8).map(|word| be64(word, 0));
         let virtual_size_bytes = word(1).unwrap_or(header.virtual_size_bytes);
-        if i64::try_from(virtual_size_bytes).is_err() {
-            return corrupt("snapshot, disk size", 48, "below 2^63", virtual_size_bytes.to_string());
-        }
-        if geometry.l1_entries_for(virtual_size_bytes) > MAX_L1_BYTES / 8 {
-            let expected = "what an L1 table of 32 MiB can describe";
-            return corrupt("snapshot, disk size", 48, expected, virtual_size_bytes.to_string());
-        }
         let id_at = FIXED_BYTES + sizes.extra;
         let name_at = id_at + sizes.id;
         let info = SnapshotInfo {
@@ -123,8 +104,42 @@ impl Snapshot {
             icount: word(2).filter(|&count| count != u64::MAX),
             virtual_size_bytes,
         };
-        Ok(Self { l1_offset, l1_entries, info, raw: bytes[..sizes.total()].to_vec() })
+        Self { l1_offset, l1_entries, info, raw: bytes[..sizes.total()].to_vec() }
     }
+
+    /// What precedes every use of the L1 table. An entry that breaks these rules can be listed and kept all the
+    /// same, as in the reference.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] in the reference's words for a table outside its limits.
+    pub(super) fn check_l1(&self, geometry: Geometry) -> Result<()> {
+        let size_bytes = u64::from(self.l1_entries) * 8; // u32 × 8 fits
+        if size_bytes > MAX_L1_BYTES {
+            return refuse("Snapshot L1 table too large");
+        }
+        if self.l1_offset > i64::MAX as u64 - size_bytes || geometry.in_cluster(self.l1_offset) != 0 {
+            return refuse("Snapshot L1 table offset invalid");
+        }
+        Ok(())
+    }
+
+    /// What precedes the use of the size of the disk; see [`Self::check_l1`].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] in the reference's words for a size that no disk can have.
+    pub(super) fn check_size(&self, geometry: Geometry) -> Result<()> {
+        if i64::try_from(self.info.virtual_size_bytes).is_err() {
+            return refuse("Image size cannot be negative");
+        }
+        if geometry.l1_entries_for(self.info.virtual_size_bytes) > MAX_L1_BYTES / 8 {
+            return refuse("Failed to grow the L1 table: File too large");
+        }
+        Ok(())
+    }
+}
+
+fn refuse(text: &str) -> Result<()> {
+    Err(Error::Invalid(text.to_owned()))
 }
 
 /// Lengths of the parts of an entry.
@@ -155,13 +170,10 @@ impl Sizes {
 /// Reads the table that the header names, at most [`MAX_TABLE_BYTES`] of it.
 ///
 /// # Errors
-/// [`Error::Corrupt`] for the first entry outside its limits.
+/// [`Error::Corrupt`] for lengths outside their limits.
 pub(super) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
     let mut snapshots = Vec::new();
-    for_each_entry(storage, header, |entry, at| {
-        snapshots.push(Snapshot::parse(storage.path(), entry, at, header)?);
-        Ok(())
-    })?;
+    for_each_entry(storage, header, |entry| snapshots.push(Snapshot::parse(entry, header)))?;
     Ok(snapshots)
 }
 
@@ -170,14 +182,10 @@ pub(super) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<S
 /// # Errors
 /// [`Error::Corrupt`] for lengths outside their limits.
 pub(super) fn check_table(storage: &dyn Storage, header: &Header) -> Result<()> {
-    for_each_entry(storage, header, |_, _| Ok(()))
+    for_each_entry(storage, header, |_| ())
 }
 
-fn for_each_entry(
-    storage: &dyn Storage,
-    header: &Header,
-    mut each: impl FnMut(&[u8], u64) -> Result<()>,
-) -> Result<()> {
+fn for_each_entry(storage: &dyn Storage, header: &Header, mut each: impl FnMut(&[u8])) -> Result<()> {
     let mut source = Source { storage, start: header.snapshots_offset, bytes: Vec::new() };
     let mut position = 0;
     for _ in 0..header.snapshot_count {
@@ -193,8 +201,7 @@ fn for_each_entry(
                 sizes.extra,
             ));
         }
-        let entry = source.get(position, sizes.total())?;
-        each(entry, at)?;
+        each(source.get(position, sizes.total())?);
         position += sizes.total().next_multiple_of(8);
     }
     Ok(())
