@@ -24,6 +24,10 @@ use crate::{Error, Result, format::in_flight::GuestRanges};
 pub(super) const PENDING_LIMIT_BYTES: u64 = 64 << 20;
 /// So many separate runs that wait to become free are made free, to bound the memory they take.
 const PENDING_LIMIT_RUNS: usize = 1 << 18;
+/// When so many separate runs wait for leases to end, they are joined, to bound the memory they take ...
+const LIMBO_LIMIT_RUNS: usize = 1 << 18;
+/// ... and no more are kept than these. What was given up beyond stays counted: a leak, which `check` gives back.
+const LIMBO_KEPT_RUNS: usize = 1 << 17;
 /// So many clusters in use behind the end of the file are not what a crash leaves: counts are made up.
 const MAX_LOST_CLUSTERS: u64 = 1 << 26;
 /// Host offsets have 56 bits.
@@ -99,6 +103,30 @@ impl State {
         self.pending.push(freed);
     }
 
+    /// Keeps what a drain has made unreachable until the leases of `epoch` and before are gone. While the oldest
+    /// of them is held no further epochs end, so that all but a few lists are one.
+    pub(super) fn wait_for_leases(&mut self, epoch: u64, freed: Vec<Freed>) {
+        match self.limbo.back_mut() {
+            Some((last, waiting)) if *last == epoch => waiting.extend(freed),
+            _ => self.limbo.push_back((epoch, freed)),
+        }
+        if self.limbo_runs() > LIMBO_LIMIT_RUNS {
+            for (_, waiting) in &mut self.limbo {
+                merge(waiting);
+            }
+            let mut excess = self.limbo_runs().saturating_sub(LIMBO_KEPT_RUNS);
+            for (_, waiting) in self.limbo.iter_mut().rev() {
+                let cut = excess.min(waiting.len());
+                waiting.truncate(waiting.len() - cut);
+                excess -= cut;
+            }
+        }
+    }
+
+    fn limbo_runs(&self) -> usize {
+        self.limbo.iter().map(|(_, waiting)| waiting.len()).sum()
+    }
+
     /// Takes all that is pending.
     pub(super) fn take_pending(&mut self) -> Vec<Freed> {
         self.pending_bytes = 0;
@@ -109,6 +137,18 @@ impl State {
     pub(super) fn is_full(&self) -> bool {
         self.pending.len() >= PENDING_LIMIT_RUNS
     }
+}
+
+/// Joins runs that continue each other. One that was given up twice stays twice.
+fn merge(freed: &mut Vec<Freed>) {
+    freed.sort_by_key(|freed| (freed.in_data_file, freed.host.start));
+    freed.dedup_by(|next, last| {
+        let joins = last.host.end == next.host.start && last.is_like(next);
+        if joins {
+            last.host.end = next.host.end;
+        }
+        joins
+    });
 }
 
 impl Qcow2Layer {
@@ -253,5 +293,36 @@ impl Qcow2Layer {
     /// Forgets where a structure stood.
     pub(super) fn forget_place(&self, kind: Kind, host: Range<u64>) {
         self.places.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(kind, host);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(cluster: u64) -> Vec<Freed> {
+        vec![Freed::clusters(cluster << 16..(cluster + 1) << 16, true)]
+    }
+
+    /// However long a lease is held, what waits for it takes bounded memory: runs are joined first, and only what
+    /// cannot be joined is left to leak.
+    #[test]
+    fn what_waits_for_a_lease_is_bounded() {
+        let mut joined = State::default();
+        // Every other cluster, then those between them, and one that is too much.
+        let clusters = LIMBO_LIMIT_RUNS as u64;
+        for cluster in (0..clusters).step_by(2).chain((1..clusters).step_by(2)).chain([clusters]) {
+            joined.wait_for_leases(7, one(cluster));
+        }
+        let whole = Freed::clusters(0..(clusters + 1) << 16, true);
+        assert_eq!(joined.limbo, [(7, vec![whole])]);
+
+        let mut apart = State::default();
+        for epoch in 1..4 {
+            let first = epoch * clusters * 4;
+            apart.wait_for_leases(epoch, (0..clusters).flat_map(|index| one(first + index * 2)).collect());
+            assert!(apart.limbo_runs() <= LIMBO_LIMIT_RUNS);
+        }
+        assert_eq!(apart.limbo[0].1.len(), LIMBO_KEPT_RUNS, "the oldest are kept");
     }
 }

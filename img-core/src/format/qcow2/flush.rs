@@ -89,7 +89,7 @@ impl Qcow2Layer {
         // 4. drops
         let pending = state.take_pending();
         if !pending.is_empty() {
-            state.limbo.push_back((self.epochs.close(), pending));
+            state.wait_for_leases(self.epochs.close(), pending);
         }
         self.release(state)?;
         if !keep_counts {
