@@ -1,4 +1,4 @@
-//! qcow2 images in memory: for what would be too slow, or too dangerous, in files.
+//! Images in memory: for what would be too slow, or too dangerous, in files.
 
 use std::sync::Arc;
 
@@ -18,6 +18,23 @@ use crate::scenario::Layout;
 #[must_use]
 pub fn qcow2() -> &'static dyn Driver {
     registry::by_name("qcow2").expect("every build has qcow2")
+}
+
+/// The driver of `layout`.
+///
+/// # Panics
+/// Never: every build has it.
+#[must_use]
+pub fn driver(layout: &Layout) -> &'static dyn Driver {
+    registry::by_name(layout.format()).expect("every build has it")
+}
+
+/// The driver of the image on `storage`; qcow2 where its first bytes say nothing.
+fn driver_of(storage: &dyn Storage) -> Result<&'static dyn Driver> {
+    let mut head = [0; registry::PROBE_BYTES];
+    storage.read_at(&mut head, 0)?;
+    let found = registry::probe(&head, storage.path());
+    Ok(if found.name() == "raw" { qcow2() } else { found })
 }
 
 /// The create options of `layout` by name.
@@ -59,7 +76,7 @@ pub fn create_over(
         options: &create_options(layout),
         open_file: &refuse_file,
     };
-    qcow2().create(storage, &request)
+    driver(layout).create(storage, &request)
 }
 
 /// Opens the image on `storage`, without what it may name.
@@ -68,16 +85,6 @@ pub fn create_over(
 /// As [`Driver::open`].
 pub fn open(storage: Arc<dyn Storage>, mode: OpenMode) -> Result<Image> {
     open_with(storage, mode, &OptionSet::new())
-}
-
-/// Caches of the smallest size: tables are written early and read again often.
-#[must_use]
-pub fn smallest_caches() -> OptionSet {
-    let mut options = OptionSet::new();
-    for name in ["l2-cache-size", "refcount-cache-size", "l2-cache-entry-size"] {
-        options.set(name, "512");
-    }
-    options
 }
 
 /// [`open`] with runtime options.
@@ -99,7 +106,7 @@ pub fn open_over(
     options: &OptionSet,
 ) -> Result<Image> {
     let context = OpenContext { mode, options, open_file: &refuse_file };
-    let mut layers = vec![qcow2().open(storage, &context)?];
+    let mut layers = vec![driver_of(&*storage)?.open(storage, &context)?];
     if let Some(below) = below {
         let (mode, options) = (OpenMode::Read, &OptionSet::new());
         let context = OpenContext { mode, options, open_file: &refuse_file };

@@ -7,12 +7,26 @@
 
 use std::{collections::BTreeSet, fmt, sync::Arc};
 
-use img_core::{Error, Result, format::Codec, image::Image, storage::Preallocation};
+use img_core::{
+    Error, Result,
+    format::{Codec, OptionSet},
+    image::Image,
+    storage::Preallocation,
+};
 use proptest::prelude::*;
 
-/// The create options of an image under test.
+/// The create options of an image under test, and with them what its format can do.
 #[derive(Clone, Copy, Debug)]
-pub struct Layout {
+pub enum Layout {
+    /// See [`Qcow2`].
+    Qcow2(Qcow2),
+    /// See [`Qed`].
+    Qed(Qed),
+}
+
+/// Create options of qcow2.
+#[derive(Clone, Copy, Debug)]
+pub struct Qcow2 {
     /// 2 or 3.
     pub version: u8,
     /// 9 to 21.
@@ -27,18 +41,121 @@ pub struct Layout {
     pub lazy_refcounts: bool,
 }
 
+/// Create options of QED.
+#[derive(Clone, Copy, Debug)]
+pub struct Qed {
+    /// 12 to 26.
+    pub cluster_bits: u32,
+    /// log2 of the clusters in a table: 0 to 4. The reference opens no image with 0.
+    pub table_bits: u32,
+}
+
 impl Layout {
+    /// The name of the format, as `-f` takes it.
+    #[must_use]
+    pub const fn format(&self) -> &'static str {
+        match self {
+            Self::Qcow2(_) => "qcow2",
+            Self::Qed(_) => "qed",
+        }
+    }
+
     /// Host bytes of a cluster.
     #[must_use]
     pub const fn cluster_bytes(&self) -> u64 {
-        1 << self.cluster_bits
+        match self {
+            Self::Qcow2(layout) => 1 << layout.cluster_bits,
+            Self::Qed(layout) => 1 << layout.cluster_bits,
+        }
     }
 
     /// As `-o` takes them.
     #[must_use]
     pub fn create_options(&self) -> String {
+        match self {
+            Self::Qcow2(layout) => layout.create_options(),
+            Self::Qed(layout) => {
+                format!("cluster_size={},table_size={}", self.cluster_bytes(), 1 << layout.table_bits)
+            }
+        }
+    }
+
+    /// The smallest of its kind: with as many kinds of tables as large ones, and thousands of states of them can
+    /// be tried.
+    #[must_use]
+    pub fn in_small_clusters(self) -> Self {
+        match self {
+            Self::Qcow2(old) => {
+                let cluster_bits = if old.extended_l2 { 14 } else { 9 + old.cluster_bits % 4 };
+                Self::Qcow2(Qcow2 { cluster_bits, ..old })
+            }
+            Self::Qed(old) => Self::Qed(Qed { cluster_bits: 12, table_bits: old.table_bits % 2 }),
+        }
+    }
+
+    /// How compressed clusters are encoded, where the format has some.
+    #[must_use]
+    pub const fn codec(&self) -> Option<Codec> {
+        match self {
+            Self::Qcow2(Qcow2 { zstd: true, .. }) => Some(Codec::Zstd),
+            Self::Qcow2(_) => Some(Codec::Deflate),
+            Self::Qed(_) => None,
+        }
+    }
+
+    /// Whether the format cannot hide what lies below behind zeroes, nor mark an image dirty.
+    #[must_use]
+    pub const fn is_version_2(&self) -> bool {
+        matches!(self, Self::Qcow2(Qcow2 { version: 2, .. }))
+    }
+
+    /// How many bits count the references to a cluster; `None` for formats without snapshots.
+    #[must_use]
+    pub const fn refcount_bits(&self) -> Option<u32> {
+        match self {
+            Self::Qcow2(layout) => Some(layout.refcount_bits),
+            Self::Qed(_) => None,
+        }
+    }
+
+    /// Whether a disk can become smaller.
+    const fn can_shrink(&self) -> bool {
+        matches!(self, Self::Qcow2(_))
+    }
+
+    /// Whether what was discarded reads as zeroes, always. Elsewhere it may keep what it was.
+    const fn discards_to_zeroes(&self) -> bool {
+        matches!(self, Self::Qcow2(_))
+    }
+
+    /// Whether the reference can grow a disk over a longer backing file.
+    const fn reference_hides_below(&self) -> bool {
+        matches!(self, Self::Qcow2(Qcow2 { version: 3, .. }))
+    }
+
+    /// Whether the reference, when it writes a part of a zero cluster over a backing file, fills the rest with
+    /// zeroes. In QED it copies the backing file's bytes.
+    const fn reference_keeps_zeroes(&self) -> bool {
+        matches!(self, Self::Qcow2(_))
+    }
+
+    /// Runtime options that make caches small: tables are written early and read again often.
+    #[must_use]
+    pub fn smallest_caches(&self) -> OptionSet {
+        let mut options = OptionSet::new();
+        if matches!(self, Self::Qcow2(_)) {
+            for name in ["l2-cache-size", "refcount-cache-size", "l2-cache-entry-size"] {
+                options.set(name, "512");
+            }
+        }
+        options
+    }
+}
+
+impl Qcow2 {
+    fn create_options(&self) -> String {
         let compat = if self.version == 2 { "0.10" } else { "1.1" };
-        let mut text = format!("compat={compat},cluster_size={}", self.cluster_bytes());
+        let mut text = format!("compat={compat},cluster_size={}", 1_u64 << self.cluster_bits);
         // Version 2 has no room to say otherwise.
         if self.version == 3 {
             text += &format!(
@@ -51,33 +168,33 @@ impl Layout {
         }
         text
     }
-
-    /// How `write_compressed` data is encoded.
-    #[must_use]
-    pub const fn codec(&self) -> Codec {
-        if self.zstd { Codec::Zstd } else { Codec::Deflate }
-    }
 }
 
 const fn on_off(on: bool) -> &'static str {
     if on { "on" } else { "off" }
 }
 
-/// Any layout the format allows.
-pub fn layout() -> impl Strategy<Value = Layout> {
+/// Any layout that qcow2 allows.
+pub fn qcow2_layout() -> impl Strategy<Value = Layout> {
     (2..=3u8, 9..=21u32, 0..=6u32, any::<[bool; 3]>()).prop_map(
         |(version, cluster_bits, refcount_order, [extended, zstd, lazy_refcounts])| {
             let new = version == 3;
-            Layout {
+            Layout::Qcow2(Qcow2 {
                 version,
                 cluster_bits,
                 refcount_bits: if new { 1 << refcount_order } else { 16 },
                 extended_l2: new && extended && cluster_bits >= 14,
                 zstd: new && zstd,
                 lazy_refcounts: new && lazy_refcounts,
-            }
+            })
         },
     )
+}
+
+/// Any layout of QED that the reference opens, up to clusters of 2 MiB.
+pub fn qed_layout() -> impl Strategy<Value = Layout> {
+    (12..=21u32, 1..=4u32)
+        .prop_map(|(cluster_bits, table_bits)| Layout::Qed(Qed { cluster_bits, table_bits }))
 }
 
 /// How a wished range is rounded.
@@ -162,15 +279,19 @@ pub struct Scenario {
     pub ours_alone: bool,
 }
 
-/// Any scenario of up to `steps` steps; with a backing file half of the time where `chains` are wanted.
-pub fn scenario(steps: usize, chains: bool) -> impl Strategy<Value = Scenario> {
+/// Any scenario of up to `steps` steps on an image of one of `layouts`; with a backing file half of the time where `chains` are wanted.
+pub fn scenario(
+    layouts: impl Strategy<Value = Layout>,
+    steps: usize,
+    chains: bool,
+) -> impl Strategy<Value = Scenario> {
     let below = ((1..24u32, 0..8u32), any::<bool>(), any::<u64>()).prop_map(|(size, qcow2, seed)| Below {
         clusters_and_sectors: size,
         qcow2,
         seed,
     });
     let below = if chains { proptest::option::of(below).boxed() } else { Just(None).boxed() };
-    (layout(), any::<u32>(), below, proptest::collection::vec(step(), 1..=steps))
+    (layouts, any::<u32>(), below, proptest::collection::vec(step(), 1..=steps))
         .prop_map(|(layout, size, below, steps)| Scenario { layout, size, below, steps, ours_alone: false })
 }
 
@@ -319,7 +440,7 @@ impl Planner {
     /// Whether one more snapshot fits the refcounts: every cluster counts once for each, and a host cluster
     /// that holds compressed ones counts for each of them.
     fn may_snapshot(&self) -> bool {
-        let bits = self.layout.refcount_bits;
+        let Some(bits) = self.layout.refcount_bits() else { return false };
         let most = if bits >= 8 { 4 } else { (1 << bits) - 2 };
         self.model.snapshots.len() < most && (bits >= 16 || self.compressed.is_empty())
     }
@@ -335,7 +456,7 @@ impl Planner {
             Step::Compress(at, byte) => {
                 let (at, _) = self.range(Grain::Cluster, at, 0);
                 let len = cluster.min(self.size() - at);
-                let refcounts_overflow = self.layout.refcount_bits < 16 && self.taken > 0;
+                let refcounts_overflow = self.layout.refcount_bits()? < 16 && self.taken > 0;
                 if self.touched.contains(&(at / cluster)) || self.freed_compressed || refcounts_overflow {
                     return None;
                 }
@@ -344,11 +465,17 @@ impl Planner {
                 Op::Compress { at, len, byte }
             }
             Step::Zero(grain, at, len, unmap) => {
+                if self.has_below && !self.ours_alone && !self.layout.reference_keeps_zeroes() {
+                    return None;
+                }
                 let (at, len) = self.range(grain, at, len);
                 self.touch(at, len);
                 Op::Zero { at, len, unmap }
             }
             Step::Discard(grain, at, len) => {
+                if !self.layout.discards_to_zeroes() {
+                    return None;
+                }
                 let (at, len) = self.range(grain, at, len);
                 self.touch(at, len);
                 Op::Discard { at, len }
@@ -359,15 +486,17 @@ impl Planner {
                 Op::Reopen
             }
             Step::Resize(size) => {
-                // Version 2 cannot record a snapshot's size, nor hide a backing file behind zeroes.
+                // Version 2 cannot record a snapshot's size.
                 let hides = self.has_below && !self.ours_alone;
-                if self.layout.version == 2 && (hides || !self.model.snapshots.is_empty()) {
+                if (hides && !self.layout.reference_hides_below())
+                    || (self.layout.is_version_2() && !self.model.snapshots.is_empty())
+                {
                     return None;
                 }
                 // The reference leaves old bytes in the tail of a cluster that is cut in two.
                 let unit = if self.ours_alone { 512 } else { cluster };
                 let size = (u64::from(size) % self.most_bytes + 1).next_multiple_of(unit);
-                if size == self.size() {
+                if size == self.size() || (size < self.size() && !self.layout.can_shrink()) {
                     return None;
                 }
                 // What is cut off may come back from a snapshot only; growing touches what zeroes hide.
@@ -407,7 +536,7 @@ impl Model {
                 let end = if at + len == size { size } else { (at + len) / cluster * cluster };
                 let start = at.next_multiple_of(cluster);
                 // Version 2 has no zero cluster to hide a backing file with, so it keeps what it has.
-                if start < end && !(layout.version == 2 && has_below) {
+                if start < end && !(layout.is_version_2() && has_below) {
                     self.fill(start, end, 0);
                 }
             }
@@ -438,7 +567,7 @@ pub fn apply(image: &Image, op: &Op, layout: &Layout) -> Result<()> {
             let mut guest = vec![*byte; to_usize(*len)];
             // A cluster that the end of the disk cuts is stored whole.
             guest.resize(to_usize(layout.cluster_bytes()), 0);
-            image.write_compressed(&encode(&guest, layout.codec())?, *at)
+            image.write_compressed(&encode(&guest, layout.codec().expect("planned"))?, *at)
         }
         Op::Zero { at, len, unmap } => image.write_zeroes(*at..at + len, *unmap),
         Op::Discard { at, len } => image.discard(*at..at + len),

@@ -11,17 +11,20 @@ use img_core::{
         testing::{FailAt, Operation},
     },
 };
-use img_tests::{memory, read_all, scenario::Layout};
+use img_tests::{
+    memory, read_all,
+    scenario::{Layout, Qcow2},
+};
 
 /// One cluster of refcount table is soon full: 64 blocks of 64 counts for clusters of 512 bytes.
-const LAYOUT: Layout = Layout {
+const LAYOUT: Layout = Layout::Qcow2(Qcow2 {
     version: 3,
     cluster_bits: 9,
     refcount_bits: 64,
     extended_l2: false,
     zstd: false,
     lazy_refcounts: false,
-};
+});
 const PIECE: usize = 128 << 10;
 const PIECES: usize = 20;
 

@@ -16,7 +16,7 @@ use img_tests::{
     open, open_options,
     pattern::difference,
     proptest_config, read_all,
-    scenario::{Command, Model, Op, Plan, Scenario, apply, scenario},
+    scenario::{Command, Model, Op, Plan, Scenario, apply, qcow2_layout, qed_layout, scenario},
 };
 use proptest::{
     prelude::*,
@@ -27,21 +27,36 @@ proptest! {
     #![proptest_config(proptest_config(60, "differential"))]
 
     #[test]
-    fn both_implementations_agree_after_any_history(scenario in scenario(24, true)) {
-        let folder = tempfile::tempdir()?;
-        let plan = scenario.plan();
-        let below = put_below(folder.path(), &scenario, &plan);
-        create_ours(folder.path(), &scenario, &plan, below.as_deref())?;
-        run_ours(folder.path(), &scenario, &plan)?;
-        create_theirs(folder.path(), &scenario, &plan, below.as_deref());
-        run_theirs(folder.path(), &plan);
-
-        let model = plan.models.last().expect("at least the first");
-        for image in ["theirs.qcow2", "ours.qcow2"] {
-            read_by_them(folder.path(), image, model)?;
-            read_by_us(folder.path(), image, model)?;
-        }
+    fn both_implementations_agree_after_any_history(scenario in scenario(qcow2_layout(), 24, true)) {
+        agree(&scenario)?;
     }
+}
+
+proptest! {
+    #![proptest_config(proptest_config(40, "differential_qed"))]
+
+    #[test]
+    fn both_implementations_agree_after_any_history_of_qed(scenario in scenario(qed_layout(), 24, true)) {
+        agree(&scenario)?;
+    }
+}
+
+fn agree(scenario: &Scenario) -> TestCaseResult {
+    let folder = tempfile::tempdir()?;
+    let plan = scenario.plan();
+    let format = scenario.layout.format();
+    let below = put_below(folder.path(), scenario, &plan);
+    create_ours(folder.path(), scenario, &plan, below.as_deref())?;
+    run_ours(folder.path(), scenario, &plan)?;
+    create_theirs(folder.path(), scenario, &plan, below.as_deref());
+    run_theirs(folder.path(), format, &plan);
+
+    let model = plan.models.last().expect("at least the first");
+    for image in ["theirs", "ours"] {
+        read_by_them(folder.path(), format, image, model)?;
+        read_by_us(folder.path(), format, image, model)?;
+    }
+    Ok(())
 }
 
 /// Writes the backing file, common to both, and tells its format.
@@ -70,11 +85,11 @@ fn options(scenario: &Scenario) -> OptionSet {
 }
 
 fn create_ours(folder: &Path, scenario: &Scenario, plan: &Plan, below: Option<&str>) -> TestCaseResult {
-    let path = folder.join("ours.qcow2");
+    let path = folder.join("ours");
     let name = ImageName::parse(path.to_str().expect("UTF-8")).map_err(ours("name"))?;
     create(&CreateImage {
         name: &name,
-        driver: registry::by_name("qcow2").expect("known"),
+        driver: registry::by_name(scenario.layout.format()).expect("known"),
         virtual_size_bytes: plan.size_bytes,
         backing: below.map(|format| img_core::format::Backing {
             name: format!("below.{format}"),
@@ -87,7 +102,8 @@ fn create_ours(folder: &Path, scenario: &Scenario, plan: &Plan, below: Option<&s
 }
 
 fn run_ours(folder: &Path, scenario: &Scenario, plan: &Plan) -> TestCaseResult {
-    let open_it = || open(&folder.join("ours.qcow2"), Some("qcow2"), OpenMode::Write).map_err(ours("open"));
+    let open_it =
+        || open(&folder.join("ours"), Some(scenario.layout.format()), OpenMode::Write).map_err(ours("open"));
     let mut image = open_it()?;
     for (op, model) in plan.ops.iter().zip(&plan.models[1..]) {
         if *op == Op::Reopen {
@@ -110,18 +126,21 @@ fn ours(step: impl std::fmt::Display) -> impl Fn(img_core::Error) -> TestCaseErr
 }
 
 fn create_theirs(folder: &Path, scenario: &Scenario, plan: &Plan, below: Option<&str>) {
-    let mut run = qemu_img(folder, ["create", "-q", "-f", "qcow2", "-o", &scenario.layout.create_options()]);
+    let mut run = qemu_img(
+        folder,
+        ["create", "-q", "-f", scenario.layout.format(), "-o", &scenario.layout.create_options()],
+    );
     if let Some(format) = below {
         run = run.args(["-F", format, "-b", &format!("below.{format}")]);
     }
-    run.arg("theirs.qcow2").arg(plan.size_bytes.to_string()).output().success();
+    run.arg("theirs").arg(plan.size_bytes.to_string()).output().success();
 }
 
-fn run_theirs(folder: &Path, plan: &Plan) {
+fn run_theirs(folder: &Path, format: &str, plan: &Plan) {
     let mut pending = Vec::new();
     let run_pending = |pending: &mut Vec<String>| {
         if !pending.is_empty() {
-            let output = qemu_io(folder, "qcow2", "theirs.qcow2", pending).output();
+            let output = qemu_io(folder, format, "theirs", pending).output();
             assert!(!output.stdout.contains("failed"), "{output}");
             output.success();
             pending.clear();
@@ -133,18 +152,18 @@ fn run_theirs(folder: &Path, plan: &Plan) {
             Command::Reopen => run_pending(&mut pending),
             Command::Img(arguments) => {
                 run_pending(&mut pending);
-                qemu_img(folder, arguments).arg("theirs.qcow2").output().success();
+                qemu_img(folder, arguments).arg("theirs").output().success();
             }
         }
     }
     run_pending(&mut pending);
 }
 
-fn read_by_them(folder: &Path, image: &str, model: &Model) -> TestCaseResult {
-    let check = qemu_img(folder, ["check", "-f", "qcow2", image]).output();
+fn read_by_them(folder: &Path, format: &str, image: &str, model: &Model) -> TestCaseResult {
+    let check = qemu_img(folder, ["check", "-f", format, image]).output();
     prop_assert_eq!(check.code, 0, "{} checked by them: {}", image, check);
     let read = |arguments: &[&str], guest: &[u8], what: String| {
-        let output = qemu_img(folder, ["convert", "-f", "qcow2", "-O", "raw"])
+        let output = qemu_img(folder, ["convert", "-f", format, "-O", "raw"])
             .args(arguments)
             .args([image, "read.raw"])
             .output();
@@ -174,10 +193,10 @@ fn read_by_them(folder: &Path, image: &str, model: &Model) -> TestCaseResult {
     Ok(())
 }
 
-fn read_by_us(folder: &Path, image: &str, model: &Model) -> TestCaseResult {
+fn read_by_us(folder: &Path, format: &str, image: &str, model: &Model) -> TestCaseResult {
     let path = folder.join(image);
     let opened =
-        open(&path, Some("qcow2"), OpenMode::Check { repair: false }).map_err(ours("open to check"))?;
+        open(&path, Some(format), OpenMode::Check { repair: false }).map_err(ours("open to check"))?;
     let mut texts = Vec::new();
     let report =
         opened.check(Repair::Nothing, &mut |finding| texts.push(finding.text)).map_err(ours("check"))?;
@@ -189,13 +208,13 @@ fn read_by_us(folder: &Path, image: &str, model: &Model) -> TestCaseResult {
         texts
     );
     drop(opened);
-    let opened = open(&path, Some("qcow2"), OpenMode::Read).map_err(ours("open"))?;
+    let opened = open(&path, Some(format), OpenMode::Read).map_err(ours("open"))?;
     let guest = read_all(&opened).map_err(ours("read"))?;
     prop_assert_eq!(difference(&guest, &model.guest), None, "{} read by us (theirs: the model)", image);
     drop(opened);
     for (name, guest) in &model.snapshots {
         let image_name = ImageName::parse(path.to_str().expect("UTF-8")).map_err(ours("name"))?;
-        let options = open_options(Some("qcow2"), OpenMode::Read);
+        let options = open_options(Some(format), OpenMode::Read);
         let opened = Image::open_snapshot(&image_name, &options, name).map_err(ours("open snapshot"))?;
         let mut seen = read_all(&opened).map_err(ours("read snapshot"))?;
         let shown = seen.len().min(guest.len());

@@ -11,17 +11,17 @@ use img_core::{
 };
 use img_tests::{
     memory,
-    scenario::{Layout, Op, apply},
+    scenario::{Layout, Op, Qcow2, apply},
 };
 
-const LAYOUT: Layout = Layout {
+const LAYOUT: Layout = Layout::Qcow2(Qcow2 {
     version: 3,
     cluster_bits: 12,
     refcount_bits: 16,
     extended_l2: false,
     zstd: false,
     lazy_refcounts: false,
-};
+});
 const CLUSTER: u64 = 1 << 12;
 const COPIED: u64 = 1 << 63;
 

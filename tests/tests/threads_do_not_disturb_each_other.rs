@@ -12,7 +12,7 @@ use img_core::{
 use img_tests::{
     memory,
     pattern::Random,
-    scenario::{Layout, Op, apply},
+    scenario::{Layout, Op, Qcow2, Qed, apply},
 };
 
 const THREADS: u64 = 4;
@@ -20,7 +20,7 @@ const ROUNDS: u64 = 250;
 const CLUSTERS: u64 = 64;
 
 fn layout(cluster_bits: u32, refcount_bits: u32, extended_l2: bool, lazy_refcounts: bool) -> Layout {
-    Layout { version: 3, cluster_bits, refcount_bits, extended_l2, zstd: false, lazy_refcounts }
+    Layout::Qcow2(Qcow2 { version: 3, cluster_bits, refcount_bits, extended_l2, zstd: false, lazy_refcounts })
 }
 
 #[test]
@@ -32,6 +32,8 @@ fn threads_do_not_disturb_each_other() {
         (layout(14, 16, true, false), false),
         (layout(12, 16, false, false), true),
         (layout(14, 16, true, false), true),
+        (Layout::Qed(Qed { cluster_bits: 12, table_bits: 0 }), false),
+        (Layout::Qed(Qed { cluster_bits: 13, table_bits: 2 }), false),
     ] {
         let data: Arc<dyn Storage> = Arc::new(MemoryStorage::new("data"));
         let file: Arc<dyn Storage> = Arc::new(MemoryStorage::new("image.qcow2"));
@@ -43,12 +45,12 @@ fn threads_do_not_disturb_each_other() {
         let virtual_size_bytes = THREADS * CLUSTERS * layout.cluster_bytes();
         let request =
             CreateRequest { virtual_size_bytes, backing: None, options: &options, open_file: &open_file };
-        memory::qcow2().create(&file, &request).expect("created");
+        memory::driver(&layout).create(&file, &request).expect("created");
         let open = |mode: OpenMode, options: &OptionSet| -> Result<Image> {
             let context = OpenContext { mode, options, open_file: &open_file };
-            Image::from_layers(vec![memory::qcow2().open(Arc::clone(&file), &context)?])
+            Image::from_layers(vec![memory::driver(&layout).open(Arc::clone(&file), &context)?])
         };
-        let image = open(OpenMode::Write, &memory::smallest_caches()).expect("it opens");
+        let image = open(OpenMode::Write, &layout.smallest_caches()).expect("it opens");
         let left: Vec<Vec<u8>> = std::thread::scope(|scope| {
             let image = &image;
             let thread = |thread| scope.spawn(move || history(image, &layout, external, thread));
@@ -105,7 +107,7 @@ fn history(image: &Image, layout: &Layout, external: bool, thread: u64) -> Vec<u
             0 => (Op::Discard { at, len }, 0),
             1 => (Op::Zero { at, len, unmap: true }, 0),
             2 => (Op::Zero { at, len, unmap: false }, 0),
-            3 if !external => (Op::Compress { at, len, byte }, byte),
+            3 if !external && layout.codec().is_some() => (Op::Compress { at, len, byte }, byte),
             _ => (Op::Write { at, len, byte }, byte),
         };
         apply(image, &op, layout).expect("done");

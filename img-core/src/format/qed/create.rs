@@ -14,8 +14,9 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        CreateRequest, OptionDescription,
+        CreateRequest, FILE_OPTIONS, OptionDescription,
         OptionKind::{Size, Text},
+        file_preallocation,
     },
     storage::{Flush, Storage},
     text,
@@ -40,6 +41,10 @@ const ZEROES_BYTES: u64 = 1 << 20;
 /// # Errors
 /// [`Error::Invalid`] in the reference's words for options that are refused.
 pub(super) fn create(storage: &dyn Storage, request: &CreateRequest<'_>) -> Result<()> {
+    request.options.check_names(&[CREATE_OPTIONS, FILE_OPTIONS])?;
+    // The file begins empty, as its length is what is allocated: space set aside for it before, as this option
+    // asks, would be given back at once. So does the reference; what it refuses is refused.
+    file_preallocation(request.options)?;
     let geometry = geometry(request)?;
     let header = Header::new(geometry, request.virtual_size_bytes, request.backing.clone())?;
     if storage.len_bytes()? != 0 {
