@@ -1,4 +1,4 @@
-//! `testdata/qcow2/MANIFEST`: what reading each golden image must give. `testdata/README.md` says how its
+//! `testdata/FORMAT/MANIFEST`: what reading each golden image must give. `testdata/README.md` says how its
 //! lines are written.
 
 use std::{
@@ -17,19 +17,23 @@ pub struct Golden {
     pub snapshots: Vec<(String, Vec<u8>)>,
 }
 
-/// Where the golden qcow2 images are.
+/// The formats that have golden images.
+pub const FORMATS: [&str; 2] = ["qcow2", "qed"];
+
+/// Where the golden images of `format` are.
 #[must_use]
-pub fn folder() -> PathBuf {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/qcow2")).to_owned()
+pub fn folder(format: &str) -> PathBuf {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata")).join(format)
 }
 
-/// All golden images.
+/// All golden images of `format`.
 ///
 /// # Panics
 /// When the manifest cannot be read, or a line of it makes no sense.
 #[must_use]
-pub fn manifest() -> Vec<Golden> {
-    let text = fs::read_to_string(folder().join("MANIFEST")).expect("the manifest is in the repository");
+pub fn manifest(format: &str) -> Vec<Golden> {
+    let text =
+        fs::read_to_string(folder(format).join("MANIFEST")).expect("the manifest is in the repository");
     let mut images: Vec<Golden> = Vec::new();
     for line in text.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
