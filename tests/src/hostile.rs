@@ -1,4 +1,7 @@
-//! Broken qcow2 images, one for each limit and rule of the format that a file can break alone.
+//! Broken images, one for each limit and rule of their format that a file can break alone: qcow2 here, others
+//! in rooms of their own.
+
+mod qed;
 
 use crate::craft::{
     CLUSTER, COMPRESSED, COPIED, Crafted, DATA, DISK, L1, L2, REFCOUNT_TABLE, header, snapshot_entry,
@@ -28,11 +31,18 @@ pub const ANSWERED_DIFFERENTLY: &[&str] = &[
     "snapshot L1 too big",
     "snapshot L1 offset",
     "65536 snapshots in a hole",
+    "no header at all",
+    "dirty, and a cluster has two names",
+    "L1 entry names L1",
+    "two L1 entries name one table",
+    "two L2 tables overlap",
 ];
 
 /// A broken image.
 #[derive(Clone, Debug)]
 pub struct Hostile {
+    /// The format that it claims to have.
+    pub format: &'static str,
     /// What is wrong with it, short.
     pub name: &'static str,
     /// The file.
@@ -45,12 +55,13 @@ pub struct Hostile {
 #[must_use]
 pub fn images() -> Vec<Hostile> {
     let mut all = Vec::new();
-    let mut add = |name, fate, image| all.push(Hostile { name, image, fate });
+    let mut add = |name, fate, image| all.push(Hostile { format: "qcow2", name, image, fate });
     headers(&mut add);
     extensions(&mut add);
     snapshots(&mut add);
     tables(&mut add);
     clusters(&mut add);
+    all.extend(qed::images());
     all
 }
 

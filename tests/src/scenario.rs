@@ -191,9 +191,9 @@ pub fn qcow2_layout() -> impl Strategy<Value = Layout> {
     )
 }
 
-/// Any layout of QED that the reference opens, up to clusters of 2 MiB.
+/// Any layout of QED that the reference opens, up to clusters of 1 MiB.
 pub fn qed_layout() -> impl Strategy<Value = Layout> {
-    (12..=21u32, 1..=4u32)
+    (12..=20u32, 1..=4u32)
         .prop_map(|(cluster_bits, table_bits)| Layout::Qed(Qed { cluster_bits, table_bits }))
 }
 

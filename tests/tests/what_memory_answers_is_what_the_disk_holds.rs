@@ -13,21 +13,24 @@ use img_tests::{
     memory, proptest_config,
     queue::{Count, Queue},
     read_all,
-    scenario::{Layout, Op, Scenario, apply, scenario},
+    scenario::{Layout, Op, Qcow2, Scenario, apply, qcow2_layout, qed_layout, scenario},
 };
-use proptest::test_runner::{TestCaseError, TestRunner};
+use proptest::{
+    prelude::{ProptestConfig, Strategy},
+    test_runner::{TestCaseError, TestRunner},
+};
 
 const CLUSTER: u64 = 65_536;
 
 fn layout() -> Layout {
-    Layout {
+    Layout::Qcow2(Qcow2 {
         version: 3,
         cluster_bits: 16,
         refcount_bits: 16,
         extended_l2: false,
         zstd: false,
         lazy_refcounts: false,
-    }
+    })
 }
 
 fn new_image(layout: &Layout, size: u64) -> (Arc<dyn Storage>, Arc<Image>) {
@@ -121,8 +124,17 @@ fn what_is_wrong_is_said() {
 
 #[test]
 fn whatever_the_history() {
-    let mut runner = TestRunner::new(proptest_config(150, "plane"));
-    let outcome = runner.run(&scenario(24, false), |scenario| {
+    try_histories(qcow2_layout(), proptest_config(150, "plane"));
+}
+
+#[test]
+fn whatever_the_history_of_qed() {
+    try_histories(qed_layout(), proptest_config(50, "plane_qed"));
+}
+
+fn try_histories(layouts: impl Strategy<Value = Layout>, config: ProptestConfig) {
+    let mut runner = TestRunner::new(config);
+    let outcome = runner.run(&scenario(layouts, 24, false), |scenario| {
         try_history(&scenario).map_err(|error| TestCaseError::fail(error.to_string()))
     });
     if let Err(failure) = outcome {
@@ -135,7 +147,7 @@ fn try_history(scenario: &Scenario) -> Result<()> {
     let plan = scenario.plan();
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("plane.qcow2"));
     memory::create(&storage, &scenario.layout, plan.size_bytes)?;
-    let options = if scenario.size % 2 == 1 { memory::smallest_caches() } else { OptionSet::new() };
+    let options = if scenario.size % 2 == 1 { scenario.layout.smallest_caches() } else { OptionSet::new() };
     let open = || memory::open_with(Arc::clone(&storage), OpenMode::Write, &options).map(Arc::new);
     let mut image = open()?;
     for (op, model) in plan.ops.iter().zip(&plan.models[1..]) {

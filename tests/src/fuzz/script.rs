@@ -4,7 +4,7 @@
 //! its value is made, and up to eight for the value. Bytes that run out read as zero.
 
 use crate::craft::{
-    CLUSTER, COMPRESSED, COPIED, Crafted, DATA, DISK, L1, L2, REFCOUNT_BLOCK, REFCOUNT_TABLE, header,
+    CLUSTER, COMPRESSED, COPIED, Crafted, DATA, DISK, L1, L2, REFCOUNT_BLOCK, REFCOUNT_TABLE, header, qed,
 };
 
 /// Fuzzer bytes, read from the front.
@@ -57,6 +57,40 @@ impl<'a> Script<'a> {
     }
 
     fn patch(&mut self, image: Crafted) -> Crafted {
+        if image.bytes.starts_with(b"QED\0") { self.patch_qed(image) } else { self.patch_qcow2(image) }
+    }
+
+    fn patch_qed(&mut self, image: Crafted) -> Crafted {
+        use qed::{L1, L2, header::*};
+        const FIELDS: [(usize, usize); 10] = [
+            (CLUSTER_SIZE, 4),
+            (TABLE_SIZE, 4),
+            (HEADER_SIZE, 4),
+            (FEATURES, 8),
+            (COMPAT_FEATURES, 8),
+            (AUTOCLEAR_FEATURES, 8),
+            (L1_OFFSET, 8),
+            (IMAGE_SIZE, 8),
+            (BACKING_OFFSET, 4),
+            (BACKING_SIZE, 4),
+        ];
+        let (kind, place) = (self.byte(), usize::from(self.u16()));
+        let value = self.tricky();
+        let (at, len) = match kind % 8 {
+            0 | 1 => FIELDS[place % FIELDS.len()],
+            2..=4 => (L2 + place % 32 * 8, 8),
+            5 | 6 => (L1 + place % 4 * 8, 8),
+            _ => {
+                let mut cut = image;
+                let len = place % (cut.bytes.len() + 1);
+                cut.bytes.truncate(len.max(HEADER_LEN));
+                return cut;
+            }
+        };
+        image.put(at, &value.to_le_bytes()[..len])
+    }
+
+    fn patch_qcow2(&mut self, image: Crafted) -> Crafted {
         const FIELDS: [(usize, usize); 20] = [
             (header::VERSION, 4),
             (header::BACKING_OFFSET, 8),
@@ -101,7 +135,9 @@ impl<'a> Script<'a> {
 }
 
 /// How many there are.
-const BASES: u8 = 6;
+const BASES: u8 = 7;
+/// Behind the last field of a QED header.
+const HEADER_LEN: usize = 64;
 
 /// A valid image to start from.
 fn base(which: u8) -> Crafted {
@@ -125,7 +161,8 @@ fn base(which: u8) -> Crafted {
                 .expect("a run of one byte gets shorter");
             new.put(DATA, &stored[..len]).u64(L2, COMPRESSED | DATA as u64)
         }
-        _ => with_bitmap(),
+        5 => with_bitmap(),
+        _ => Crafted::new_qed(),
     }
 }
 
@@ -177,8 +214,8 @@ mod tests {
     fn every_base_is_a_clean_image() {
         let folder = tempfile::tempdir().expect("a temporary directory");
         for which in 0..BASES {
-            base(which).save(&folder.path().join("base.qcow2"));
-            let output = qemu_img(folder.path(), ["check", "-f", "qcow2", "base.qcow2"]).output();
+            base(which).save(&folder.path().join("base"));
+            let output = qemu_img(folder.path(), ["check", "base"]).output();
             assert_eq!(output.code, 0, "base {which}: {output}");
         }
     }

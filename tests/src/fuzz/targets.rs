@@ -129,7 +129,9 @@ pub fn repair(input: &[u8]) {
     assert!(after.corruptions <= before.corruptions, "{before:?} became {after:?} by {repaired:?}");
     if before.corruptions == 0 && before.check_errors == 0 {
         repaired.expect("leaks can be given back");
-        assert_eq!((after.corruptions, after.leaks), (0, 0), "{before:?} became {after:?}");
+        // QED has no way to give them back.
+        let leaks = if bytes.starts_with(b"QED\0") { before.leaks } else { 0 };
+        assert_eq!((after.corruptions, after.leaks), (0, leaks), "{before:?} became {after:?}");
     }
 }
 

@@ -38,7 +38,7 @@ impl Driver for Qed {
     }
 
     fn probe(&self, head: &[u8], _name: &Path) -> u8 {
-        if head.len() >= header::HEADER_BYTES && head.starts_with(&header::MAGIC) { 100 } else { 0 }
+        if head.starts_with(&header::MAGIC) { 100 } else { 0 }
     }
 
     fn create_options(&self) -> &'static [OptionDescription] {

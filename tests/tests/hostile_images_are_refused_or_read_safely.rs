@@ -1,4 +1,4 @@
-//! Each rule of the format, broken alone: opening, reading, auditing, repairing and writing end with an answer,
+//! Each rule of each format, broken alone: opening, reading, auditing, repairing and writing end with an answer,
 //! never with a panic, a hang or memory sized by the file; and what fails leaves the image no worse.
 
 use std::{collections::BTreeMap, fs, panic, path::Path};
@@ -23,7 +23,7 @@ fn for_each(check: impl Fn(&Path, &Hostile) -> std::result::Result<(), String>) 
     let folder = tempfile::tempdir().expect("a temporary directory");
     let mut failures = BTreeMap::new();
     for (index, hostile) in images().iter().enumerate() {
-        let path = folder.path().join(format!("hostile-{index}.qcow2"));
+        let path = folder.path().join(format!("hostile-{index}.{}", hostile.format));
         hostile.image.save(&path);
         let outcome = panic::catch_unwind(panic::AssertUnwindSafe(|| check(&path, hostile)));
         if let Err(text) = outcome.unwrap_or_else(|_| Err("panicked, see above".to_owned())) {
@@ -39,8 +39,8 @@ fn read_first_cluster(image: &Image) -> Result<Vec<u8>> {
     Ok(guest)
 }
 
-fn audit(path: &Path, repair: Repair) -> Result<CheckReport> {
-    let image = open(path, Some("qcow2"), OpenMode::Check { repair: repair != Repair::Nothing })?;
+fn audit(path: &Path, format: &str, repair: Repair) -> Result<CheckReport> {
+    let image = open(path, Some(format), OpenMode::Check { repair: repair != Repair::Nothing })?;
     let report = image.check(repair, &mut |_| {})?;
     if repair != Repair::Nothing {
         image.close()?;
@@ -51,7 +51,8 @@ fn audit(path: &Path, repair: Repair) -> Result<CheckReport> {
 #[test]
 fn reading_ends_as_the_rules_say() {
     for_each(|path, hostile| {
-        let read = open(path, Some("qcow2"), OpenMode::Read).map(|image| read_first_cluster(&image));
+        let format = hostile.format;
+        let read = open(path, Some(format), OpenMode::Read).map(|image| read_first_cluster(&image));
         let words_missing = |error: &img_core::Error, words: &str| {
             let text = error.to_string();
             let name = path.file_name().expect("a file").to_string_lossy();
@@ -62,7 +63,7 @@ fn reading_ends_as_the_rules_say() {
                 words_missing(&error, words)
                     .map_or(Ok(()), |text| Err(format!("no file name or {words:?} in: {text}")))
             }
-            (Fate::Corrupt, Ok(Ok(_))) => match audit(path, Repair::Nothing) {
+            (Fate::Corrupt, Ok(Ok(_))) => match audit(path, format, Repair::Nothing) {
                 Ok(report) if report.corruptions > 0 => Ok(()),
                 other => Err(format!("the audit found {other:?}")),
             },
@@ -75,20 +76,21 @@ fn reading_ends_as_the_rules_say() {
 /// Whatever was read before a failed repair or write is read after it, and the audit finds no more.
 #[test]
 fn repair_and_writes_never_make_it_worse() {
-    for_each(|path, _| {
+    for_each(|path, hostile| {
+        let format = hostile.format;
         let read =
-            || open(path, Some("qcow2"), OpenMode::Read).and_then(|image| read_first_cluster(&image)).ok();
-        let (guest, before) = (read(), audit(path, Repair::Nothing).ok());
+            || open(path, Some(format), OpenMode::Read).and_then(|image| read_first_cluster(&image)).ok();
+        let (guest, before) = (read(), audit(path, format, Repair::Nothing).ok());
         let original = fs::read(path).expect("readable");
 
-        let written = open(path, Some("qcow2"), OpenMode::Write)
+        let written = open(path, Some(format), OpenMode::Write)
             .and_then(|image| image.write_at(&[1; 100], CLUSTER as u64).and_then(|()| image.close()));
         let worse = |what: &str, failed: bool| {
             // A repair never changes it; a write writes another cluster.
             if guest.is_some() && read() != guest && (failed || what != "write") {
                 return Err(format!("{what} changed what the guest reads"));
             }
-            match (&before, audit(path, Repair::Nothing).ok()) {
+            match (&before, audit(path, format, Repair::Nothing).ok()) {
                 (Some(before), Some(after)) if after.corruptions > before.corruptions => {
                     Err(format!("{what}: {before:?} became {after:?}"))
                 }
@@ -100,7 +102,7 @@ fn repair_and_writes_never_make_it_worse() {
 
         for repair in [Repair::Leaks, Repair::All] {
             fs::write(path, &original).expect("writable");
-            worse(&format!("repair of {repair:?}"), audit(path, repair).is_err())?;
+            worse(&format!("repair of {repair:?}"), audit(path, format, repair).is_err())?;
         }
         Ok(())
     });
@@ -149,17 +151,22 @@ fn repair_keeps_the_clusters_of_a_snapshot_that_cannot_be_read() {
 #[test]
 fn the_binary_answers_with_the_exit_code_of_the_reference() {
     let commands: [&[&str]; 4] = [
-        &["info", "-f", "qcow2", "IMAGE"],
-        &["check", "-f", "qcow2", "IMAGE"],
-        &["map", "-f", "qcow2", "--output=json", "IMAGE"],
-        &["convert", "-f", "qcow2", "-O", "raw", "IMAGE", "OUT"],
+        &["info", "-f", "FORMAT", "IMAGE"],
+        &["check", "-f", "FORMAT", "IMAGE"],
+        &["map", "-f", "FORMAT", "--output=json", "IMAGE"],
+        &["convert", "-f", "FORMAT", "-O", "raw", "IMAGE", "OUT"],
     ];
     for_each(|path, hostile| {
         let folder = path.parent().expect("a folder");
         for command in commands {
             let arguments = |out: &str| -> Vec<String> {
                 let name = path.file_name().expect("a file").to_string_lossy();
-                command.iter().map(|word| word.replace("IMAGE", &name).replace("OUT", out)).collect()
+                command
+                    .iter()
+                    .map(|word| {
+                        word.replace("IMAGE", &name).replace("OUT", out).replace("FORMAT", hostile.format)
+                    })
+                    .collect()
             };
             let ours = Run::new(img_binary(), folder).args(arguments("ours.raw")).within(BOUNDS).output();
             if !matches!(ours.code, 0..=3) || ours.stderr.contains("panicked") {
@@ -192,15 +199,21 @@ fn the_binary_answers_with_the_exit_code_of_the_reference() {
 #[test]
 fn truncated_images_are_refused_or_read() {
     let folder = tempfile::tempdir().expect("a temporary directory");
-    let path = folder.path().join("cut.qcow2");
-    let whole = Crafted::new().backing(b"below.raw", "raw").snapshot(16, b"1", b"one");
-    let lengths = (0..256).chain((256..whole.bytes.len()).step_by(509));
-    for length in lengths {
-        fs::write(&path, &whole.bytes[..length]).expect("writable");
-        for mode in [OpenMode::Inspect, OpenMode::Read, OpenMode::Write, OpenMode::Check { repair: false }] {
-            // Refused or read, both are answers; a panic fails the test.
-            if let Ok(image) = open(&path, Some("qcow2"), mode) {
-                drop((read_first_cluster(&image), image.check(Repair::Nothing, &mut |_| {})));
+    for (format, whole) in [
+        ("qcow2", Crafted::new().backing(b"below.raw", "raw").snapshot(16, b"1", b"one")),
+        ("qed", Crafted::new_qed()),
+    ] {
+        let path = folder.path().join("cut").with_extension(format);
+        let lengths = (0..256).chain((256..whole.bytes.len()).step_by(509));
+        for length in lengths {
+            fs::write(&path, &whole.bytes[..length]).expect("writable");
+            for mode in
+                [OpenMode::Inspect, OpenMode::Read, OpenMode::Write, OpenMode::Check { repair: false }]
+            {
+                // Refused or read, both are answers; a panic fails the test.
+                if let Ok(image) = open(&path, Some(format), mode) {
+                    drop((read_first_cluster(&image), image.check(Repair::Nothing, &mut |_| {})));
+                }
             }
         }
     }
