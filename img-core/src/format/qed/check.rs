@@ -1,7 +1,8 @@
 //! Audit and repair ("Consistency checking"): every cluster is named once, every name leads into the file.
 //!
 //! What can be repaired is a name that leads nowhere: it becomes "unallocated". Clusters that nobody names are
-//! counted, and two names for one cluster, and both stay: the reference does so, and neither loses data.
+//! counted, and two names for one cluster, and both stay: the reference does so, and neither loses data. Where
+//! a cluster of a table has two names nothing is repaired: what is a broken name in the one is data in the other.
 //! The need-check bit is cleared last, once the repaired tables are durable and no corruption is left.
 
 use super::{
@@ -19,23 +20,12 @@ use crate::{
 /// Audits the image on `storage` and makes good what `repair` allows: leaks cannot be given back, so either
 /// kind of repair is the same.
 pub(super) fn check(storage: &dyn Storage, header: &mut Header, repair: Repair) -> Result<CheckReport> {
-    let geometry = header.geometry;
-    let mut audit = Audit {
-        storage,
-        geometry,
-        first_bytes: header.header_bytes(),
-        end_bytes: geometry.cluster_start(storage.len_bytes()?),
-        repairs: repair != Repair::Nothing,
-        used: ClusterSet::default(),
-        report: CheckReport {
-            total_clusters: header.virtual_size_bytes.div_ceil(geometry.cluster_bytes()),
-            ..CheckReport::default()
-        },
-    };
-    audit.l1(header.l1_offset)?;
+    let mut audit = Audit::run(storage, header, false)?;
+    if repair != Repair::Nothing && audit.lost != 0 && !audit.has_shared_table {
+        audit = Audit::run(storage, header, true)?;
+    }
     let mut report = audit.report;
-    let clusters =
-        (audit.end_bytes >> geometry.cluster_bits).saturating_sub(u64::from(header.header_clusters));
+    let clusters = audit.end_bytes.saturating_sub(audit.first_bytes) >> header.geometry.cluster_bits;
     report.leaks = clusters.saturating_sub(audit.used.len());
     if repair != Repair::Nothing && report.corruptions == 0 && header.features & feature::NEED_CHECK != 0 {
         storage.flush(Flush::Data)?;
@@ -56,12 +46,39 @@ struct Audit<'a> {
     repairs: bool,
     /// Clusters that something names; all of them behind the header and inside the file.
     used: ClusterSet,
+    /// Those of them that are tables.
+    tables: ClusterSet,
+    /// A cluster of a table has another name.
+    has_shared_table: bool,
+    /// Entries that lead nowhere.
+    lost: u64,
     report: CheckReport,
 }
 
-impl Audit<'_> {
+impl<'a> Audit<'a> {
+    fn run(storage: &'a dyn Storage, header: &Header, repairs: bool) -> Result<Self> {
+        let geometry = header.geometry;
+        let mut audit = Self {
+            storage,
+            geometry,
+            first_bytes: header.header_bytes(),
+            end_bytes: geometry.cluster_start(storage.len_bytes()?),
+            repairs,
+            used: ClusterSet::default(),
+            tables: ClusterSet::default(),
+            has_shared_table: false,
+            lost: 0,
+            report: CheckReport {
+                total_clusters: header.virtual_size_bytes.div_ceil(geometry.cluster_bytes()),
+                ..CheckReport::default()
+            },
+        };
+        audit.l1(header.l1_offset)?;
+        Ok(audit)
+    }
+
     fn l1(&mut self, l1_offset: u64) -> Result<()> {
-        self.name(l1_offset, self.geometry.table_clusters());
+        self.name_table(l1_offset);
         let storage = self.storage;
         for_each_piece(storage, l1_offset, self.geometry.table_bytes(), |_, bytes| {
             let mut changed = false;
@@ -72,7 +89,7 @@ impl Audit<'_> {
                 }
                 if !self.is_place(table, self.geometry.table_clusters()) {
                     changed |= self.lost(&mut bytes[within..within + 8]);
-                } else if self.name(table, self.geometry.table_clusters()) {
+                } else if self.name_table(table) {
                     self.l2(table)?;
                 }
             }
@@ -98,6 +115,7 @@ impl Audit<'_> {
                 }
                 last = Some(host);
                 if self.is_place(host, 1) {
+                    self.has_shared_table |= self.tables.contains(host >> self.geometry.cluster_bits);
                     self.name(host, 1);
                 } else {
                     changed |= self.lost(&mut bytes[within..within + 8]);
@@ -115,6 +133,16 @@ impl Audit<'_> {
             && end.is_some_and(|end| end <= self.end_bytes)
     }
 
+    /// Notes that something names the table at `host`; false where something else names a part of it.
+    fn name_table(&mut self, host: u64) -> bool {
+        let clusters = self.geometry.table_clusters();
+        let first = host >> self.geometry.cluster_bits;
+        self.tables.insert(first..first + clusters);
+        let is_alone = self.name(host, clusters);
+        self.has_shared_table |= !is_alone;
+        is_alone
+    }
+
     /// Notes that something names these clusters; false where something else does already.
     fn name(&mut self, host: u64, clusters: u64) -> bool {
         let first = host >> self.geometry.cluster_bits;
@@ -125,6 +153,7 @@ impl Audit<'_> {
 
     /// An entry leads nowhere: it is made empty, where that is allowed.
     fn lost(&mut self, entry: &mut [u8]) -> bool {
+        self.lost += 1;
         if self.repairs {
             entry.fill(0);
             self.report.corruptions_fixed += 1;

@@ -58,6 +58,16 @@ impl ClusterSet {
         self.len
     }
 
+    /// Whether a cluster is in it.
+    pub(super) fn contains(&self, cluster: u64) -> bool {
+        let member = u16::try_from(cluster % CHUNK_CLUSTERS).expect("below 4096");
+        match self.chunks.get(&(cluster / CHUNK_CLUSTERS)) {
+            None => false,
+            Some(Chunk::List(members)) => members.binary_search(&member).is_ok(),
+            Some(Chunk::Bitmap(bitmap)) => bitmap[usize::from(member / 64)] >> (member % 64) & 1 == 1,
+        }
+    }
+
     /// Adds a range, and returns how many of it were in the set before.
     pub(super) fn insert(&mut self, clusters: Range<u64>) -> u64 {
         let mut present = 0;
@@ -93,6 +103,9 @@ mod tests {
                 let present = (start..start + len).filter(|cluster| !model.insert(*cluster)).count();
                 prop_assert_eq!(set.insert(start..start + len), present as u64);
                 prop_assert_eq!(set.len(), model.len() as u64);
+            }
+            for cluster in (0..30_000).chain(1 << 50..(1 << 50) + 700) {
+                prop_assert_eq!(set.contains(cluster), model.contains(&cluster));
             }
         }
     }

@@ -94,6 +94,20 @@ fn tables_that_share_clusters_are_not_written() {
     }
 }
 
+/// Where data and a table share a cluster, an entry that leads nowhere may be data.
+#[test]
+fn nothing_is_repaired_in_a_table_that_is_data_as_well() {
+    let storage = broken(L2 + 8, L2);
+    storage.write_at(&(1_u64 << 40).to_le_bytes(), L2 + 16).expect("written");
+    let mut before = [0; 4096];
+    storage.read_at(&mut before, L2).expect("readable");
+    let report = audit(&storage, Repair::All);
+    assert_eq!((report.corruptions, report.corruptions_fixed), (2, 0));
+    let mut after = [0; 4096];
+    storage.read_at(&mut after, L2).expect("readable");
+    assert!(before == after);
+}
+
 /// A dirty image is repaired before anything is written, or not opened for writing.
 #[test]
 fn dirty_images_are_repaired_or_refused() {
