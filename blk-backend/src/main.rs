@@ -20,7 +20,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Host(command::host::Args),
-    Nbd(command::nbd::Args),
+    Nbd(Box<command::nbd::Args>),
     VhostUser(command::vhost_user::Args),
 }
 

@@ -3,16 +3,17 @@
 use std::{io::Write, process::ExitCode, sync::Arc, time::Duration};
 
 use blk_backend::{
+    control::Daemon,
     engine::LaneOptions,
     nbd::{Export, ExportOptions, ListenAddress, Log, Server, ServerOptions},
 };
-use rustix::event::{PollFd, PollFlags, poll};
 
-use super::{Failure, disk_options::DiskArgs, signals};
+use super::{Failure, control_options::ControlArgs, disk_options::DiskArgs, signals};
 
 /// Serve an image to NBD clients
 ///
-/// Serves until SIGTERM, SIGINT or SIGHUP; then requests under way are answered, the image is flushed and closed.
+/// Serves until SIGTERM, SIGINT or SIGHUP, or QMP's quit; then requests under way are answered, and the image is flushed
+/// and closed.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Where to listen: unix:PATH, or tcp:[HOST:]PORT of 127.0.0.1 where no host is named
@@ -38,6 +39,11 @@ pub(crate) struct Args {
     /// Look for work this long before sleeping
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
     poll: u64,
+    /// Name of the disk, and id of its export, for QMP and metrics
+    #[arg(long, value_name = "NAME", default_value = "disk0")]
+    node_name: String,
+    #[command(flatten)]
+    control: ControlArgs,
 }
 
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure> {
@@ -50,26 +56,23 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
         allow_remote_writes: args.allow_remote_writes,
     };
     let log: Log = Arc::new(super::warn);
+    let daemon = Daemon::new(options.clone(), Arc::clone(&log))?;
+    daemon.add_node(&args.node_name, &disk, args.disk.cache)?;
     let server = Server::start(&args.listen, options, log)
         .map_err(|error| Failure::new(format_args!("{}: {error}", args.listen)))?;
+    let address = server.address().clone();
     let export = ExportOptions {
         name: args.name.clone(),
         description: args.description.clone(),
         read_only: args.disk.read_only,
         bitmaps: args.bitmaps.clone(),
+        allocation_depth: true,
     };
-    server.add(Export::new(Arc::clone(&disk), export)?)?;
-    writeln!(out, "listening on {}", server.address())?;
+    let export = server.add(Export::new(Arc::clone(&disk), export)?)?;
+    daemon.adopt_server(server, export, &args.node_name, &args.node_name)?;
+    let controls = args.control.start(&daemon)?;
+    writeln!(out, "listening on {address}")?;
     out.flush()?;
-    loop {
-        let mut fds = [PollFd::new(&asked_to_end, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Ok(_) => break,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(Failure::new(errno)),
-        }
-    }
-    server.stop();
-    disk.close()?;
+    controls.serve_until_end(&daemon, &asked_to_end, || {})?;
     Ok(ExitCode::SUCCESS)
 }

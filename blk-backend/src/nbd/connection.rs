@@ -4,7 +4,7 @@
 //! every reply that is ready with one call. It sleeps in the lane alone: a client that does not read its replies stops
 //! its own requests, while the lane still follows a pause of the disk.
 //!
-//! What a connection may hold is bounded: requests by [`MAX_REQUESTS`], their data by the buffer pool, replies without
+//! What a connection may hold is bounded: requests by their number, their data by the buffer pool, replies without
 //! data by the output. What is beyond waits in the socket.
 
 use std::{
@@ -14,15 +14,15 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use rustix::event::epoll;
-
 use super::{
-    buffer::{Buffer, Lent, Pool},
+    buffer::Pool,
     command::{Checked, Header, Limits, Operation, Refusal, Violation, parse_status_filter},
+    flight::{Flight, Flights, Memory},
     handshake::Session,
     input::Input,
-    output::{Output, Sent, Source},
+    output::{Output, Sent},
     reply::Addressee,
+    room::RoomWatch,
     socket::Socket,
     status::{self, Query},
     wire::NbdError,
@@ -31,9 +31,6 @@ use crate::{
     engine::{Event, Lane, Wait},
     request::{Errno, Op, Request, Segments, Submitted},
 };
-
-/// Requests of one connection under way at once.
-const MAX_REQUESTS: usize = 128;
 
 /// Long trims and zero writes are done in pieces of this length, so that a pause or the end of the server does not wait
 /// for a whole disk.
@@ -54,25 +51,6 @@ pub(super) enum ConnectionError {
 
 type Result<T> = std::result::Result<T, ConnectionError>;
 
-/// A request from its header to the last byte of its reply.
-struct Flight {
-    to: Addressee,
-    operation: Operation,
-    len_bytes: u64,
-    memory: Memory,
-    /// What is left for the lane behind the piece under way.
-    rest: std::ops::Range<u64>,
-}
-
-/// The memory of a request.
-enum Memory {
-    None,
-    /// Ours: a payload comes in, or data goes out.
-    Idle(Buffer),
-    /// The lane's.
-    Lent(Lent),
-}
-
 /// What the next received bytes are.
 enum Expected {
     Header,
@@ -88,52 +66,6 @@ enum Expected {
         to: Addressee,
         refusal: Refusal,
     },
-}
-
-/// The requests of a connection, by the numbers under which the lane answers them.
-struct Flights {
-    slots: Vec<Option<Flight>>,
-    free: Vec<u32>,
-}
-
-impl Flights {
-    fn new() -> Self {
-        let count = u32::try_from(MAX_REQUESTS).expect("a small constant");
-        Self { slots: (0..count).map(|_| None).collect(), free: (0..count).rev().collect() }
-    }
-
-    fn are_full(&self) -> bool {
-        self.free.is_empty()
-    }
-
-    fn are_none(&self) -> bool {
-        self.free.len() == self.slots.len()
-    }
-
-    fn add(&mut self, flight: Flight) -> u32 {
-        let index = self.free.pop().expect("room was seen to be there");
-        self.slots[index as usize] = Some(flight);
-        index
-    }
-
-    fn get(&mut self, index: u32) -> &mut Flight {
-        self.slots[index as usize].as_mut().expect("a request under way")
-    }
-
-    fn remove(&mut self, index: u32) -> Flight {
-        let flight = self.slots[index as usize].take().expect("a request under way");
-        self.free.push(index);
-        flight
-    }
-}
-
-impl Source for Flights {
-    fn data(&self, request: u32, len_bytes: usize) -> &[u8] {
-        match self.slots[request as usize].as_ref().map(|flight| &flight.memory) {
-            Some(Memory::Idle(buffer)) => &buffer.bytes()[..len_bytes],
-            _ => unreachable!("a reply with data keeps its request until it is sent"),
-        }
-    }
 }
 
 /// One connection in transmission.
@@ -171,7 +103,7 @@ impl<'a> Connection<'a> {
         let mut lane = lane;
         let room = RoomWatch::new(socket)?;
         lane.watch(socket.as_fd(), SOCKET)?;
-        lane.watch(room.0.as_fd(), ROOM)?;
+        lane.watch(room.as_fd(), ROOM)?;
         Ok(Self {
             lane,
             flights: Flights::new(),
@@ -575,30 +507,5 @@ fn memory_bytes(operation: Operation, len_bytes: u64) -> usize {
             usize::try_from(len_bytes).expect("at most the longest payload")
         }
         _ => 0,
-    }
-}
-
-/// Tells a lane, which hears of readable descriptors, that a socket has room to send: an epoll instance is readable
-/// when it has something to tell.
-struct RoomWatch(std::os::fd::OwnedFd);
-
-impl RoomWatch {
-    fn new(socket: &Socket) -> io::Result<Self> {
-        let fd = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        // Told nothing before it is armed.
-        epoll::add(&fd, socket, epoll::EventData::new_u64(0), epoll::EventFlags::ONESHOT)?;
-        Ok(Self(fd))
-    }
-
-    /// Tells once, from now on.
-    fn arm(&self, socket: &Socket) -> io::Result<()> {
-        // What it told last time is taken off, or it would have nothing new to tell.
-        let mut told =
-            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
-        let nothing_waits = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        epoll::wait(&self.0, &mut told, Some(&nothing_waits))?;
-        let flags = epoll::EventFlags::OUT | epoll::EventFlags::ONESHOT;
-        epoll::modify(&self.0, socket, epoll::EventData::new_u64(0), flags)?;
-        Ok(())
     }
 }

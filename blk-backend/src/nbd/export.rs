@@ -26,6 +26,8 @@ pub struct ExportOptions {
     pub description: String,
     /// Refuse what writes, also where the disk could be written.
     pub read_only: bool,
+    /// Offer `qemu:allocation-depth`.
+    pub allocation_depth: bool,
     /// Dirty bitmaps of the image to offer as `qemu:dirty-bitmap:NAME`.
     pub bitmaps: Vec<String>,
 }
@@ -148,7 +150,8 @@ impl Export {
     /// What can be asked about it, in the order of the contexts' numbers.
     pub(super) fn contexts(&self) -> Vec<Context> {
         let bitmaps = self.bitmaps.iter().map(|bitmap| Context::Bitmap(Arc::clone(bitmap)));
-        [Context::Allocation, Context::Depth].into_iter().chain(bitmaps).collect()
+        let depth = self.options.allocation_depth.then_some(Context::Depth);
+        std::iter::once(Context::Allocation).chain(depth).chain(bitmaps).collect()
     }
 
     /// The context with bits that stand still: a bitmap that is written to is taken as it is now.

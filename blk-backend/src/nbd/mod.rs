@@ -3,8 +3,8 @@
 //! - `wire`: the protocol's numbers and fixed structures.
 //! - `handshake`, `option`: fixed newstyle negotiation, up to a `Session`.
 //! - `command`, `reply`: requests and replies as bytes. `context`, `status`: metadata contexts.
-//! - `connection`: the transmission phase on a [`Lane`](crate::engine::Lane) of its own; `input`, `output`, `buffer`
-//!   and `socket` are its parts.
+//! - `connection`: the transmission phase on a [`Lane`](crate::engine::Lane) of its own; `flight`, `input`, `output`,
+//!   `buffer`, `room` and `socket` are its parts.
 //! - `server`, `export`, `address`: what listens, what is offered, and where.
 //!
 //! A client is hostile until it has proved otherwise, and then still: what it sends is checked before it is used, what
@@ -16,11 +16,13 @@ mod command;
 mod connection;
 mod context;
 mod export;
+mod flight;
 mod handshake;
 mod input;
 mod option;
 mod output;
 mod reply;
+mod room;
 mod server;
 mod socket;
 mod status;

@@ -30,7 +30,7 @@ use super::{
     socket::Socket,
 };
 use crate::{
-    disk::Disk,
+    control::remove_stale_socket,
     engine::{Lane, LaneOptions, LaneWaker},
 };
 
@@ -70,7 +70,7 @@ pub struct Server {
     address: ListenAddress,
     /// The socket in the file system, removed at the end.
     path: Option<PathBuf>,
-    acceptor: Option<JoinHandle<()>>,
+    acceptor: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
@@ -169,7 +169,7 @@ impl Server {
         let acceptor = thread::Builder::new()
             .name("nbd-accept".to_owned())
             .spawn(move || accept_all(&for_thread, &listener))?;
-        Ok(Self { shared, address, path, acceptor: Some(acceptor) })
+        Ok(Self { shared, address, path, acceptor: Mutex::new(Some(acceptor)) })
     }
 
     /// Where it listens; a TCP port of 0 has become the one that was given.
@@ -234,12 +234,9 @@ impl Server {
 
     /// Ends the server in good order: nobody is let in any more, requests under way are answered, connections are
     /// closed. Clients that do not take their replies are cut off after ten seconds.
-    pub fn stop(mut self) {
-        self.end();
-    }
-
-    fn end(&mut self) {
-        let Some(acceptor) = self.acceptor.take() else { return };
+    pub fn stop(&self) {
+        let acceptor = self.acceptor.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(acceptor) = acceptor else { return };
         self.shared.exports.close();
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.ring();
@@ -258,7 +255,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.end();
+        self.stop();
     }
 }
 
@@ -408,26 +405,5 @@ fn serve(shared: &Shared, client: &Client) -> Result<(), End> {
         Ok(()) => Ok(()),
         Err(ConnectionError::Io(error)) => Err(End::Io(error)),
         Err(ConnectionError::Violation(violation)) => Err(End::Violation(violation.to_string())),
-    }
-}
-
-/// Removes a socket that nobody listens on any more.
-fn remove_stale_socket(path: &std::path::Path) -> io::Result<()> {
-    use std::os::unix::{fs::FileTypeExt, net::UnixStream};
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    if is_socket
-        && UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-    {
-        fs::remove_file(path)?;
-    }
-    Ok(())
-}
-
-/// So that the disk of an export can be told apart from that of another.
-impl Server {
-    /// The exports of one disk.
-    #[must_use]
-    pub fn exports_of(&self, disk: &Arc<Disk>) -> Vec<Arc<Export>> {
-        self.exports().into_iter().filter(|export| Arc::ptr_eq(export.disk(), disk)).collect()
     }
 }

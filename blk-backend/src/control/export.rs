@@ -1,0 +1,215 @@
+//! Commands about exports and the NBD server.
+
+use std::net::ToSocketAddrs as _;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::{
+    command::{Arguments, CommandError, EXPORT_DELETED, Outcome},
+    daemon::{BlockExport, Daemon, ExportKind, Node},
+    shape::{Shape, Union, optional, required},
+};
+use crate::nbd::{Export, ExportOptions, ListenAddress, Server, ServerOptions};
+
+const REMOVE_MODE: Shape = Shape::Choice(&["safe", "hard"]);
+
+pub(super) const EXPORT_LIST: Shape = Shape::List(&Shape::Object(&[
+    required("id", Shape::Text),
+    required("type", Shape::Choice(&["nbd", "vhost-user-blk"])),
+    required("node-name", Shape::Text),
+    required("shutting-down", Shape::Switch),
+]));
+
+pub(super) const ADD_ARGUMENTS: Shape = Shape::Union(&Union {
+    members: &[
+        required("type", Shape::Choice(&["nbd"])),
+        required("id", Shape::Text),
+        required("node-name", Shape::Text),
+        optional("writable", Shape::Switch),
+    ],
+    tag: "type",
+    cases: &[(
+        "nbd",
+        &[
+            optional("name", Shape::Text),
+            optional("description", Shape::Text),
+            optional("bitmaps", Shape::List(&Shape::Text)),
+            optional("allocation-depth", Shape::Switch),
+        ],
+    )],
+});
+
+pub(super) const DEL_ARGUMENTS: Shape =
+    Shape::Object(&[required("id", Shape::Text), optional("mode", REMOVE_MODE)]);
+
+const UNIX_ADDRESS: Shape = Shape::Object(&[required("path", Shape::Text)]);
+const INET_ADDRESS: Shape = Shape::Object(&[required("host", Shape::Text), required("port", Shape::Text)]);
+
+const ADDRESS: Shape = Shape::Union(&Union {
+    members: &[required("type", Shape::Choice(&["unix", "inet"]))],
+    tag: "type",
+    cases: &[("unix", &[required("data", UNIX_ADDRESS)]), ("inet", &[required("data", INET_ADDRESS)])],
+});
+
+pub(super) const SERVER_START_ARGUMENTS: Shape =
+    Shape::Object(&[required("addr", ADDRESS), optional("max-connections", Shape::Integer)]);
+
+pub(super) const SERVER_ADD_ARGUMENTS: Shape = Shape::Object(&[
+    required("device", Shape::Text),
+    optional("name", Shape::Text),
+    optional("description", Shape::Text),
+    optional("writable", Shape::Switch),
+    optional("bitmap", Shape::Text),
+]);
+
+pub(super) const SERVER_REMOVE_ARGUMENTS: Shape =
+    Shape::Object(&[required("name", Shape::Text), optional("mode", REMOVE_MODE)]);
+
+pub(super) fn query_exports(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
+    let entry = |export: BlockExport| {
+        json!({
+            "id": export.id,
+            "type": export.kind.name(),
+            "node-name": export.node,
+            "shutting-down": export.shutting_down,
+        })
+    };
+    Ok(daemon.exports().into_iter().map(entry).collect())
+}
+
+pub(super) fn add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+    let _one = daemon.change();
+    let node_name = arguments.text("node-name");
+    let node = daemon.device_or_node("", node_name)?;
+    let writable = arguments.switch("writable") == Some(true);
+    if writable && node.disk.is_read_only() {
+        return Err(CommandError::new(format!("Block node '{node_name}' is read-only")));
+    }
+    let options = ExportOptions {
+        name: arguments.maybe_text("name").unwrap_or(node_name).to_owned(),
+        description: arguments.text("description").to_owned(),
+        read_only: !writable,
+        bitmaps: arguments.texts("bitmaps"),
+        allocation_depth: arguments.switch("allocation-depth") == Some(true),
+    };
+    offer(daemon, &node, arguments.text("id"), options)
+}
+
+/// The caller is the one that changes exports.
+fn offer(daemon: &Daemon, node: &Node, id: &str, options: ExportOptions) -> Outcome {
+    if id.is_empty() {
+        return Err(CommandError::new("Invalid block export id"));
+    }
+    if daemon.exports().iter().any(|known| known.id == id) {
+        return Err(CommandError::new(format!("Block export id '{id}' is already in use")));
+    }
+    let server = daemon.server().ok_or_else(|| CommandError::new("NBD server not running"))?;
+    let export = server.add(Export::new(Arc::clone(&node.disk), options)?)?;
+    daemon.register(BlockExport {
+        id: id.to_owned(),
+        kind: ExportKind::Nbd,
+        node: node.name.clone(),
+        nbd: Some(export),
+        shutting_down: false,
+    })?;
+    Ok(json!({}))
+}
+
+pub(super) fn del(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+    let _one = daemon.change();
+    let id = arguments.text("id");
+    let found = daemon.exports().into_iter().find(|export| export.id == id);
+    let export = found.ok_or_else(|| CommandError::new(format!("Export '{id}' is not found")))?;
+    withdraw(daemon, &export, arguments.maybe_text("mode") == Some("hard"))
+}
+
+/// The caller is the one that changes exports.
+fn withdraw(daemon: &Daemon, export: &BlockExport, by_force: bool) -> Outcome {
+    let (Some(nbd), Some(server)) = (&export.nbd, daemon.server()) else {
+        let (id, kind) = (&export.id, export.kind.name());
+        return Err(CommandError::new(format!("Export '{id}' of type '{kind}' lives as long as the daemon")));
+    };
+    daemon.set_shutting_down(&export.id, true);
+    if let Err(error) = server.remove(nbd, by_force) {
+        daemon.set_shutting_down(&export.id, false);
+        return Err(error.into());
+    }
+    daemon.unregister(&export.id);
+    daemon.emit(EXPORT_DELETED, json!({"id": export.id}));
+    Ok(json!({}))
+}
+
+pub(super) fn server_start(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+    let _one = daemon.change();
+    if daemon.server().is_some() {
+        return Err(CommandError::new("NBD server already running"));
+    }
+    let address = listen_address(&arguments.object("addr").expect("it was checked"))?;
+    let max_connections = match arguments.0.get("max-connections").map(Value::as_u64) {
+        None => daemon.server_options.max_connections,
+        // As in the reference.
+        Some(Some(0)) => usize::MAX,
+        Some(Some(most)) => usize::try_from(most).unwrap_or(usize::MAX),
+        Some(None) => {
+            return Err(CommandError::new("Parameter 'max-connections' expects a non-negative number"));
+        }
+    };
+    let options = ServerOptions { max_connections, ..daemon.server_options.clone() };
+    let server = Server::start(&address, options, Arc::clone(&daemon.log))
+        .map_err(|error| CommandError::new(format!("Failed to bind socket to {address}: {error}")))?;
+    daemon.set_server(server);
+    Ok(json!({}))
+}
+
+fn listen_address(address: &Arguments<'_>) -> Result<ListenAddress, CommandError> {
+    let data = address.object("data").expect("it was checked");
+    if address.text("type") == "unix" {
+        return Ok(ListenAddress::Unix(data.text("path").into()));
+    }
+    let (host, port) = (data.text("host"), data.text("port"));
+    let number: u16 =
+        port.parse().map_err(|_| CommandError::new(format!("'{port}' is not the number of a port")))?;
+    let mut found = (host, number).to_socket_addrs().map_err(|error| {
+        CommandError::new(format!("address resolution failed for {host}:{port}: {error}"))
+    })?;
+    let found = found.next().ok_or_else(|| CommandError::new(format!("{host} has no address")))?;
+    Ok(ListenAddress::Tcp(found))
+}
+
+pub(super) fn server_stop(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
+    let _one = daemon.change();
+    if daemon.server().is_none() {
+        return Err(CommandError::new("NBD server not running"));
+    }
+    for export in daemon.exports().iter().filter(|export| export.nbd.is_some()) {
+        withdraw(daemon, export, true)?;
+    }
+    daemon.stop_server();
+    Ok(json!({}))
+}
+
+/// The old way to add an export: its id is its name, and a disk that cannot be written is offered read-only.
+pub(super) fn server_add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+    let _one = daemon.change();
+    let device = arguments.text("device");
+    let node = daemon.device_or_node(device, device)?;
+    let name = arguments.maybe_text("name").unwrap_or(device);
+    let options = ExportOptions {
+        name: name.to_owned(),
+        description: arguments.text("description").to_owned(),
+        read_only: arguments.switch("writable") != Some(true) || node.disk.is_read_only(),
+        bitmaps: arguments.maybe_text("bitmap").map(str::to_owned).into_iter().collect(),
+        allocation_depth: false,
+    };
+    offer(daemon, &node, name, options)
+}
+
+pub(super) fn server_remove(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+    let _one = daemon.change();
+    let name = arguments.text("name");
+    let by_name = |export: &BlockExport| export.nbd.as_ref().is_some_and(|nbd| nbd.name() == name);
+    let found = daemon.exports().into_iter().find(by_name);
+    let export = found.ok_or_else(|| CommandError::new(format!("Export '{name}' is not found")))?;
+    withdraw(daemon, &export, arguments.maybe_text("mode") == Some("hard"))
+}

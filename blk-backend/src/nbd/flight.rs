@@ -1,0 +1,77 @@
+//! The requests of a connection, each at one place from its header to the last byte of its reply.
+
+use std::ops::Range;
+
+use super::{
+    buffer::{Buffer, Lent},
+    command::Operation,
+    output::Source,
+    reply::Addressee,
+};
+
+/// Requests of one connection under way at once.
+const MAX_REQUESTS: u32 = 128;
+
+/// A request from its header to the last byte of its reply.
+pub(super) struct Flight {
+    pub(super) to: Addressee,
+    pub(super) operation: Operation,
+    pub(super) len_bytes: u64,
+    pub(super) memory: Memory,
+    /// What is left for the lane behind the piece under way.
+    pub(super) rest: Range<u64>,
+}
+
+/// The memory of a request.
+pub(super) enum Memory {
+    None,
+    /// Ours: a payload comes in, or data goes out.
+    Idle(Buffer),
+    /// The lane's.
+    Lent(Lent),
+}
+
+/// The requests of a connection, by the numbers under which the lane answers them.
+pub(super) struct Flights {
+    slots: Vec<Option<Flight>>,
+    free: Vec<u32>,
+}
+
+impl Flights {
+    pub(super) fn new() -> Self {
+        Self { slots: (0..MAX_REQUESTS).map(|_| None).collect(), free: (0..MAX_REQUESTS).rev().collect() }
+    }
+
+    pub(super) fn are_full(&self) -> bool {
+        self.free.is_empty()
+    }
+
+    pub(super) fn are_none(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
+    pub(super) fn add(&mut self, flight: Flight) -> u32 {
+        let index = self.free.pop().expect("room was seen to be there");
+        self.slots[index as usize] = Some(flight);
+        index
+    }
+
+    pub(super) fn get(&mut self, index: u32) -> &mut Flight {
+        self.slots[index as usize].as_mut().expect("a request under way")
+    }
+
+    pub(super) fn remove(&mut self, index: u32) -> Flight {
+        let flight = self.slots[index as usize].take().expect("a request under way");
+        self.free.push(index);
+        flight
+    }
+}
+
+impl Source for Flights {
+    fn data(&self, request: u32, len_bytes: usize) -> &[u8] {
+        match self.slots[request as usize].as_ref().map(|flight| &flight.memory) {
+            Some(Memory::Idle(buffer)) => &buffer.bytes()[..len_bytes],
+            _ => unreachable!("a reply with data keeps its request until it is sent"),
+        }
+    }
+}

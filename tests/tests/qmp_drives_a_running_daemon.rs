@@ -1,0 +1,372 @@
+//! The control socket: what it says of itself is what there is, its errors are the reference's, and what it changes
+//! happens to disks in use.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::{fs::PermissionsExt, net::UnixStream},
+    path::Path,
+};
+
+use img_tests::{
+    command::qemu_img,
+    daemon::Daemon,
+    nbd::{self, Client, Framing},
+};
+use serde_json::{Value, json};
+
+/// A client of the control socket.
+struct Monitor {
+    lines: BufReader<UnixStream>,
+    events: Vec<Value>,
+}
+
+impl Monitor {
+    fn connect(directory: &Path) -> Self {
+        let stream = UnixStream::connect(directory.join("qmp")).unwrap();
+        let mut monitor = Self { lines: BufReader::new(stream), events: Vec::new() };
+        let greeting = monitor.line();
+        assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "{greeting}");
+        assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+        monitor
+    }
+
+    fn negotiated(directory: &Path) -> Self {
+        let mut monitor = Self::connect(directory);
+        monitor.success("qmp_capabilities", json!({}));
+        monitor
+    }
+
+    fn line(&mut self) -> Value {
+        let mut line = String::new();
+        assert_ne!(self.lines.read_line(&mut line).unwrap(), 0, "the daemon hung up");
+        serde_json::from_str(&line).unwrap()
+    }
+
+    /// The reply to a text; events that come before are kept.
+    fn say(&mut self, text: &str) -> Value {
+        self.lines.get_mut().write_all(text.as_bytes()).unwrap();
+        loop {
+            let value = self.line();
+            if value.get("event").is_none() {
+                return value;
+            }
+            self.events.push(value);
+        }
+    }
+
+    fn call(&mut self, name: &str, arguments: Value) -> Value {
+        self.say(&json!({"execute": name, "arguments": arguments}).to_string())
+    }
+
+    #[track_caller]
+    fn success(&mut self, name: &str, arguments: Value) -> Value {
+        let mut reply = self.call(name, arguments);
+        assert!(reply.get("return").is_some(), "{name}: {reply}");
+        reply["return"].take()
+    }
+
+    #[track_caller]
+    fn failure(&mut self, name: &str, arguments: Value) -> String {
+        let reply = self.call(name, arguments);
+        assert_eq!(reply["error"]["class"], "GenericError", "{reply}");
+        reply["error"]["desc"].as_str().unwrap().to_owned()
+    }
+}
+
+fn serve(directory: &Path, more: &[&str]) -> Daemon {
+    qemu_img(directory, ["create", "-q", "-f", "qcow2", "disk", "8M"]).output().success();
+    let base = ["nbd", "--listen", "unix:socket", "--image", "disk", "--qmp", "unix:qmp"];
+    Daemon::start(directory, base.iter().chain(more))
+}
+
+/// Whether a value is of a type of the schema.
+fn conforms(value: &Value, name: &str, schema: &[Value]) -> Result<(), String> {
+    let of = schema.iter().find(|entry| entry["name"] == *name).ok_or(format!("no type {name}"))?;
+    let wrong = || Err(format!("{value} is no {of}"));
+    match of["meta-type"].as_str().unwrap() {
+        "builtin" => match of["json-type"].as_str().unwrap() {
+            "string" if value.is_string() => Ok(()),
+            "int" if value.is_i64() || value.is_u64() => Ok(()),
+            "boolean" if value.is_boolean() => Ok(()),
+            "value" => Ok(()),
+            _ => wrong(),
+        },
+        "enum" if of["values"].as_array().unwrap().contains(value) => Ok(()),
+        "array" => {
+            let Some(values) = value.as_array() else { return wrong() };
+            let element = of["element-type"].as_str().unwrap();
+            values.iter().try_for_each(|value| conforms(value, element, schema))
+        }
+        "object" => {
+            let Some(object) = value.as_object() else { return wrong() };
+            let members = of["members"].as_array().unwrap();
+            for member in members {
+                match object.get(member["name"].as_str().unwrap()) {
+                    Some(value) => conforms(value, member["type"].as_str().unwrap(), schema)?,
+                    None if member.get("default").is_some() => {}
+                    None => return wrong(),
+                }
+            }
+            let known = |key: &str| members.iter().any(|member| member["name"] == *key);
+            if object.keys().all(|key| known(key)) { Ok(()) } else { wrong() }
+        }
+        _ => wrong(),
+    }
+}
+
+#[test]
+fn replies_are_of_the_types_that_the_schema_tells() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = serve(directory.path(), &[]);
+    let mut monitor = Monitor::negotiated(directory.path());
+    let schema = monitor.success("query-qmp-schema", json!({}));
+    let schema = schema.as_array().unwrap();
+    let told: Vec<&str> = schema
+        .iter()
+        .filter(|entry| entry["meta-type"] == "command")
+        .map(|entry| entry["name"].as_str().unwrap())
+        .collect();
+    let commands = monitor.success("query-commands", json!({}));
+    let commands: Vec<&str> =
+        commands.as_array().unwrap().iter().map(|command| command["name"].as_str().unwrap()).collect();
+    assert_eq!(told, commands);
+    monitor.success("blockdev-snapshot-internal-sync", json!({"device": "disk0", "name": "one"}));
+    let mut queried = 0;
+    for entry in schema.iter().filter(|entry| entry["meta-type"] == "command") {
+        let name = entry["name"].as_str().unwrap();
+        if name.starts_with("query-") {
+            let reply = monitor.success(name, json!({}));
+            conforms(&reply, entry["ret-type"].as_str().unwrap(), schema).unwrap();
+            queried += 1;
+        }
+    }
+    assert!(queried >= 8, "{queried}");
+    let arguments = json!({"device": "disk0", "name": "one"});
+    let deleted = monitor.success("blockdev-snapshot-delete-internal-sync", arguments);
+    let entry =
+        schema.iter().find(|entry| entry["name"] == "blockdev-snapshot-delete-internal-sync").unwrap();
+    conforms(&deleted, entry["ret-type"].as_str().unwrap(), schema).unwrap();
+    assert_eq!(daemon.terminate().code, Some(0));
+}
+
+/// As the reference's storage daemon answers them. It refuses to resize what is exported, which we do not.
+#[test]
+fn errors_are_the_references() {
+    let directory = tempfile::tempdir().unwrap();
+    let _daemon = serve(directory.path(), &[]);
+    qemu_img(directory.path(), ["create", "-q", "-f", "qcow2", "theirs", "8M"]).output().success();
+    let mut theirs = Reference::start(directory.path());
+    let mut ours = Monitor::connect(directory.path());
+    let texts = [
+        r#"{"execute": "query-version"}"#,
+        r#"{"execute": "qmp_capabilities", "id": {"any": [1]}}"#,
+        r#"{"execute": "qmp_capabilities"}"#,
+        r#"{"execute": "nonsense", "id": 7}"#,
+        r"[1]",
+        r"{}",
+        r#"{"exec": 1}"#,
+        r#"{"execute": 3}"#,
+        r#"{"execute": "query-block", "more": 1}"#,
+        r#"{"execute": "query-block", "arguments": 3}"#,
+        r#"{"execute": "query-block", "arguments": {"x": 3}}"#,
+        r#"{"execute": "block_resize", "arguments": {}}"#,
+        r#"{"execute": "block_resize", "arguments": {"size": "x"}}"#,
+        r#"{"execute": "block_resize", "arguments": {"size": 1, "other": 2}}"#,
+        r#"{"execute": "block_resize", "arguments": {"size": 512, "node-name": "none"}}"#,
+        r#"{"execute": "block_resize", "arguments": {"size": 512, "device": 1}}"#,
+        r#"{"execute": "block_resize", "arguments": {"size": -512, "node-name": "disk0"}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "a", "node-name": "disk0"}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "a", "node-name": "disk0"}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "none", "id": "b", "node-name": "disk0"}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "node-name": "disk0"}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "b", "node-name": "disk0"}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "b", "node-name": "disk0", "name": "b", "bitmaps": ["none"]}}"#,
+        r#"{"execute": "block-export-del", "arguments": {"id": "none"}}"#,
+        r#"{"execute": "block-export-del", "arguments": {"id": "a", "mode": "soft"}}"#,
+        r#"{"execute": "nbd-server-add", "arguments": {"device": "none"}}"#,
+        r#"{"execute": "nbd-server-add", "arguments": {"device": "disk0"}}"#,
+        r#"{"execute": "nbd-server-remove", "arguments": {"name": "none"}}"#,
+        r#"{"execute": "nbd-server-remove", "arguments": {"name": "disk0"}}"#,
+        r#"{"execute": "nbd-server-start", "arguments": {"addr": {"type": "unix", "data": {"path": "x"}}}}"#,
+        r#"{"execute": "nbd-server-start", "arguments": {"addr": {"type": "unix"}}}"#,
+        r#"{"execute": "blockdev-snapshot-internal-sync", "arguments": {"device": "none", "name": "s"}}"#,
+        r#"{"execute": "blockdev-snapshot-internal-sync", "arguments": {"device": "disk0", "name": ""}}"#,
+        r#"{"execute": "blockdev-snapshot-internal-sync", "arguments": {"device": "disk0", "name": "s"}}"#,
+        r#"{"execute": "blockdev-snapshot-internal-sync", "arguments": {"device": "disk0", "name": "s"}}"#,
+        r#"{"execute": "blockdev-snapshot-delete-internal-sync", "arguments": {"device": "disk0"}}"#,
+        r#"{"execute": "blockdev-snapshot-delete-internal-sync", "arguments": {"device": "disk0", "name": "t"}}"#,
+        r#"{"execute": "blockdev-snapshot-delete-internal-sync", "arguments": {"device": "disk0", "id": "1", "name": "t"}}"#,
+        r#"{"execute": "nbd-server-stop"}"#,
+        r#"{"execute": "nbd-server-stop"}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "a", "node-name": "disk0"}}"#,
+    ];
+    let mut differences = Vec::new();
+    for text in texts {
+        let (ours, theirs) = (ours.say(text), theirs.monitor.say(text));
+        if ours != theirs {
+            differences.push(format!("{text}\n  ours: {ours}\ntheirs: {theirs}"));
+        }
+    }
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+/// The reference's daemon with the same disk and server.
+struct Reference {
+    child: std::process::Child,
+    monitor: Monitor,
+}
+
+impl Reference {
+    fn start(directory: &Path) -> Self {
+        // Its monitor connects to us: there is nothing to wait for.
+        let listener = std::os::unix::net::UnixListener::bind(directory.join("theirs-qmp")).unwrap();
+        let child = std::process::Command::new(img_tests::command::oracle("qemu-storage-daemon"))
+            .args(["--blockdev", "driver=file,filename=theirs,node-name=f"])
+            .args(["--blockdev", "driver=qcow2,file=f,node-name=disk0"])
+            .args(["--nbd-server", "addr.type=unix,addr.path=theirs-socket"])
+            .args(["--export", "type=nbd,id=disk0,node-name=disk0,name=,writable=off"])
+            .args(["--chardev", "socket,id=c,path=theirs-qmp"])
+            .args(["--monitor", "chardev=c"])
+            .current_dir(directory)
+            .spawn()
+            .unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let mut monitor = Monitor { lines: BufReader::new(stream), events: Vec::new() };
+        monitor.line();
+        Self { child, monitor }
+    }
+}
+
+impl Drop for Reference {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+#[test]
+fn a_disk_grows_under_a_client() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = serve(directory.path(), &[]);
+    let mut monitor = Monitor::negotiated(directory.path());
+    let mut client = Client::connect(&directory.path().join("socket"), "", Framing::Structured, &[]).unwrap();
+    let data = vec![7; 4096];
+    let past_the_end = |client: &mut Client| {
+        client.call(nbd::command::WRITE, nbd::flag::FUA, 8 << 20, 4096, &data).unwrap().error
+    };
+    assert_eq!(past_the_end(&mut client), 28);
+    monitor.success("block_resize", json!({"device": "disk0", "size": 16 << 20}));
+    assert_eq!(past_the_end(&mut client), 0);
+    let stats = monitor.success("query-blockstats", json!({}));
+    assert_eq!(stats[0]["stats"]["wr_bytes"], 4096, "{stats}");
+    assert_eq!(daemon.terminate().code, Some(0));
+    let info = qemu_img(directory.path(), ["info", "--output=json", "disk"]).output().success();
+    let info: Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(info["virtual-size"], 16 << 20);
+}
+
+#[test]
+fn exports_come_and_go_and_events_tell() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = serve(directory.path(), &[]);
+    let mut monitor = Monitor::negotiated(directory.path());
+    let mut watcher = Monitor::negotiated(directory.path());
+    let add = json!({"type": "nbd", "id": "e", "node-name": "disk0", "name": "second", "writable": false});
+    monitor.success("block-export-add", add);
+    let socket = directory.path().join("socket");
+    let mut client = Client::connect(&socket, "second", Framing::Extended, &[]).unwrap();
+    assert_eq!(client.call(nbd::command::WRITE, 0, 0, 512, &[1; 512]).unwrap().error, 1, "it is read-only");
+    assert_eq!(monitor.failure("block-export-del", json!({"id": "e"})), "export 'second' still in use");
+    monitor.success("block-export-del", json!({"id": "e", "mode": "hard"}));
+    let mut rest = Vec::new();
+    assert_eq!(client.stream().read_to_end(&mut rest).unwrap(), 0, "the client was sent away");
+    for monitor in [&mut monitor, &mut watcher] {
+        let event = if monitor.events.is_empty() { monitor.line() } else { monitor.events.remove(0) };
+        assert_eq!((&event["event"], &event["data"]), (&json!("BLOCK_EXPORT_DELETED"), &json!({"id": "e"})));
+        assert!(event["timestamp"]["seconds"].is_u64() && event["timestamp"]["microseconds"].is_u64());
+    }
+    assert!(Client::connect(&socket, "second", Framing::Simple, &[]).is_err());
+
+    monitor.success("nbd-server-stop", json!({}));
+    assert!(!socket.exists());
+    let address = json!({"type": "unix", "data": {"path": "again"}});
+    monitor.success("nbd-server-start", json!({"addr": address, "max-connections": 1}));
+    monitor.success("nbd-server-add", json!({"device": "disk0", "writable": true}));
+    Client::connect(&directory.path().join("again"), "disk0", Framing::Simple, &[]).unwrap();
+    let everywhere = json!({"type": "inet", "data": {"host": "0.0.0.0", "port": "0"}});
+    monitor.success("nbd-server-stop", json!({}));
+    monitor.success("nbd-server-start", json!({"addr": everywhere}));
+    let refused = monitor.failure("nbd-server-add", json!({"device": "disk0", "writable": true}));
+    assert!(refused.contains("can be reached from other hosts"), "{refused}");
+    monitor.success("nbd-server-add", json!({"device": "disk0"}));
+
+    monitor.success("quit", json!({}));
+    let ended = daemon.wait();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(!directory.path().join("qmp").exists());
+}
+
+#[test]
+fn the_socket_is_its_owner_s_and_survives_nonsense() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = serve(directory.path(), &[]);
+    let mode = fs::metadata(directory.path().join("qmp")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let mut nonsense = Monitor::connect(directory.path());
+    assert!(nonsense.say("}\n").get("error").is_some());
+    assert!(nonsense.say("\"\\u\"\n").get("error").is_some());
+    let deep = ["[".repeat(100_000), "]".repeat(100_000)].concat();
+    assert!(nonsense.say(&deep).get("error").is_some());
+    // Too long to be followed: the daemon hangs up, perhaps before all is written.
+    nonsense.lines.get_mut().write_all("[".repeat(4 << 20).as_bytes()).ok();
+    let mut last = String::new();
+    nonsense.lines.read_to_string(&mut last).ok();
+    assert!(nonsense.lines.get_mut().write_all(b"{}").is_err());
+    Monitor::negotiated(directory.path()).success("query-status", json!({}));
+    assert_eq!(daemon.terminate().code, Some(0));
+}
+
+#[test]
+fn metrics_count_what_clients_do() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = serve(directory.path(), &["--metrics", "unix:metrics"]);
+    let mut client = Client::connect(&directory.path().join("socket"), "", Framing::Structured, &[]).unwrap();
+    for at in 0..5 {
+        assert_eq!(client.call(nbd::command::WRITE, 0, at << 16, 4096, &[1; 4096]).unwrap().error, 0);
+    }
+    assert_eq!(client.call(nbd::command::READ, 0, 0, 8192, &[]).unwrap().error, 0);
+    assert_eq!(client.call(nbd::command::FLUSH, 0, 0, 0, &[]).unwrap().error, 0);
+    let ask = |request: &str| {
+        let mut stream = UnixStream::connect(directory.path().join("metrics")).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let answer = ask("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200 OK") && head.contains(&format!("Content-Length: {}", body.len())));
+    for line in [
+        "blk_operations_total{disk=\"disk0\",op=\"write\"} 5",
+        "blk_bytes_total{disk=\"disk0\",op=\"write\"} 20480",
+        "blk_operations_total{disk=\"disk0\",op=\"read\"} 1",
+        "blk_bytes_total{disk=\"disk0\",op=\"read\"} 8192",
+        "blk_operations_total{disk=\"disk0\",op=\"flush\"} 1",
+        "blk_latency_seconds_count{disk=\"disk0\",op=\"write\"} 5",
+        "blk_latency_seconds_bucket{disk=\"disk0\",op=\"write\",le=\"+Inf\"} 5",
+        "blk_nbd_connections 1",
+    ] {
+        assert!(body.lines().any(|known| known == line), "no '{line}' in\n{body}");
+    }
+    // Every sample belongs to a family that was introduced.
+    for line in body.lines().filter(|line| !line.starts_with('#')) {
+        let name = line.split(['{', ' ']).next().unwrap();
+        let family =
+            ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        assert!(body.contains(&format!("# TYPE {family} ")), "{line}");
+    }
+    assert!(ask("POST / HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 405"));
+    let ended = daemon.terminate();
+    assert!(ended.stderr.contains("disk0: 5 write: 20480 bytes, 0 failed"), "{}", ended.stderr);
+}
