@@ -222,6 +222,7 @@ impl<'a> Opening<'a> {
                 force_share: self.force_share,
                 exclusive: self.exclusive,
                 backing: self.backing,
+                max_layers: usize::MAX,
                 probe_heads_only: context.is_reference(),
                 options: OptionSet::new(),
             }),
@@ -230,14 +231,19 @@ impl<'a> Opening<'a> {
 
     /// Opens it, printing what is worth a warning.
     pub(crate) fn open(&self, context: &Context) -> Result<Image, Failure> {
+        let image = self.open_quietly(context)?;
+        print_warnings(&image, context);
+        Ok(image)
+    }
+
+    /// Opens it. What is worth a warning is told when it is opened once more.
+    pub(crate) fn open_quietly(&self, context: &Context) -> Result<Image, Failure> {
         if self.image_opts && self.format.is_some() {
             return Err(Failure::new("--image-opts and --format are mutually exclusive"));
         }
         let options = self.options(context)?;
         let name = self.image_name()?;
-        let image = Image::open(&name, &options).map_err(|error| Failure::open(self.name, &error))?;
-        print_warnings(&image, context);
-        Ok(image)
+        Image::open(&name, &options).map_err(|error| Failure::open(self.name, &error))
     }
 }
 

@@ -4,7 +4,10 @@
 use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser};
 
 use crate::{
-    command::{check, compare, completions, convert, create, info, man, map, resize, snapshot},
+    command::{
+        bitmap, check, commit, compare, completions, convert, create, info, man, map, rebase, resize,
+        snapshot,
+    },
     context::Context,
     error::{Failure, Outcome},
 };
@@ -65,12 +68,15 @@ macro_rules! command {
 
 /// All of them, in the order of the help.
 const COMMANDS: &[Command] = &[
+    command!(bitmap),
     command!(check),
+    command!(commit),
     command!(compare),
     command!(convert),
     command!(create),
     command!(info),
     command!(map),
+    command!(rebase),
     command!(resize),
     command!(snapshot),
     command!(completions),
@@ -78,8 +84,7 @@ const COMMANDS: &[Command] = &[
 ];
 
 /// The reference's commands that are not here yet.
-pub(crate) const MISSING_COMMANDS: &[&str] =
-    &["amend", "bench", "bitmap", "commit", "dd", "measure", "rebase"];
+pub(crate) const MISSING_COMMANDS: &[&str] = &["amend", "bench", "dd", "measure"];
 
 impl Command {
     /// The command called `name`.

@@ -38,6 +38,7 @@ pub fn open_options(format: Option<&str>, mode: OpenMode) -> OpenOptions {
         force_share: false,
         exclusive: false,
         backing: true,
+        max_layers: usize::MAX,
         probe_heads_only: false,
         options: OptionSet::new(),
     }

@@ -29,7 +29,7 @@ pub struct Twins {
     /// Whether what a failed line leaves in files is compared as well.
     compare_files: bool,
     /// What of a file's description may differ.
-    ignored: &'static [&'static str],
+    ignored: Vec<&'static str>,
     /// Part of a name, and the format in which the contents of such files are compared.
     formats: Vec<(&'static str, &'static str)>,
 }
@@ -54,7 +54,7 @@ impl Twins {
             ours,
             differences: Vec::new(),
             compare_files: true,
-            ignored: &[],
+            ignored: Vec::new(),
             formats: Vec::new(),
         };
         for line in setup {
@@ -74,8 +74,14 @@ impl Twins {
 
     /// Leaves the host space that files take out of the comparison.
     #[must_use]
-    pub fn without_disk_use(mut self) -> Self {
-        self.ignored = &["disk size: "];
+    pub fn without_disk_use(self) -> Self {
+        self.ignoring("disk size: ")
+    }
+
+    /// Leaves what follows `text` in the description of a file out of the comparison.
+    #[must_use]
+    pub fn ignoring(mut self, text: &'static str) -> Self {
+        self.ignored.push(text);
         self
     }
 
@@ -158,7 +164,7 @@ impl Twins {
     fn compare_file(&self, name: &str) -> String {
         let info = |directory: &Path| {
             let output = qemu_img(directory, ["info", "-U", "--", name]).output();
-            seen(&format!("{}{}", output.stdout, output.stderr), self.ignored)
+            seen(&format!("{}{}", output.stdout, output.stderr), &self.ignored)
         };
         let report = difference(&format!("info {name}"), &info(&self.theirs), &info(&self.ours));
         if !report.is_empty() {

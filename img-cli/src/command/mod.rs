@@ -5,7 +5,9 @@
 //! The first line of each `Args`' comment is its line in the list of commands.
 //! None knows anything about a format.
 
+pub(crate) mod bitmap;
 pub(crate) mod check;
+pub(crate) mod commit;
 pub(crate) mod compare;
 pub(crate) mod completions;
 pub(crate) mod convert;
@@ -13,5 +15,6 @@ pub(crate) mod create;
 pub(crate) mod info;
 pub(crate) mod man;
 pub(crate) mod map;
+pub(crate) mod rebase;
 pub(crate) mod resize;
 pub(crate) mod snapshot;

@@ -2,7 +2,7 @@
 
 use std::{fmt, ops::Range};
 
-use super::{HostFile, HostOffset};
+use super::{Backing, HostFile, HostOffset};
 use crate::{Error, Result, storage::Preallocation};
 
 /// Where prepared guest bytes will live, and what must be written there before the commit.
@@ -230,6 +230,22 @@ pub trait LayerWriter: Send + Sync {
     fn grow_mapped(&self, virtual_size_bytes: u64) -> Result<()> {
         let _ = virtual_size_bytes;
         Err(Error::Invalid("Unsupported preallocation mode: metadata".to_owned()))
+    }
+
+    /// Records another backing file, or none, and makes that durable. What the layer holds stays as it is, and so
+    /// does the chain that is open: the name counts when the image is opened the next time.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], in the reference's words, when the format cannot record it.
+    fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
+        let _ = backing;
+        Err(Error::Invalid("Operation not supported".to_owned()))
+    }
+
+    /// Makes the layer silent all over, so that the layers below show through, and gives its space back. No
+    /// request is in flight. Returns false, having changed nothing, where the format has no way to do so.
+    fn make_empty(&self) -> Result<bool> {
+        Ok(false)
     }
 
     /// Last flush before the layer is dropped; afterwards the image is marked clean. No request is in

@@ -34,6 +34,8 @@ pub struct OpenOptions {
     pub exclusive: bool,
     /// Whether the layers below the top are opened too.
     pub backing: bool,
+    /// How many layers are opened at most, the top included.
+    pub max_layers: usize,
     /// Formats are recognised by the first bytes of a file alone, as the reference does; without, by the last
     /// ones too.
     pub probe_heads_only: bool,
@@ -52,6 +54,7 @@ impl OpenOptions {
             force_share: false,
             exclusive: false,
             backing: true,
+            max_layers: usize::MAX,
             probe_heads_only: false,
             options: OptionSet::new(),
         }
@@ -153,7 +156,7 @@ fn open_chain(top: &Node, options: &OpenOptions) -> Result<Opened> {
             warnings.extend(text.map(|text| Warning { text, hints: Vec::new() }));
         }
         above.push(pending.node.path.clone());
-        if options.backing {
+        if options.backing && layers.len() + 1 < options.max_layers {
             next = below(&layer, &pending, access).map_err(|error| inside(&above, error))?;
         }
         layers.push(layer);

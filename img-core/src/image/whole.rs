@@ -77,6 +77,17 @@ impl Image {
         Ok(extents.iter().any(is_data))
     }
 
+    /// Makes the top layer silent all over, so that the disk reads as the layers below, with all requests drained;
+    /// false where its format cannot.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`]; when the image cannot be changed.
+    pub fn make_empty(&self) -> Result<bool> {
+        let _alone = self.gate.drain();
+        self.decoded.begin_generation();
+        self.writer()?.make_empty()
+    }
+
     /// Takes an internal snapshot with all requests drained. `date` is in seconds and nanoseconds since 1970.
     ///
     /// # Errors

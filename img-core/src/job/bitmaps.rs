@@ -1,4 +1,6 @@
-//! Copying the persistent dirty bitmaps of an image into another one.
+//! The persistent dirty bitmaps of an image: copied into another one, or changed one by one.
+
+use std::ops::RangeInclusive;
 
 use crate::{
     Error, Result,
@@ -99,4 +101,95 @@ fn bitmaps_of(target: &Image) -> Result<&dyn Bitmaps> {
     layer.bitmaps().ok_or_else(|| {
         Error::Invalid(format!("Format driver '{}' does not support bitmaps", layer.driver().name()))
     })
+}
+
+/// A change of one bitmap.
+#[derive(Clone, Copy)]
+pub enum Change<'a> {
+    /// Makes it, empty and enabled.
+    Add {
+        /// Guest bytes that a bit stands for; as the reference chooses when absent.
+        granularity_bytes: Option<u64>,
+    },
+    /// Takes it out of the image.
+    Remove,
+    /// Forgets its bits.
+    Clear,
+    /// Notes changes of the disk in it from now on.
+    Enable,
+    /// Notes no changes in it any more.
+    Disable,
+    /// Adds the bits of another one.
+    Merge {
+        /// The name of the other one.
+        source: &'a str,
+        /// The image that has it.
+        from: &'a Image,
+    },
+}
+
+/// Granularities that bitmaps may have.
+const GRANULARITY_BYTES: RangeInclusive<u64> = 512..=1 << 31;
+
+/// What the reference chooses, within these limits, is the cluster size.
+const DEFAULT_GRANULARITY_BYTES: (u32, u32) = (4096, 65536);
+
+/// Changes one bitmap of the top layer of an image opened for writing, and makes the change durable.
+///
+/// # Errors
+/// [`Error::Invalid`], in the reference's words, when there is no such bitmap, or one already, or it is
+/// inconsistent, or the format cannot hold it.
+pub fn change(image: &Image, name: &str, change: Change<'_>) -> Result<()> {
+    if let Change::Add { granularity_bytes } = change {
+        return add(image, name, granularity_bytes);
+    }
+    let (bitmaps, info) = find(image, name)?;
+    let store = |enabled, map: &DirtyMap| bitmaps.store(&[NewBitmap { name, enabled, map }]);
+    match change {
+        Change::Add { .. } => Ok(()),
+        Change::Remove => bitmaps.remove(name),
+        Change::Clear => {
+            // Only one that can be read is cleared: what is inconsistent stays so until it is removed.
+            bitmaps.read(name)?;
+            store(info.enabled, &DirtyMap::new(image.virtual_size_bytes(), info.granularity_bytes)?)
+        }
+        Change::Enable => store(true, &bitmaps.read(name)?),
+        Change::Disable => store(false, &bitmaps.read(name)?),
+        Change::Merge { source, from } => {
+            let map = bitmaps.read(name)?;
+            map.merge(&find(from, source)?.0.read(source)?)?;
+            store(info.enabled, &map)
+        }
+    }
+}
+
+/// The bitmap of that name.
+fn find<'a>(image: &'a Image, name: &str) -> Result<(&'a dyn Bitmaps, BitmapInfo)> {
+    let not_found = || Error::Invalid(format!("Dirty bitmap '{name}' not found"));
+    let bitmaps = image.layers()[0].bitmaps().ok_or_else(not_found)?;
+    let info = bitmaps.list()?.into_iter().find(|info| info.name == name).ok_or_else(not_found)?;
+    Ok((bitmaps, info))
+}
+
+fn add(image: &Image, name: &str, granularity_bytes: Option<u64>) -> Result<()> {
+    let layer = &image.layers()[0];
+    if name.is_empty() {
+        return Err(Error::Invalid("Bitmap name cannot be empty".to_owned()));
+    }
+    let granularity_bytes = granularity_bytes.unwrap_or_else(|| {
+        let (least, most) = DEFAULT_GRANULARITY_BYTES;
+        u64::from(layer.cluster_size_bytes().unwrap_or(most).clamp(least, most))
+    });
+    if !granularity_bytes.is_power_of_two() || !GRANULARITY_BYTES.contains(&granularity_bytes) {
+        return Err(Error::Invalid("Granularity must be power of 2 and at least 512".to_owned()));
+    }
+    let bitmaps = layer.bitmaps().ok_or_else(|| {
+        let name = image.layer_name(0);
+        Error::Invalid(format!("Can't store persistent bitmaps to {name}: Operation not supported"))
+    })?;
+    if bitmaps.list()?.iter().any(|info| info.name == name) {
+        return Err(Error::Invalid(format!("Bitmap already exists: {name}")));
+    }
+    let map = DirtyMap::new(image.virtual_size_bytes(), granularity_bytes)?;
+    bitmaps.store(&[NewBitmap { name, enabled: true, map: &map }])
 }

@@ -1,21 +1,26 @@
-//! Whole-image work: convert, compare, map, bitmaps; with progress and cancellation.
+//! Whole-image work: convert, compare, commit, rebase, map, bitmaps; with progress and cancellation.
 //!
 //! Each job is one walk over an image's map (`status`) whose pieces are shared out to plain threads. What must
 //! come out the same at any number of threads goes through `ordered`. `zeroes` finds zeroes in memory,
-//! `compress` makes compressed clusters. Nothing here knows a format or a command line.
+//! `compress` makes compressed clusters, `throttle` slows down. Nothing here knows a format or a command line.
 
 pub mod bitmaps;
+pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod create;
 pub mod map;
+pub mod rebase;
 
+#[cfg(test)]
+mod chain_tests;
 mod compress;
 mod ordered;
 mod status;
+mod throttle;
 mod zeroes;
 
-use std::num::NonZero;
+use std::{num::NonZero, ops::Range};
 
 /// Where a running job tells how far it is and asks whether to stop. Called from several threads.
 pub trait Progress: Sync {
@@ -43,4 +48,18 @@ const MAX_THREADS: usize = 16;
 /// How many cores this process may use, at most [`MAX_THREADS`].
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, NonZero::get).min(MAX_THREADS)
+}
+
+/// How much of a disk is mapped at once by jobs that change it: few enough extents to hold, even where each
+/// sector is one.
+const WINDOW_BYTES: u64 = 16 << 20;
+
+/// `range` in parts that end on multiples of `part_bytes`.
+fn windows(range: Range<u64>, part_bytes: u64) -> impl Iterator<Item = Range<u64>> {
+    let mut start = range.start;
+    std::iter::from_fn(move || {
+        let part = start..(start / part_bytes + 1).saturating_mul(part_bytes).min(range.end);
+        start = part.end;
+        (!part.is_empty()).then_some(part)
+    })
 }

@@ -6,6 +6,7 @@
 //! go, `flush` the order that keeps every crash harmless, `snapshot`, `bitmap`, `create`, `check` the rest.
 
 mod alloc;
+mod backing;
 mod bitmap;
 mod bitmap_store;
 mod bitmap_track;

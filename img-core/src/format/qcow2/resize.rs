@@ -320,7 +320,7 @@ impl Qcow2Layer {
     }
 
     /// Cuts the file behind the last cluster in use.
-    fn cut_file(&self) -> Result<()> {
+    pub(super) fn cut_file(&self) -> Result<()> {
         let len = self.image_file().len_bytes()?;
         let clusters = self.clusters_of(&(0..len)).end;
         let order = self.geometry.refcount_order;

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     Result,
     format::{
-        Attempt, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
+        Attempt, Backing, HostOffset, Layer, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
         table_cache::lock_wait,
     },
     storage::Preallocation,
@@ -514,6 +514,17 @@ impl LayerWriter for Qcow2Layer {
             self.note_change(&guest_bytes);
         }
         result
+    }
+
+    fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
+        self.guard(self.record_backing(backing))
+    }
+
+    fn make_empty(&self) -> Result<bool> {
+        self.before_guest_change()?;
+        let guest = 0..self.virtual_size_bytes();
+        self.note_change(&guest);
+        self.guard(self.forget_all(guest)).map(|()| true)
     }
 
     fn discard(&self, guest_bytes: Range<u64>) -> Result<()> {

@@ -41,6 +41,11 @@ pub(super) const CLUSTER_BYTES: RangeInclusive<u64> = 4096..=(64 << 20);
 pub(super) const TABLE_CLUSTERS: RangeInclusive<u64> = 1..=16;
 /// Guest disks are whole sectors ("Header", `image_size`).
 pub(super) const SECTOR_BYTES: u64 = 512;
+/// Room of a name that is put into an image that exists: two of them, one behind the other, and the fixed fields
+/// fit into the smallest cluster.
+const NAME_ROOM_BYTES: u32 = 1920;
+const _: () = assert!(HEADER_BYTES + 2 * (NAME_ROOM_BYTES as usize) <= 4096);
+
 /// Bytes of a backing file name: what the host takes as a path.
 pub(super) const MAX_BACKING_NAME_BYTES: u64 = 4095;
 
@@ -210,6 +215,36 @@ impl Header {
     /// Bytes before the first regular cluster.
     pub(super) fn header_bytes(&self) -> u64 {
         u64::from(self.header_clusters) << self.geometry.cluster_bits
+    }
+
+    /// Names another backing file, or none, and gives back the bytes of the name and the place in the first
+    /// clusters where they belong, which is not that of the name before.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], in the reference's words, when the name is too long.
+    pub(super) fn set_backing(&mut self, backing: Option<&Backing>) -> Result<Option<(u64, Vec<u8>)>> {
+        let name = backing.map(|backing| text::to_bytes(&backing.name).into_owned());
+        self.features &= !(feature::BACKING_FILE | feature::BACKING_FORMAT_NO_PROBE);
+        self.backing = backing.cloned();
+        let Some(name) = name else {
+            self.name_place = (0, 0);
+            return Ok(None);
+        };
+        let fits = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+        // Two places that do not overlap, inside the smallest header.
+        let places = [fits(HEADER_BYTES), fits(HEADER_BYTES) + NAME_ROOM_BYTES];
+        let (old_at, old_end) = (self.name_place.0, self.name_place.0.saturating_add(self.name_place.1));
+        let is_free = |at: &u32| *at >= old_end || at + fits(name.len()) <= old_at;
+        let place = places.into_iter().find(is_free).filter(|_| fits(name.len()) <= NAME_ROOM_BYTES);
+        let Some(at) = place else {
+            return Err(Error::Invalid("No space left in the file header".to_owned()));
+        };
+        self.name_place = (at, fits(name.len()));
+        self.features |= feature::BACKING_FILE;
+        if backing.is_some_and(|backing| backing.format.as_deref() == Some("raw")) {
+            self.features |= feature::BACKING_FORMAT_NO_PROBE;
+        }
+        Ok(Some((u64::from(at), name)))
     }
 
     /// The fixed fields as they stand in the file.

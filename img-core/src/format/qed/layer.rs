@@ -128,6 +128,18 @@ impl QedLayer {
         self.header.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Puts another backing file, or none, into the header.
+    pub(super) fn record_backing(&self, backing: Option<&Backing>) -> Result<()> {
+        let mut changed = self.header().clone();
+        let name = changed.set_backing(backing)?;
+        if let Some((at_bytes, name)) = name {
+            // The name is durable, away from the old one, before the header leads to it.
+            self.file().write_at(&name, at_bytes)?;
+            self.file().flush(Flush::Data)?;
+        }
+        self.update_header(|header| *header = changed)
+    }
+
     /// Changes the header and makes it durable. When that fails nobody can tell which header is on disk:
     /// nothing is written any more.
     pub(super) fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {

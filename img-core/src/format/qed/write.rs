@@ -16,7 +16,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken, table_cache::lock_wait,
+        Backing, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken,
+        table_cache::lock_wait,
     },
     storage::Preallocation,
 };
@@ -201,6 +202,12 @@ impl QedLayer {
 }
 
 impl LayerWriter for QedLayer {
+    fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
+        self.check_writable()?;
+        self.drain()?;
+        self.record_backing(backing)
+    }
+
     fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>> {
         let (token, plan) = self.prepare(guest_bytes)?;
         Ok(PreparedWrite::new(self, WriteToken(token), plan))

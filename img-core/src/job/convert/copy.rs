@@ -11,7 +11,6 @@ use super::{
     plan::{Class, Cut, Piece, Pieces, Plan},
     source::{OnSalvaged, Sources},
     target::{Reserved, Target, write_error},
-    throttle::Throttle,
 };
 use crate::{
     Error, Result,
@@ -21,6 +20,7 @@ use crate::{
         compress::Compressor,
         cores,
         ordered::{First, StopOnPanic, Turn, Turns, lock},
+        throttle::Throttle,
         zeroes::is_zero,
     },
 };

@@ -3,7 +3,7 @@
 //! One walk over the sources' maps makes a `plan`; threads take pieces of it, read (`source`), find zeroes
 //! (`pieces`), compress, wait for their turn to reserve places in the `target` in guest order, and move their
 //! bytes and commit beside each other. The result is the same file at any number of threads; with
-//! `out_of_order` nobody waits. `offload` lets the host copy, `throttle` slows down. Start at [`convert`].
+//! `out_of_order` nobody waits. `offload` lets the host copy. Start at [`convert`].
 
 mod copy;
 mod offload;
@@ -11,7 +11,6 @@ mod pieces;
 mod plan;
 mod source;
 mod target;
-mod throttle;
 
 #[cfg(test)]
 mod tests;
