@@ -1,23 +1,18 @@
 //! `blk-backend vhost-user`: images as virtio block devices for virtual machine monitors.
 
-use std::{
-    io::Write,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use blk_backend::{
+    control::{Daemon, ExportKind},
     disk::Disk,
+    nbd::{Log, ServerOptions},
     vhost_user::{Server, Told},
     virtio::{Device, DeviceOptions},
 };
 use clap::Parser;
 use img_core::format::split_list;
-use rustix::event::{PollFd, PollFlags, poll};
 
-use super::{Failure, disk_options::DiskArgs, signals};
+use super::{Failure, control_options::ControlArgs, disk_options::DiskArgs, signals};
 
 /// Serve images as virtio block devices over vhost-user sockets
 ///
@@ -31,6 +26,8 @@ pub(crate) struct Args {
     /// One more device: the options above without dashes, as NAME=VALUE, with commas between (may be repeated)
     #[arg(long = "device", value_name = "socket=PATH,image=FILE,...", value_parser = parse_device)]
     more: Vec<DeviceArgs>,
+    #[command(flatten)]
+    control: ControlArgs,
 }
 
 /// One device
@@ -50,6 +47,9 @@ pub(crate) struct DeviceArgs {
     /// The guest's block size: a power of two from 512 to 4096
     #[arg(long, value_name = "BYTES", default_value_t = 512)]
     block_size: u32,
+    /// Name of the disk, and id of its export, for QMP and metrics; disk0, disk1, ... where it is not given
+    #[arg(long, value_name = "NAME")]
+    node_name: Option<String>,
     /// Look for requests this long before sleeping
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
     poll: u64,
@@ -86,33 +86,31 @@ fn is_switch(part: &str) -> bool {
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure> {
     // First of all, so that no signal is too early.
     let asked_to_end = signals::on_termination()?;
-    let devices: Vec<(Arc<Disk>, Arc<Device>, &Path)> =
-        std::iter::once(&args.device).chain(&args.more).map(open).collect::<Result<_, _>>()?;
-    let told: Told = Arc::new(super::warn);
+    let log: Log = Arc::new(super::warn);
+    let daemon = Daemon::new(ServerOptions::default(), Arc::clone(&log))?;
+    let mut devices = Vec::new();
+    for (index, args) in std::iter::once(&args.device).chain(&args.more).enumerate() {
+        let (disk, device) = open(args)?;
+        let name = args.node_name.clone().unwrap_or_else(|| format!("disk{index}"));
+        daemon.add_node(&name, &disk, args.disk.cache)?;
+        daemon.add_export(&name, ExportKind::VhostUserBlk, &name)?;
+        devices.push((device, &args.socket));
+    }
+    let told: Told = log;
     let mut servers = Vec::new();
-    for (_, device, socket) in &devices {
-        let server = Server::start(Arc::clone(device), socket, Arc::clone(&told))
+    for (device, socket) in devices {
+        let server = Server::start(device, socket, Arc::clone(&told))
             .map_err(|error| Failure::new(format_args!("{}: {error}", socket.display())))?;
         writeln!(out, "listening on {}", server.path().display())?;
         servers.push(server);
     }
+    let controls = args.control.start(&daemon)?;
     out.flush()?;
-    loop {
-        let mut fds = [PollFd::new(&asked_to_end, PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Ok(_) => break,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(Failure::new(errno)),
-        }
-    }
-    servers.into_iter().for_each(Server::stop);
-    for (disk, _, _) in devices {
-        disk.close()?;
-    }
+    controls.serve_until_end(&daemon, &asked_to_end, || servers.into_iter().for_each(Server::stop))?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn open(args: &DeviceArgs) -> Result<(Arc<Disk>, Arc<Device>, &Path), Failure> {
+fn open(args: &DeviceArgs) -> Result<(Arc<Disk>, Arc<Device>), Failure> {
     let disk = args.disk.open(&mut |text| super::warn(text))?;
     let options = DeviceOptions {
         queues: args.queues,
@@ -121,11 +119,13 @@ fn open(args: &DeviceArgs) -> Result<(Arc<Disk>, Arc<Device>, &Path), Failure> {
         poll: Duration::from_micros(args.poll),
     };
     let device = Device::new(&disk, &options).map_err(Failure::new)?;
-    Ok((disk, device, &args.socket))
+    Ok((disk, device))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use img_core::{
     format::{HostFile, Layer, SnapshotInfo},
-    image::{CacheMode, Image, full_backing_name},
+    image::{CacheMode, Image, ImageName, full_backing_name},
     text,
 };
 use serde_json::{Value, json};
@@ -111,6 +111,15 @@ pub(super) const SNAPSHOT_DELETE_ARGUMENTS: Shape = Shape::Object(&[
     optional("name", Shape::Text),
 ]);
 
+pub(super) const SNAPSHOT_SYNC_ARGUMENTS: Shape = Shape::Object(&[
+    optional("device", Shape::Text),
+    optional("node-name", Shape::Text),
+    required("snapshot-file", Shape::Text),
+    optional("snapshot-node-name", Shape::Text),
+    optional("format", Shape::Text),
+    optional("mode", Shape::Choice(&["existing", "absolute-paths"])),
+]);
+
 pub(super) fn query_block(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
     let device = |node: Node| -> Outcome {
         Ok(json!({
@@ -138,10 +147,9 @@ pub(super) fn query_nodes(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
 fn node_of(image: &Image, depth: usize, node: &Node) -> Outcome {
     let layer = &image.layers()[depth];
     let file = file_name(&**layer);
-    let name = if depth == 0 { node.name.clone() } else { format!("#{}-{depth}", node.name) };
     let cache = if depth == 0 { node.cache } else { CacheMode::Writeback };
     let mut entry = json!({
-        "node-name": name,
+        "node-name": node.layer_name(depth),
         "file": file,
         "drv": layer.driver().name(),
         "ro": layer.writer().is_none() || depth > 0,
@@ -218,7 +226,7 @@ fn snapshot(known: &SnapshotInfo) -> Value {
 pub(super) fn query_blockstats(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
     let of_nodes = arguments.switch("query-nodes") == Some(true);
     let entry = |node: Node| {
-        let mut entry = json!({"node-name": node.name, "stats": stats(&node.disk.stats())});
+        let mut entry = json!({"node-name": node.layer_name(0), "stats": stats(&node.disk.stats())});
         if !of_nodes {
             entry["device"] = node.name.into();
         }
@@ -259,6 +267,27 @@ pub(super) fn resize(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
         return Err(CommandError::new("The new size must be a multiple of 512"));
     }
     node.disk.resize(size)?;
+    Ok(json!({}))
+}
+
+/// Puts a new image on top of a disk in use.
+pub(super) fn snapshot_sync(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+    let _one = daemon.change();
+    let node = daemon.device_or_node(arguments.text("device"), arguments.text("node-name"))?;
+    let layer_name = match arguments.maybe_text("snapshot-node-name") {
+        Some("") => return Err(CommandError::new("Invalid node-name: ''")),
+        Some(name) if daemon.is_taken(name) => {
+            return Err(CommandError::new(format!("Duplicate nodes with node-name='{name}'")));
+        }
+        Some(name) => name.to_owned(),
+        // Names that begin so cannot be taken by clients' choice of words.
+        None => format!("#{}-snapshot-{}", node.name, node.layer_names.len()),
+    };
+    let overlay = ImageName::parse(arguments.text("snapshot-file"))?;
+    let format = arguments.maybe_text("format").unwrap_or("qcow2");
+    let existing = arguments.maybe_text("mode") == Some("existing");
+    node.disk.snapshot_external(&overlay, format, existing)?;
+    daemon.put_on_top(&node.name, layer_name);
     Ok(json!({}))
 }
 

@@ -109,6 +109,7 @@ pub(super) static COMMANDS: &[Command] = &[
     command("query-named-block-nodes", block::NODES_ARGUMENTS, block::NODE_LIST, block::query_nodes),
     command("query-blockstats", block::STATS_ARGUMENTS, block::STATS_LIST, block::query_blockstats),
     command("block_resize", block::RESIZE_ARGUMENTS, NOTHING, block::resize),
+    command("blockdev-snapshot-sync", block::SNAPSHOT_SYNC_ARGUMENTS, NOTHING, block::snapshot_sync),
     command("blockdev-snapshot-internal-sync", block::SNAPSHOT_ARGUMENTS, NOTHING, block::snapshot_create),
     command(
         "blockdev-snapshot-delete-internal-sync",

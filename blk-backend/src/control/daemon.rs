@@ -26,9 +26,19 @@ use crate::{
 /// A disk under a name.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
+    /// The device: stays with the disk whatever is put on top of it.
     pub(super) name: String,
     pub(super) disk: Arc<Disk>,
     pub(super) cache: CacheMode,
+    /// Names of layers that have one of their own, from the top down.
+    pub(super) layer_names: Vec<String>,
+}
+
+impl Node {
+    /// The node name of the layer at `depth`.
+    pub(super) fn layer_name(&self, depth: usize) -> String {
+        self.layer_names.get(depth).cloned().unwrap_or_else(|| format!("#{}-{depth}", self.name))
+    }
 }
 
 /// The way in which an export is offered.
@@ -116,7 +126,12 @@ impl Daemon {
         if nodes.iter().any(|node| node.name == name) {
             return Err(img_core::Error::Invalid(format!("Duplicate nodes with node-name='{name}'")));
         }
-        nodes.push(Node { name: name.to_owned(), disk: Arc::clone(disk), cache });
+        nodes.push(Node {
+            name: name.to_owned(),
+            disk: Arc::clone(disk),
+            cache,
+            layer_names: vec![name.to_owned()],
+        });
         Ok(())
     }
 
@@ -191,13 +206,37 @@ impl Daemon {
         lock(&self.nodes).clone()
     }
 
-    /// A disk by either name, as the reference looks for it.
+    /// A disk by its device, or by the node name of its top layer.
     pub(super) fn device_or_node(&self, device: &str, node_name: &str) -> Result<Node, CommandError> {
-        let wanted = if device.is_empty() { node_name } else { device };
-        let found = lock(&self.nodes).iter().find(|node| node.name == wanted).cloned();
-        found.ok_or_else(|| {
-            CommandError::new(format!("Cannot find device='{device}' nor node-name='{node_name}'"))
-        })
+        let nodes = lock(&self.nodes);
+        let found = nodes.iter().find(|node| {
+            if device.is_empty() { node.layer_names[0] == node_name } else { node.name == device }
+        });
+        if let Some(node) = found {
+            return Ok(node.clone());
+        }
+        let above = nodes.iter().find_map(|node| {
+            let depth = node.layer_names.iter().position(|name| device.is_empty() && name == node_name)?;
+            Some(node.layer_name(depth - 1))
+        });
+        Err(CommandError::new(match above {
+            Some(above) => format!("Node '{node_name}' is busy: node is used as backing hd of '{above}'"),
+            None => format!("Cannot find device='{device}' nor node-name='{node_name}'"),
+        }))
+    }
+
+    /// Whether a node or a device has that name.
+    pub(super) fn is_taken(&self, name: &str) -> bool {
+        lock(&self.nodes)
+            .iter()
+            .any(|node| node.name == name || node.layer_names.iter().any(|known| known == name))
+    }
+
+    /// A layer of that name was put on top of a disk.
+    pub(super) fn put_on_top(&self, device: &str, layer_name: String) {
+        if let Some(node) = lock(&self.nodes).iter_mut().find(|node| node.name == device) {
+            node.layer_names.insert(0, layer_name);
+        }
     }
 
     /// Held by commands that change servers and exports.

@@ -5,9 +5,11 @@
 //! where the parsers look instead of drowning in magic numbers. A target returns when all is well and panics
 //! when the library broke a promise; an error from the library is an answer.
 
+mod nbd;
 mod script;
 mod targets;
 
+pub use nbd::nbd;
 pub use targets::{check, map, open, read, repair, write};
 
 use crate::pattern::Random;
@@ -16,8 +18,15 @@ use crate::pattern::Random;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 6] =
-    [("open", open), ("map", map), ("read", read), ("check", check), ("repair", repair), ("write", write)];
+pub const TARGETS: [Target; 7] = [
+    ("open", open),
+    ("map", map),
+    ("read", read),
+    ("check", check),
+    ("repair", repair),
+    ("write", write),
+    ("nbd", nbd),
+];
 
 /// The `index`th random input: the length varies, and small numbers are common, as they are in scripts.
 #[must_use]
