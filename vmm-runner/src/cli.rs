@@ -32,7 +32,7 @@ pub(crate) enum Command {
 /// What the machine is, and what it boots.
 #[derive(Debug, Args)]
 pub(crate) struct RunOptions {
-    /// Kernel: a bzImage, or an ELF file with a PVH entry.
+    /// Kernel: a bzImage, or an ELF file with a PVH entry. Without one the first disk's own kernel is booted.
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
 
@@ -40,9 +40,22 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(crate) initrd: Option<PathBuf>,
 
-    /// Command line of the kernel.
-    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0 quiet")]
-    pub(crate) cmdline: String,
+    /// Command line of the kernel, in place of the disk's own; for --kernel, "console=ttyS0 quiet" where none is
+    /// given.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) cmdline: Option<String>,
+
+    /// More words behind the command line that the disk has.
+    #[arg(long, value_name = "TEXT", conflicts_with = "kernel")]
+    pub(crate) append: Option<String>,
+
+    /// Boots the entry of this title, rather than the disk's default.
+    #[arg(long, value_name = "TITLE", conflicts_with = "kernel")]
+    pub(crate) boot_entry: Option<String>,
+
+    /// Shows the boot entries that are in the first disk, and ends.
+    #[arg(long, conflicts_with = "kernel")]
+    pub(crate) list_boot: bool,
 
     /// RAM: SIZE, or size=SIZE[,hugepages=2M|1G][,shared=on][,mergeable=on][,prefault=on][,numa-node=N][,dump=off].
     #[arg(long, value_name = "SPEC", default_value = "1G")]

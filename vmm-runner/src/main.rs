@@ -12,12 +12,15 @@ use clap::Parser;
 use cli::{Cli, Command, RunOptions};
 use vmm_runner::{
     Error, Result,
-    boot::DirectBoot,
+    boot::{BootFile, DirectBoot, from_image::BootDisk},
     console::OpenConsole,
     drive::{Drive, DriveConfig, close_all},
     machine::{End, Machine, MachineConfig},
     virtio::Entropy,
 };
+
+/// The command line of a kernel that is given without one.
+const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -36,29 +39,72 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &RunOptions) -> Result<()> {
-    let kernel = options.kernel.clone();
-    let boot = DirectBoot {
-        kernel: kernel.ok_or_else(|| Error::Invalid("nothing to boot: give --kernel".to_owned()))?,
-        initrd: options.initrd.clone(),
-        command_line: options.cmdline.clone(),
-    };
-    let mut console = OpenConsole::open(&options.serial)?;
     let named = options.disks.iter().map(|path| DriveConfig::new(path));
     let drives: Vec<Drive> =
         named.chain(options.disk.iter().cloned()).map(Drive::open).collect::<Result<_>>()?;
-    let result = run_machines(options, &boot, &mut console, &drives);
+    let result = if options.list_boot { list_boot(&drives) } else { run_machines(options, &drives) };
     // What the guest flushed is safe whatever happened; this marks the images clean.
     result.and(close_all(drives))
 }
 
+/// Prints what the first disk can boot.
+fn list_boot(drives: &[Drive]) -> Result<()> {
+    let drive = drives.first().ok_or_else(|| Error::Invalid("--list-boot needs a disk".to_owned()))?;
+    let disk = BootDisk::look(&drive.disk().image())?;
+    let mut text = String::new();
+    for entry in disk.entries() {
+        let mark = if entry.is_default { "*" } else { " " };
+        text.push_str(&format!(
+            "{mark} {}\n    kernel  {} ({})\n",
+            entry.title,
+            entry.kernel,
+            disk.volume_name(entry)
+        ));
+        for initrd in &entry.initrds {
+            text.push_str(&format!("    initrd  {initrd}\n"));
+        }
+        text.push_str(&format!("    options {}\n", entry.options));
+    }
+    for remark in disk.remarks() {
+        text.push_str(&format!("{remark}\n"));
+    }
+    if text.is_empty() {
+        text.push_str("nothing to boot was found\n");
+    }
+    io::stdout().write_all(text.as_bytes()).map_err(Error::host("standard output"))
+}
+
+/// What to boot: what the user names, or what the first disk holds now.
+fn what_to_boot(options: &RunOptions, drives: &[Drive]) -> Result<DirectBoot> {
+    if let Some(kernel) = &options.kernel {
+        return Ok(DirectBoot {
+            kernel: BootFile::Host(kernel.clone()),
+            initrd: options.initrd.clone().map(BootFile::Host),
+            command_line: options.cmdline.clone().unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned()),
+        });
+    }
+    let drive = drives
+        .first()
+        .ok_or_else(|| Error::Invalid("nothing to boot: name a disk, or give --kernel".to_owned()))?;
+    let mut boot = BootDisk::look(&drive.disk().image())?.load(options.boot_entry.as_deref())?;
+    if let Some(text) = &options.cmdline {
+        boot.command_line.clone_from(text);
+    }
+    // The only screen that this machine has.
+    if !boot.command_line.split_whitespace().any(|word| word.starts_with("console=")) {
+        boot.command_line.push_str(" console=ttyS0");
+    }
+    if let Some(more) = &options.append {
+        boot.command_line.push_str(&format!(" {more}"));
+    }
+    Ok(boot)
+}
+
 /// One machine after the other, until one does not reset.
-fn run_machines(
-    options: &RunOptions,
-    boot: &DirectBoot,
-    console: &mut OpenConsole,
-    drives: &[Drive],
-) -> Result<()> {
+fn run_machines(options: &RunOptions, drives: &[Drive]) -> Result<()> {
+    let mut console = OpenConsole::open(&options.serial)?;
     loop {
+        let boot = what_to_boot(options, drives)?;
         let config = MachineConfig { cpus: options.cpus.clone(), memory: options.memory };
         let mut machine = Machine::new(config, console.writer())?;
         for (index, drive) in drives.iter().enumerate() {
@@ -68,7 +114,7 @@ fn run_machines(
             machine.add_device(Box::new(Entropy::default()))?;
         }
         console.attach(machine.serial(), machine.control())?;
-        match machine.run(boot)? {
+        match machine.run(&boot)? {
             End::PowerOff | End::Quit => return Ok(()),
             End::Reset if options.no_reboot => return Ok(()),
             End::Reset => {}

@@ -1,13 +1,17 @@
 //! Putting a kernel, its initial file system and its command line into memory, as a boot protocol wants them.
 
 mod bzimage;
+pub mod from_image;
 mod linux64;
 mod pvh;
 
 use std::{
+    borrow::Cow,
+    fmt,
     fs::File,
-    io::{Cursor, Read, Seek, SeekFrom},
+    io::{Cursor, Read},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use linux_loader::loader::{
@@ -23,6 +27,8 @@ use crate::{
 
 /// Kernels are far smaller.
 const MAX_KERNEL_BYTES: u64 = 512 << 20;
+/// Initial file systems are far smaller.
+const MAX_INITRD_BYTES: u64 = 1 << 30;
 /// An initial file system is put below this where the kernel does not say otherwise (`initrd_addr_max`).
 const INITRD_LIMIT: u64 = 0x3800_0000;
 const PAGE: u64 = 4096;
@@ -30,13 +36,49 @@ const PAGE: u64 = 4096;
 /// `mov dx, 0xCF9; mov al, 6; out dx, al; hlt; jmp $-1`.
 const RESET_CODE: [u8; 9] = [0xBA, 0xF9, 0x0C, 0xB0, RESET_VALUE, 0xEE, 0xF4, 0xEB, 0xFD];
 
-/// What a direct boot starts from. Read anew at each reset.
+/// Where a kernel or an initial file system is.
+#[derive(Clone, PartialEq, Eq)]
+pub enum BootFile {
+    /// A file of the host. Read anew at each reset.
+    Host(PathBuf),
+    /// In memory already.
+    Bytes {
+        /// What to call it.
+        name: String,
+        /// Its contents.
+        bytes: Arc<[u8]>,
+    },
+}
+
+impl fmt::Debug for BootFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BootFile({})", self.name())
+    }
+}
+
+impl BootFile {
+    fn name(&self) -> String {
+        match self {
+            Self::Host(path) => path.display().to_string(),
+            Self::Bytes { name, .. } => name.clone(),
+        }
+    }
+
+    fn read(&self, limit: u64) -> Result<Cow<'_, [u8]>> {
+        match self {
+            Self::Host(path) => read_file(path, limit).map(Cow::Owned),
+            Self::Bytes { bytes, .. } => Ok(Cow::Borrowed(bytes)),
+        }
+    }
+}
+
+/// What a direct boot starts from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirectBoot {
     /// bzImage or ELF.
-    pub kernel: PathBuf,
+    pub kernel: BootFile,
     /// Initial file system.
-    pub initrd: Option<PathBuf>,
+    pub initrd: Option<BootFile>,
     /// Command line.
     pub command_line: String,
 }
@@ -56,13 +98,12 @@ impl DirectBoot {
     /// # Errors
     /// When a file cannot be read, is no kernel, or does not fit into memory.
     pub fn load(&self, memory: &GuestMemory, ram_bytes: u64, acpi: &AcpiTables) -> Result<Entry> {
-        let image = read_file(&self.kernel, MAX_KERNEL_BYTES)?;
-        let kernel = Kernel::load(&self.kernel, image, memory)?;
+        let kernel = Kernel::load(&self.kernel.name(), &self.kernel.read(MAX_KERNEL_BYTES)?, memory)?;
         write_command_line(memory, &self.command_line)?;
         memory.write_slice(&acpi.bytes, GuestAddress(acpi.address)).map_err(in_memory("the ACPI tables"))?;
         memory.write_slice(&RESET_CODE, layout::RESET_VECTOR).map_err(in_memory("the reset vector"))?;
         let initrd = match &self.initrd {
-            Some(path) => Some(load_initrd(path, memory, ram_bytes, kernel.end, kernel.initrd_limit)?),
+            Some(file) => Some(load_initrd(file, memory, ram_bytes, kernel.end, kernel.initrd_limit)?),
             None => None,
         };
         let handover = Handover { memory, ram_bytes, acpi, initrd };
@@ -91,30 +132,30 @@ enum Protocol {
 }
 
 impl Kernel {
-    fn load(path: &Path, image: Vec<u8>, memory: &GuestMemory) -> Result<Self> {
+    fn load(name: &str, image: &[u8], memory: &GuestMemory) -> Result<Self> {
         if image.starts_with(b"\x7fELF") {
-            return Self::load_elf(path, &image, memory)?.ok_or_else(|| {
-                bad_kernel(path, "an ELF file without a PVH entry (XEN_ELFNOTE_PHYS32_ENTRY)")
+            return Self::load_elf(name, image, memory)?.ok_or_else(|| {
+                bad_kernel(name, "an ELF file without a PVH entry (XEN_ELFNOTE_PHYS32_ENTRY)")
             });
         }
-        let setup = bzimage::Setup::read(&image)
-            .ok_or_else(|| bad_kernel(path, "neither a bzImage nor an ELF file"))?;
+        let setup = bzimage::Setup::read(image)
+            .ok_or_else(|| bad_kernel(name, "neither a bzImage nor an ELF file"))?;
         // Unpacked on the host a kernel starts in a fraction of the time: it need not unpack itself in the guest.
-        if let Some(elf) = setup.unpack(&image, MAX_KERNEL_BYTES)?
-            && let Some(kernel) = Self::load_elf(path, &elf, memory)?
+        if let Some(elf) = setup.unpack(image, MAX_KERNEL_BYTES)?
+            && let Some(kernel) = Self::load_elf(name, &elf, memory)?
         {
             return Ok(kernel);
         }
-        let end = setup.load(&image, memory)?;
+        let end = setup.load(image, memory)?;
         let initrd_limit = setup.initrd_limit();
         Ok(Self { protocol: Protocol::Linux64 { setup: Box::new(setup) }, end, initrd_limit })
     }
 
     /// `None` for a kernel that has no PVH entry.
-    fn load_elf(path: &Path, image: &[u8], memory: &GuestMemory) -> Result<Option<Self>> {
+    fn load_elf(name: &str, image: &[u8], memory: &GuestMemory) -> Result<Option<Self>> {
         let loaded = Elf::load(memory, None, &mut Cursor::new(image), None);
         let KernelLoaderResult { kernel_end, pvh_boot_cap, .. } =
-            loaded.map_err(|error| bad_kernel(path, &error.to_string()))?;
+            loaded.map_err(|error| bad_kernel(name, &error.to_string()))?;
         Ok(match pvh_boot_cap {
             PvhBootCapability::PvhEntryPresent(entry) => {
                 Some(Self { protocol: Protocol::Pvh { entry }, end: kernel_end, initrd_limit: INITRD_LIMIT })
@@ -124,8 +165,8 @@ impl Kernel {
     }
 }
 
-fn bad_kernel(path: &Path, why: &str) -> Error {
-    Error::Invalid(format!("{}: not a kernel that this machine can start: {why}", path.display()))
+fn bad_kernel(name: &str, why: &str) -> Error {
+    Error::Invalid(format!("{name}: not a kernel that this machine can start: {why}"))
 }
 
 /// Names what did not fit into guest memory.
@@ -138,41 +179,32 @@ fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let read = file.take(limit + 1).read_to_end(&mut bytes).map_err(Error::file(path))?;
     if read as u64 > limit {
-        return Err(Error::Invalid(format!(
-            "{}: larger than the {} MiB of any kernel",
-            path.display(),
-            limit >> 20
-        )));
+        return Err(Error::Invalid(format!("{}: larger than {} MiB", path.display(), limit >> 20)));
     }
     Ok(bytes)
 }
 
-/// Reads the initial file system straight into the guest's memory, as high as it may be.
+/// Puts the initial file system into the guest's memory, as high as it may be.
 fn load_initrd(
-    path: &Path,
+    file: &BootFile,
     memory: &GuestMemory,
     ram_bytes: u64,
     kernel_end: u64,
     limit: u64,
 ) -> Result<(GuestAddress, u64)> {
-    let mut file = File::open(path).map_err(Error::file(path))?;
-    let length = file.seek(SeekFrom::End(0)).map_err(Error::file(path))?;
-    file.rewind().map_err(Error::file(path))?;
+    let bytes = file.read(MAX_INITRD_BYTES)?;
+    let length = bytes.len() as u64;
     let top = ram_bytes.min(layout::LOW_RAM_LIMIT).min(limit);
     let start = top.checked_sub(length).map(|start| start & !(PAGE - 1)).filter(|start| *start >= kernel_end);
     let start = start.ok_or_else(|| {
         Error::Invalid(format!(
             "{}: {} MiB do not fit between the kernel and {} MiB; give the guest more memory",
-            path.display(),
+            file.name(),
             length >> 20,
             top >> 20
         ))
     })?;
-    let count =
-        usize::try_from(length).map_err(|_| Error::Invalid(format!("{}: too large", path.display())))?;
-    memory
-        .read_exact_volatile_from(GuestAddress(start), &mut file, count)
-        .map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))?;
+    memory.write_slice(&bytes, GuestAddress(start)).map_err(in_memory("the initial file system"))?;
     Ok((GuestAddress(start), length))
 }
 
