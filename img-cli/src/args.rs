@@ -6,7 +6,12 @@ use img_core::{
     image::{self, CacheMode, Image, ImageName, OpenOptions},
 };
 
-use crate::{context::Context, error::Failure, output::complain};
+use crate::{
+    context::Context,
+    error::{Failure, reason},
+    output::complain,
+    snapshot_param::Wanted,
+};
 
 /// How the images on the command line are named.
 #[derive(Debug, clap::Args)]
@@ -244,6 +249,30 @@ impl<'a> Opening<'a> {
         let options = self.options(context)?;
         let name = self.image_name()?;
         Image::open(&name, &options).map_err(|error| Failure::open(self.name, &error))
+    }
+
+    /// The disk of `image`, which this opened, as it was when a snapshot was taken.
+    pub(crate) fn at_snapshot(
+        &self,
+        image: Image,
+        wanted: &Wanted,
+        context: &Context,
+    ) -> Result<Image, Failure> {
+        let failed = |why: String| Failure::new(format!("Failed to load snapshot: {why}"));
+        let layer = &image.layers()[0];
+        let Some(snapshots) = layer.snapshots() else {
+            return Err(failed(format!(
+                "Block format '{}' used by device '' does not support temporarily loading internal snapshots",
+                layer.driver().name()
+            )));
+        };
+        let list = snapshots.list().map_err(|error| failed(reason(&error)))?;
+        let id = wanted.find(&list).ok_or_else(|| failed("Can't find snapshot".to_owned()))?.id.clone();
+        drop(image);
+        let image = Image::open_snapshot(&self.image_name()?, &self.options(context)?, &id)
+            .map_err(|error| failed(reason(&error)))?;
+        print_warnings(&image, context);
+        Ok(image)
     }
 }
 

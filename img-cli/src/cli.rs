@@ -5,8 +5,8 @@ use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser};
 
 use crate::{
     command::{
-        bitmap, check, commit, compare, completions, convert, create, info, man, map, rebase, resize,
-        snapshot,
+        bench, bitmap, check, commit, compare, completions, convert, create, dd, info, man, map, measure,
+        rebase, resize, snapshot,
     },
     context::Context,
     error::{Failure, Outcome},
@@ -68,14 +68,17 @@ macro_rules! command {
 
 /// All of them, in the order of the help.
 const COMMANDS: &[Command] = &[
+    command!(bench),
     command!(bitmap),
     command!(check),
     command!(commit),
     command!(compare),
     command!(convert),
     command!(create),
+    command!(dd),
     command!(info),
     command!(map),
+    command!(measure),
     command!(rebase),
     command!(resize),
     command!(snapshot),
@@ -84,7 +87,7 @@ const COMMANDS: &[Command] = &[
 ];
 
 /// The reference's commands that are not here yet.
-pub(crate) const MISSING_COMMANDS: &[&str] = &["amend", "bench", "dd", "measure"];
+pub(crate) const MISSING_COMMANDS: &[&str] = &["amend"];
 
 impl Command {
     /// The command called `name`.

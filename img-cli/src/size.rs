@@ -7,9 +7,17 @@ use img_core::format::{SizeError, parse_size};
 /// The largest size that the reference accepts from the command line.
 pub(crate) const MAX_BYTES: u64 = i64::MAX as u64;
 
+/// The largest number of bytes in one request.
+pub(crate) const MAX_SMALL: u64 = i32::MAX as u64;
+
 /// A command line number with the reference's complaints: `what` is for example `image size`.
 pub(crate) fn argument(what: &str, text: &str, max: u64) -> Result<u64, String> {
     ranged(what, text, parse_size(text), 0, max)
+}
+
+/// A command line number from 1 to what a signed 32-bit number holds, or from 0.
+pub(crate) fn small(what: &str, text: &str, min: u64) -> Result<u64, String> {
+    ranged(what, text, parse_size(text), min, MAX_SMALL)
 }
 
 /// A plain count between `min` and `max`: decimal or hexadecimal, no suffix.

@@ -12,11 +12,11 @@ use img_core::{
 };
 
 use crate::{
-    args::{Opening, ShareArgs, cache_mode, print_warnings, source_cache},
+    args::{Opening, ShareArgs, cache_mode, source_cache},
     command::create,
     context::Context,
     created::Created,
-    error::{Failure, Outcome, reason, system_reason},
+    error::{Failure, Outcome, system_reason},
     names,
     object::ObjectArgs,
     option_list,
@@ -349,35 +349,11 @@ impl Job<'_> {
                 };
                 let image = opening.open(self.context)?;
                 match &self.snapshot {
-                    Some(wanted) => self.at_snapshot(&opening, image, wanted),
+                    Some(wanted) => opening.at_snapshot(image, wanted, self.context),
                     None => Ok(image),
                 }
             })
             .collect()
-    }
-
-    /// The disk of an opened source as it was.
-    fn at_snapshot(
-        &self,
-        opening: &Opening<'_>,
-        image: Image,
-        wanted: &snapshot_param::Wanted,
-    ) -> Result<Image, Failure> {
-        let failed = |why: String| Failure::new(format!("Failed to load snapshot: {why}"));
-        let layer = &image.layers()[0];
-        let Some(snapshots) = layer.snapshots() else {
-            return Err(failed(format!(
-                "Block format '{}' used by device '' does not support temporarily loading internal snapshots",
-                layer.driver().name()
-            )));
-        };
-        let list = snapshots.list().map_err(|error| failed(reason(&error)))?;
-        let id = wanted.find(&list).ok_or_else(|| failed("Can't find snapshot".to_owned()))?.id.clone();
-        drop(image);
-        let image = Image::open_snapshot(&opening.image_name()?, &opening.options(self.context)?, &id)
-            .map_err(|error| failed(reason(&error)))?;
-        print_warnings(&image, self.context);
-        Ok(image)
     }
 
     fn target_cache(&self) -> Result<CacheMode, Failure> {

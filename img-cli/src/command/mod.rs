@@ -5,6 +5,7 @@
 //! The first line of each `Args`' comment is its line in the list of commands.
 //! None knows anything about a format.
 
+pub(crate) mod bench;
 pub(crate) mod bitmap;
 pub(crate) mod check;
 pub(crate) mod commit;
@@ -12,9 +13,11 @@ pub(crate) mod compare;
 pub(crate) mod completions;
 pub(crate) mod convert;
 pub(crate) mod create;
+pub(crate) mod dd;
 pub(crate) mod info;
 pub(crate) mod man;
 pub(crate) mod map;
+pub(crate) mod measure;
 pub(crate) mod rebase;
 pub(crate) mod resize;
 pub(crate) mod snapshot;

@@ -4,7 +4,9 @@ use std::{fmt, ops::Range, path::Path, sync::Arc};
 
 use serde_json::Value;
 
-use super::{Bitmaps, Codec, Extent, HostFile, LayerWriter, OptionDescription, OptionSet};
+use super::{
+    Bitmaps, Codec, Extent, HostFile, LayerWriter, MeasureRequest, Measured, OptionDescription, OptionSet,
+};
 use crate::{Error, Result, storage::Storage};
 
 /// A format: how its images are recognised, made and opened. One static value each, listed in the
@@ -42,6 +44,16 @@ pub trait Driver: Send + Sync + fmt::Debug {
 
     /// Whether images can be checked at all.
     fn can_check(&self) -> bool;
+
+    /// How large the file of a new image would be.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] in the reference's words when the format cannot say, or refuses an option.
+    fn measure(&self, request: &MeasureRequest<'_>) -> Result<Measured> {
+        let _ = request;
+        let name = self.name();
+        Err(Error::Invalid(format!("Block driver '{name}' does not support size measurement")))
+    }
 
     /// What this driver does and the reference's driver of that name refuses: whoever stands in for the reference
     /// refuses it too.

@@ -10,6 +10,7 @@ mod extent;
 mod host_file;
 mod in_flight;
 mod layer;
+mod measure;
 mod options;
 pub mod registry;
 mod table_cache;
@@ -28,6 +29,7 @@ pub use layer::{
     Backing, Beyond, CheckReport, CompressedWrites, CreateRequest, Driver, Finding, Layer, Lease, LeaseToken,
     OpenContext, OpenFile, OpenMode, Repair, SnapshotInfo, Snapshots,
 };
+pub use measure::{MeasureRequest, MeasureSource, Measured};
 pub use options::{
     FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,
 };

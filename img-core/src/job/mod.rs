@@ -4,12 +4,14 @@
 //! come out the same at any number of threads goes through `ordered`. `zeroes` finds zeroes in memory,
 //! `compress` makes compressed clusters, `throttle` slows down. Nothing here knows a format or a command line.
 
+pub mod bench;
 pub mod bitmaps;
 pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod create;
 pub mod map;
+pub mod measure;
 pub mod rebase;
 
 #[cfg(test)]

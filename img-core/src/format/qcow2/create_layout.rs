@@ -263,7 +263,7 @@ impl Layout {
 }
 
 /// Refcount blocks that count `clusters`, themselves, and their table.
-fn blocks_needed(geometry: Geometry, mut clusters: u64, mut generous: bool) -> u64 {
+pub(super) fn blocks_needed(geometry: Geometry, mut clusters: u64, mut generous: bool) -> u64 {
     let per_table_cluster = geometry.cluster_bytes() / 8;
     let (mut table, mut blocks, mut total) = (0_u64, 0_u64, 0);
     loop {

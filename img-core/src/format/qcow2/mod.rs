@@ -29,6 +29,7 @@ mod header;
 mod layer;
 mod lease;
 mod map;
+mod measure;
 mod options;
 mod overlap;
 mod places;
@@ -58,7 +59,7 @@ mod snapshot_tests;
 
 use std::{path::Path, sync::Arc};
 
-use super::{CreateRequest, Driver, Layer, OpenContext, OptionDescription};
+use super::{CreateRequest, Driver, Layer, MeasureRequest, Measured, OpenContext, OptionDescription};
 use crate::{Result, storage::Storage};
 
 /// The qcow2 format.
@@ -96,5 +97,9 @@ impl Driver for Qcow2 {
 
     fn can_check(&self) -> bool {
         true
+    }
+
+    fn measure(&self, request: &MeasureRequest<'_>) -> Result<Measured> {
+        measure::measure(request)
     }
 }

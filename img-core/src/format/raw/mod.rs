@@ -10,7 +10,8 @@ mod write;
 use std::{path::Path, sync::Arc};
 
 use super::{
-    CreateRequest, Driver, Layer, OpenContext, OptionDescription, OptionKind, file_preallocation, first_block,
+    CreateRequest, Driver, Layer, MeasureRequest, Measured, OpenContext, OptionDescription, OptionKind,
+    file_preallocation, first_block,
 };
 use crate::{
     Error, Result,
@@ -68,5 +69,14 @@ impl Driver for Raw {
 
     fn can_check(&self) -> bool {
         false
+    }
+
+    /// Every byte has its place, written or not.
+    fn measure(&self, request: &MeasureRequest<'_>) -> Result<Measured> {
+        let bytes = request
+            .virtual_size_bytes
+            .checked_next_multiple_of(SECTOR_BYTES)
+            .ok_or_else(|| Error::Invalid("The image size is too large".to_owned()))?;
+        Ok(Measured { required_bytes: bytes, fully_allocated_bytes: bytes, bitmaps_bytes: None })
     }
 }

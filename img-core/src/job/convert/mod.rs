@@ -15,6 +15,8 @@ mod target;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 use self::{
     copy::Copy,
     plan::{Class, Cut, Plan, Rules},
@@ -95,7 +97,33 @@ pub fn convert(
     salvaged: &(dyn Fn(Salvaged, &Error) + Sync),
     progress: &dyn Progress,
 ) -> Result<()> {
-    let sources = Sources::new(sources)?;
+    copy_sources(&Sources::new(sources)?, target, options, salvaged, progress)
+}
+
+/// Copies a part of one disk to the start of `target`, as [`convert`] does. The part lies inside the source.
+///
+/// # Errors
+/// As [`convert`].
+pub fn convert_part(
+    source: &Image,
+    part: Range<u64>,
+    target: &Image,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+) -> Result<()> {
+    if part.start > part.end || part.end > source.virtual_size_bytes() {
+        return Err(Error::Invalid(format!("bytes {}..{} are not inside the disk", part.start, part.end)));
+    }
+    copy_sources(&Sources::of_parts([(source, part)])?, target, options, &|_, _| {}, progress)
+}
+
+fn copy_sources(
+    sources: &Sources<'_>,
+    target: &Image,
+    options: &ConvertOptions,
+    salvaged: &(dyn Fn(Salvaged, &Error) + Sync),
+    progress: &dyn Progress,
+) -> Result<()> {
     if sources.len_bytes() > target.virtual_size_bytes() {
         return Err(Error::Invalid("output file is smaller than input file".to_owned()));
     }
@@ -114,7 +142,7 @@ pub fn convert(
         join: is_local,
         on_lost: options.salvage.then_some(&on_lost),
     };
-    let plan = Plan::new(&sources, rules, compression.map(|_| target.cluster_bytes))?;
+    let plan = Plan::new(sources, rules, compression.map(|_| target.cluster_bytes))?;
 
     let mut all = plan.pieces();
     let mut to_copy = 0;
@@ -126,8 +154,7 @@ pub fn convert(
     progress.advance(0, to_copy);
 
     let on_salvaged: source::OnSalvaged<'_> = if options.salvage { Some(salvaged) } else { None };
-    Copy::new(&sources, target, &plan, options, compression, is_local, on_salvaged)?
-        .run(progress, to_copy)?;
+    Copy::new(sources, target, &plan, options, compression, is_local, on_salvaged)?.run(progress, to_copy)?;
     if compression.is_some() {
         target.pad_to_sector().map_err(|error| target::write_error(sources.len_bytes(), error))?;
     }

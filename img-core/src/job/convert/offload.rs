@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{
-    source::Sources,
+    source::{Source, Sources},
     target::{Reserved, Target},
 };
 use crate::{
@@ -21,17 +21,19 @@ pub(super) fn copy(
     target: &Target<'_>,
     reserved: &[Reserved<'_>],
 ) -> Result<bool> {
-    let Some((base, image, _)) = sources.get(sources.index_at(guest_bytes.start)) else { return Ok(false) };
-    if guest_bytes.end - base > image.virtual_size_bytes() {
+    let Some(source) = sources.get(sources.index_at(guest_bytes.start)) else { return Ok(false) };
+    let Source { image, base, part, .. } = source;
+    if guest_bytes.end - base > part.end - part.start {
         return Ok(false);
     }
+    let in_image = |guest: u64| guest - base + part.start;
     for piece in reserved {
         let plan = piece.plan();
         if plan.fill_before_bytes != 0 || plan.fill_after_bytes != 0 {
             return Ok(false);
         }
         let mut extents = Vec::new();
-        image.map_range(plan.guest_bytes.start - base..plan.guest_bytes.end - base, &mut extents)?;
+        image.map_range(in_image(plan.guest_bytes.start)..in_image(plan.guest_bytes.end), &mut extents)?;
         let mut to = plan.at.0;
         for extent in &extents {
             let Some((from, at)) = host_place(image.layers(), extent) else { return Ok(false) };

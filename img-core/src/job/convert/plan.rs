@@ -6,10 +6,9 @@
 
 use std::collections::VecDeque;
 
-use super::source::Sources;
+use super::source::{Source, Sources};
 use crate::{
     Result,
-    image::Image,
     job::status::{OnLost, Walk},
 };
 
@@ -80,19 +79,21 @@ impl<'a> Runs<'a> {
         if let Some(pending) = self.pending.pop_front() {
             return Ok(Some(pending));
         }
-        while let Some((base, image, padded_bytes)) = self.sources.get(self.source) {
+        while let Some(source) = self.sources.get(self.source) {
+            let Source { base, part, padded_bytes, .. } = source;
             let inside = self.at - base;
             if self.walk.is_none() {
-                self.walk = Some(self.walk_of(image, inside));
+                self.walk = Some(self.walk_of(source, inside));
             }
             let walk = self.walk.as_mut().expect("set above");
             if let Some(status) = walk.next()? {
-                self.at = base + status.end();
-                return Ok(Some(self.classify(base, status.start, status.end(), status.data, status.zero)));
+                let (start, end) = (status.start - part.start, status.end() - part.start);
+                self.at = base + end;
+                return Ok(Some(self.classify(*base, start, end, status.data, status.zero)));
             }
             self.walk = None;
             self.source += 1;
-            if inside < padded_bytes {
+            if inside < *padded_bytes {
                 // A last sector that the source has in part only.
                 self.at = base + padded_bytes;
                 return Ok(Some(Run { end: self.at, class: Class::Zero }));
@@ -101,8 +102,10 @@ impl<'a> Runs<'a> {
         Ok(None)
     }
 
-    fn walk_of(&self, image: &'a Image, from: u64) -> Walk<'a> {
-        let walk = Walk::new(image, self.source, from, u64::MAX);
+    /// From `inside` the source on.
+    fn walk_of(&self, source: &Source<'a>, inside: u64) -> Walk<'a> {
+        let Source { image, part, .. } = source;
+        let walk = Walk::new(image, self.source, part.start.saturating_add(inside), part.end);
         let walk = if self.rules.target_backing_bytes.is_some() { walk.top_only() } else { walk };
         match self.rules.on_lost {
             None => walk,

@@ -1,5 +1,7 @@
 //! The sources, one behind the other, read as one disk.
 
+use std::ops::Range;
+
 use super::Salvaged;
 use crate::{Error, JobStep, Result, image::Image};
 
@@ -10,26 +12,35 @@ pub(super) struct Sources<'a> {
     list: Vec<Source<'a>>,
 }
 
-struct Source<'a> {
-    image: &'a Image,
-    base: u64,
-    padded_bytes: u64,
+/// A part of an image, mostly all of it.
+pub(super) struct Source<'a> {
+    pub(super) image: &'a Image,
+    /// Where it begins in all sources.
+    pub(super) base: u64,
+    /// Which part of the image it is.
+    pub(super) part: Range<u64>,
+    /// How long it is in all sources.
+    pub(super) padded_bytes: u64,
 }
 
 /// Told of what was given up.
 pub(super) type OnSalvaged<'a> = Option<&'a (dyn Fn(Salvaged, &Error) + Sync)>;
 
 impl<'a> Sources<'a> {
+    /// Whole images.
     pub(super) fn new(images: &'a [Image]) -> Result<Self> {
-        let mut list = Vec::with_capacity(images.len());
+        Self::of_parts(images.iter().map(|image| (image, 0..image.virtual_size_bytes())))
+    }
+
+    /// Parts of images, each inside its disk.
+    pub(super) fn of_parts(parts: impl IntoIterator<Item = (&'a Image, Range<u64>)>) -> Result<Self> {
+        let mut list = Vec::new();
         let mut base = 0_u64;
-        for image in images {
+        for (image, part) in parts {
             let too_big = || Error::Invalid("The sources together are larger than 2^63 bytes".to_owned());
-            let padded_bytes = image
-                .virtual_size_bytes()
-                .checked_next_multiple_of(SECTOR_BYTES as u64)
-                .ok_or_else(too_big)?;
-            list.push(Source { image, base, padded_bytes });
+            let padded_bytes =
+                (part.end - part.start).checked_next_multiple_of(SECTOR_BYTES as u64).ok_or_else(too_big)?;
+            list.push(Source { image, base, part, padded_bytes });
             base =
                 base.checked_add(padded_bytes).filter(|end| *end <= i64::MAX as u64).ok_or_else(too_big)?;
         }
@@ -46,9 +57,9 @@ impl<'a> Sources<'a> {
         self.list.partition_point(|source| source.base + source.padded_bytes <= at)
     }
 
-    /// Where a source begins, the source, and its length with the padding.
-    pub(super) fn get(&self, index: usize) -> Option<(u64, &'a Image, u64)> {
-        self.list.get(index).map(|source| (source.base, source.image, source.padded_bytes))
+    /// A source by its number.
+    pub(super) fn get(&self, index: usize) -> Option<&Source<'a>> {
+        self.list.get(index)
     }
 
     /// Fills `buf` from `at` on. With `on_salvaged`, sectors that cannot be read become zeroes.
@@ -70,7 +81,8 @@ impl<'a> Sources<'a> {
 
 impl Source<'_> {
     fn read(&self, buf: &mut [u8], inside: u64, index: usize, on_salvaged: OnSalvaged<'_>) -> Result<()> {
-        let stored = usize::try_from(self.image.virtual_size_bytes().saturating_sub(inside))
+        let inside = self.part.start + inside;
+        let stored = usize::try_from(self.part.end.saturating_sub(inside))
             .map_or(buf.len(), |stored| stored.min(buf.len()));
         let (stored, padding) = buf.split_at_mut(stored);
         padding.fill(0);
@@ -82,7 +94,7 @@ impl Source<'_> {
             Err(error) => error,
         };
         let Some(on_salvaged) = on_salvaged else {
-            let at_bytes = self.base + inside;
+            let at_bytes = self.base + (inside - self.part.start);
             return Err(Error::Job { step: JobStep::Read, input: index, at_bytes, source: Box::new(error) });
         };
         for (sector, offset_bytes) in stored.chunks_mut(SECTOR_BYTES).zip((inside..).step_by(SECTOR_BYTES)) {
