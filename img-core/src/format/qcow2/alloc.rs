@@ -20,8 +20,8 @@ use super::{
 };
 use crate::{Error, Result, format::in_flight::GuestRanges};
 
-/// Rather than growing the file while this many bytes wait to become free, they are made free.
-pub(super) const PENDING_LIMIT_BYTES: u64 = 64 << 20;
+/// Rather than allocating while this many bytes wait to become free, they are made free.
+const PENDING_LIMIT_BYTES: u64 = 64 << 20;
 /// So many separate runs that wait to become free are made free, to bound the memory they take.
 const PENDING_LIMIT_RUNS: usize = 1 << 18;
 /// When so many separate runs wait for leases to end, they are joined, to bound the memory they take ...
@@ -42,13 +42,21 @@ pub(super) struct State {
     pub(super) free_byte: u64,
     /// What no table in memory refers to any more, while those on disk still may.
     pub(super) pending: Vec<Freed>,
-    pub(super) pending_bytes: u64,
+    pending_bytes: u64,
     /// What no table refers to, while someone may still have a map answer of the epoch or an earlier one.
     pub(super) limbo: VecDeque<(u64, Vec<Freed>)>,
     /// L2 tables that L1 on disk does not refer to yet.
     pub(super) new_tables: HashSet<u64>,
     /// Tables in memory refer to data or counts that may not be durable.
     pub(super) barrier: bool,
+    /// Drains that have begun since the image was opened.
+    pub(super) drains_begun: u64,
+    /// The number of the last drain that made its generation durable.
+    pub(super) drained: u64,
+    /// A drain writes and syncs without the state lock.
+    pub(super) draining: bool,
+    /// A change failed only because a drain runs. Whoever made it tries again when that has ended.
+    pub(super) stalled: bool,
     /// Prepared writes by token.
     pub(super) writes: HashMap<u64, Write>,
     /// Guest ranges of prepared writes, in whole clusters.
@@ -133,9 +141,9 @@ impl State {
         std::mem::take(&mut self.pending)
     }
 
-    /// Whether so much is pending that a drain is due.
-    pub(super) fn is_full(&self) -> bool {
-        self.pending.len() >= PENDING_LIMIT_RUNS
+    /// Whether so much is pending that a drain is due, or is due before anything is allocated.
+    pub(super) fn is_full(&self, allocates: bool) -> bool {
+        self.pending.len() >= PENDING_LIMIT_RUNS || (allocates && self.pending_bytes >= PENDING_LIMIT_BYTES)
     }
 }
 
@@ -177,15 +185,6 @@ impl Qcow2Layer {
         loop {
             let first = self.find_free(state, count)?;
             let host = self.host_range(first, count)?;
-            let known_end = self.end_bytes.load(Ordering::Relaxed);
-            if host.end > known_end && state.pending_bytes >= PENDING_LIMIT_BYTES {
-                state.free_index = first;
-                self.drain_locked(state)?;
-                if state.pending_bytes < PENDING_LIMIT_BYTES && state.free_index < first {
-                    continue;
-                }
-                state.free_index = first + count;
-            }
             self.check_overlap(&host, None)?;
             if self.count_up(state, first..first + count)? == Counted::Done {
                 self.note_allocated(host.end);
@@ -200,7 +199,7 @@ impl Qcow2Layer {
         if self.is_lazy() {
             self.set_dirty()?;
         }
-        self.release(state)
+        self.release(state).map(|_| ())
     }
 
     /// Undoes an allocation that nothing refers to.

@@ -185,7 +185,7 @@ impl Qcow2Layer {
     /// A change of the bitmaps themselves, durable when it returns.
     fn change_bitmaps(&self, more: &[NewBitmap<'_>], removed: Option<&str>) -> Result<()> {
         self.check_writable()?;
-        let mut state = self.state();
+        let mut state = self.quiet_state();
         let result = self.store_with(&mut state, more, removed).and_then(|()| self.drain_locked(&mut state));
         self.guard(result)
     }

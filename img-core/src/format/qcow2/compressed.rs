@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{HostFile, HostOffset, WritePlan, WriteToken, table_cache::lock_wait},
+    format::{HostFile, HostOffset, WritePlan, WriteToken},
 };
 
 impl Qcow2Layer {
@@ -29,16 +29,14 @@ impl Qcow2Layer {
                 self.path().display()
             )));
         }
-        let mut state = self.state();
-        while state.is_in_flight(guest..guest + cluster) {
-            state = lock_wait(&self.landed, state);
-        }
-        self.make_room(&mut state)?;
-        self.before_allocating(&mut state)?;
-        self.table_for_writing(&mut state, geometry.l1_index(guest))?;
-        let at = self.allocate_bytes(&mut state, u64::from(stored_bytes))?;
-        let kind = WriteKind::Compressed { stored_bytes };
-        let token = state.begin(Write { clusters: guest..guest + cluster, host: at, kind, also: None });
+        let (token, at) = self.change_map(guest..guest + cluster, true, |state| {
+            self.before_allocating(state)?;
+            self.table_for_writing(state, geometry.l1_index(guest))?;
+            let at = self.allocate_bytes(state, u64::from(stored_bytes))?;
+            let kind = WriteKind::Compressed { stored_bytes };
+            let token = state.begin(Write { clusters: guest..guest + cluster, host: at, kind, also: None });
+            Ok((token, at))
+        })?;
         let plan = WritePlan {
             guest_bytes: guest..guest + cluster,
             file: HostFile::IMAGE,

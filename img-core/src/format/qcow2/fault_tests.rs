@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
 use crate::{
     Error,
     format::{Driver, HostFile, Layer, LayerWriter, Lease, OpenContext, OpenMode, OptionSet, Place},
-    storage::{FileOptions, Storage},
+    storage::{FileOptions, Storage, testing::Gated},
 };
 
 fn open_to_write(storage: &Arc<dyn Storage>) -> Qcow2Layer {
@@ -126,6 +126,68 @@ fn a_lease_keeps_freed_clusters_from_others() {
     assert!(matches!(place(131_072), Place::Data { at, .. } if at == held), "free again");
     LayerWriter::close(&layer).expect("closed");
     audit(&storage);
+}
+
+/// While a flush waits for the disk, at each of its operations, others allocate, commit and give up; what they did is
+/// there afterwards, and a flush that began before is not held to it.
+#[test]
+fn a_flush_holds_nobody_up() {
+    for stop in 0.. {
+        let memory = new_image("cluster_size=512");
+        let gated = Arc::new(Gated::new(Arc::clone(&memory)));
+        let storage: Arc<dyn Storage> = gated.clone();
+        let layer = open_to_write(&storage);
+        write(&layer, 0, &[1; 16_384]).expect("written");
+        let passed = AtomicU64::new(0);
+        let gate = gated.close(move |request| {
+            request.operation.is_change() && passed.fetch_add(1, Ordering::SeqCst) == stop
+        });
+        let reached = std::thread::scope(|scope| {
+            let flush = scope.spawn(|| {
+                let flushed = LayerWriter::flush(&layer);
+                gate.let_pass();
+                flushed
+            });
+            let reached = gate.wait();
+            let done = reached.as_ref().map_or(Ok(()), |_| {
+                // In slices that are being written, in new ones, and in a new table.
+                write(&layer, 16_384, &[2; 16_384])?;
+                write(&layer, 200_100, &[3; 5000])?;
+                LayerWriter::discard(&layer, 0..4096)
+            });
+            gate.let_pass();
+            flush.join().expect("no panic").expect("flushed");
+            done.expect("changed");
+            reached
+        });
+        let Some(reached) = reached else {
+            assert!(stop >= 5, "a flush of new tables is at least five operations, not {stop}");
+            return;
+        };
+        for (guest, byte) in [(0..4096, 0), (4096..16_384, 1), (16_384..32_768, 2), (200_100..205_100, 3)] {
+            assert!(read(&layer, guest.clone()).iter().all(|found| *found == byte), "{guest:?}, {reached:?}");
+        }
+        LayerWriter::close(&layer).expect("closed");
+        audit(&memory);
+    }
+}
+
+/// Who comes to flush is content with a drain that began after that, by whomever, and with no earlier one.
+#[test]
+fn flushes_that_wait_share_a_drain() {
+    let storage = new_image("cluster_size=4k");
+    let layer = open_to_write(&storage);
+    write(&layer, 0, &[1; 4096]).expect("written");
+    LayerWriter::flush(&layer).expect("flushed");
+    let came = layer.state().drains_begun;
+    let begun = || layer.state().drains_begun - came;
+    let flush_of_who_came = || layer.drain_when(layer.state(), |state| state.drained <= came);
+    flush_of_who_came().expect("flushed");
+    assert_eq!(begun(), 1, "the drain before does not count");
+    flush_of_who_came().expect("flushed");
+    assert_eq!(begun(), 1, "the one of another who came as early does");
+    LayerWriter::flush(&layer).expect("flushed");
+    assert_eq!(begun(), 2);
 }
 
 #[test]

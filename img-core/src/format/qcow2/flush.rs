@@ -1,4 +1,4 @@
-//! Making changes durable, in the order that keeps every crash harmless.
+//! Making changes durable, in the order that keeps every crash harmless, while more changes are made.
 //!
 //! Guest data is written by others before a commit refers to it. A *drain* then takes these steps; a crash
 //! between any two leaves leaked clusters at worst:
@@ -15,8 +15,28 @@
 //! Where a step has nothing to write its sync is left out: after guest data alone there is one sync, and so
 //! there is after references that depend on nothing new. Under lazy refcounts steps 1 and 2 leave the counts
 //! in memory, and [`Qcow2Layer::finish`] writes them before it clears the dirty bit.
+//!
+//! Nobody who writes waits for the disk. Under the state lock a drain only takes its *generation*: all that
+//! is changed at that moment, in all caches at once, the clusters given up by then, and the tables that are new by
+//! then. It writes and syncs that without the lock, and takes the lock again to publish what came of it.
+//! Allocations, prepares and commits go on meanwhile, and the order holds for them as well:
+//!
+//! - A slice of the generation is written as it was when the generation was taken; whoever changes it later changes
+//!   a copy. So a reference that is written in step 3 was there when the generation was taken, and with it
+//!   were, in memory, the counts and tables it depends on: they are of this generation, and were made durable
+//!   in step 1, or of an earlier one. A reference made during the drain is in the copy, with its count, and
+//!   both wait for the next drain. The same holds for the entries of L1 and of the refcount table.
+//! - A cluster that is given up during the drain is not of the generation: its count stays until the drain after that
+//!   has made the drop durable.
+//! - A table that was new when the generation was taken is named by L1 on disk when the drain has ended, and only
+//!   then counts as old. One that is made meanwhile is new to the next drain.
+//! - What a drain does not get written waits again, beside what came later, and its order begins anew with step 1.
+//!
+//! There is one drain at a time, or an older slice might be written over a newer one. For the same reason a new
+//! refcount table, which is written outside of drains, waits until there is none ([`State::stalled`]), and so do
+//! changes of the whole image, which drain with the state held.
 
-use std::ops::Range;
+use std::{collections::HashSet, mem, ops::Range, sync::MutexGuard};
 
 use super::{
     alloc::{Freed, State},
@@ -24,30 +44,100 @@ use super::{
     layer::Qcow2Layer,
     overlap::Kind,
 };
-use crate::{Result, format::Layer, storage::Flush};
+use crate::{
+    Result,
+    format::{
+        Layer,
+        table_cache::{Changes, lock_wait},
+    },
+    storage::Flush,
+};
+
+/// What of the tables a drain writes.
+struct Tables<'a> {
+    /// Counts, and what names their blocks; left alone under lazy refcounts.
+    counts: Option<(Changes<'a>, Changes<'a>)>,
+    /// L2 tables that L1 on disk does not name.
+    new_l2: Changes<'a>,
+    l2: Changes<'a>,
+    l1: Changes<'a>,
+    /// These depend on data or counts that may not be durable.
+    barrier: bool,
+}
+
+/// What is true once the tables of a generation are durable.
+struct Promise {
+    /// This drain's number.
+    number: u64,
+    /// L1 on disk names these.
+    new_tables: HashSet<u64>,
+    /// No table on disk refers to these.
+    given_up: Vec<Freed>,
+}
+
+/// A drain that runs without the state lock; ends when dropped, also by a panic.
+struct Running<'a>(&'a Qcow2Layer);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.state().draining = false;
+        self.0.landed.notify_all();
+    }
+}
 
 impl Qcow2Layer {
-    /// Makes all changes durable.
+    /// Makes all changes durable that were made before the call. A drain that began after it, by whomever, is enough.
     pub(super) fn drain(&self) -> Result<()> {
-        let mut state = self.state();
-        let result = self.drain_locked(&mut state);
+        let state = self.state();
+        let begun = state.drains_begun;
+        self.drain_when(state, |state| state.drained <= begun)
+    }
+
+    /// Drains when no other drain runs, if `is_due` holds then.
+    pub(super) fn drain_when(
+        &self,
+        state: MutexGuard<'_, State>,
+        is_due: impl FnOnce(&State) -> bool,
+    ) -> Result<()> {
+        let state = self.wait_until_quiet(state);
+        if !self.mode.writes() || !is_due(&state) {
+            return Ok(());
+        }
+        let result = self.check_writable().and_then(|()| self.drain_beside(state));
         self.guard(result)
     }
 
-    /// A drain by whoever holds the state.
+    /// A drain beside which others change the image.
+    fn drain_beside(&self, mut state: MutexGuard<'_, State>) -> Result<()> {
+        let keep_counts = self.keeps_counts();
+        let (tables, promise) = self.take_generation(&mut state, keep_counts);
+        state.draining = true;
+        drop(state);
+        let running = Running(self);
+        let written = self.write_tables(tables);
+        let counts = {
+            let mut state = self.state();
+            let is_counted_down = self.publish(&mut state, promise, written)?;
+            (is_counted_down && !keep_counts).then(|| self.refcount_blocks.take_changes(|_| true))
+        };
+        let result = counts.map_or(Ok(()), |counts| self.write_counts(counts));
+        drop(running);
+        result
+    }
+
+    /// A drain by whoever holds the state, while there is no other.
     pub(super) fn drain_locked(&self, state: &mut State) -> Result<()> {
         if !self.mode.writes() {
             return Ok(());
         }
         self.check_writable()?;
-        let lazy = self.is_lazy() && self.refcount_blocks.dirty_bytes() < self.runtime.refcount_cache_bytes;
-        self.drain_steps(state, lazy)
+        self.drain_alone(state, self.keeps_counts())
     }
 
     /// The last drain: counts are written under lazy refcounts too, and the dirty bit is cleared.
     pub(super) fn finish(&self, state: &mut State) -> Result<()> {
         self.check_writable()?;
-        self.drain_steps(state, false)?;
+        self.drain_alone(state, false)?;
         if self.header().incompatible & super::feature::incompatible::DIRTY != 0 {
             // The counts of step 4 too must be durable before the bit goes.
             self.image_file().flush(Flush::Data)?;
@@ -56,46 +146,107 @@ impl Qcow2Layer {
         Ok(())
     }
 
-    fn drain_steps(&self, state: &mut State, keep_counts: bool) -> Result<()> {
-        let file = self.image_file();
-        let (l1, l2) = (&self.map.l1, &self.map.l2);
-        let references = l1.is_dirty(|_| true) || l2.is_dirty(|_| true);
-        // 1. counts and new tables
-        if !keep_counts {
-            self.write_refcount_blocks()?;
+    fn drain_alone(&self, state: &mut State, keep_counts: bool) -> Result<()> {
+        debug_assert!(!state.draining, "there is one drain at a time");
+        let (tables, promise) = self.take_generation(state, keep_counts);
+        let written = self.write_tables(tables);
+        self.publish(state, promise, written)?;
+        if keep_counts { Ok(()) } else { self.write_counts(self.refcount_blocks.take_changes(|_| true)) }
+    }
+
+    /// Whether counts stay in memory for now, the dirty bit being set.
+    fn keeps_counts(&self) -> bool {
+        self.is_lazy() && self.refcount_blocks.dirty_bytes() < self.runtime.refcount_cache_bytes
+    }
+
+    /// The state, when no drain runs. None begins while it is held.
+    pub(super) fn quiet_state(&self) -> MutexGuard<'_, State> {
+        self.wait_until_quiet(self.state())
+    }
+
+    /// Gives the state up until no drain runs.
+    pub(super) fn wait_until_quiet<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        while state.draining {
+            state = lock_wait(&self.landed, state);
         }
+        state
+    }
+
+    /// All that is changed now, and what is true when it is durable.
+    fn take_generation(&self, state: &mut State, keep_counts: bool) -> (Tables<'_>, Promise) {
         let cluster = !(self.geometry.cluster_bytes() - 1);
-        let new_tables = &state.new_tables;
+        let new_tables = mem::take(&mut state.new_tables);
+        state.drains_begun += 1;
+        let tables = Tables {
+            counts: (!keep_counts).then(|| {
+                (self.refcount_blocks.take_changes(|_| true), self.refcount_table.take_changes(|_| true))
+            }),
+            new_l2: self.map.l2.take_changes(|at| new_tables.contains(&(at & cluster))),
+            l2: self.map.l2.take_changes(|_| true),
+            l1: self.map.l1.take_changes(|_| true),
+            barrier: mem::take(&mut state.barrier),
+        };
+        let promise = Promise { number: state.drains_begun, new_tables, given_up: state.take_pending() };
+        (tables, promise)
+    }
+
+    /// Steps 1 to 3. What fails to be written waits again.
+    fn write_tables(&self, tables: Tables<'_>) -> Result<()> {
+        let file = self.image_file();
+        let Tables { counts, new_l2, l2, l1, barrier } = tables;
+        let has_references = !(new_l2.is_empty() && l2.is_empty() && l1.is_empty());
         let allow_l2 = |host| self.check_overlap(&host, Some(Kind::ActiveL2));
-        l2.write_back(file, |at| new_tables.contains(&(at & cluster)), allow_l2)?;
-        let table = !keep_counts && self.refcount_table.is_dirty(|_| true);
-        if state.barrier && (table || references) {
+        // 1. counts and new tables
+        let mut table = None;
+        if let Some((blocks, refcount_table)) = counts {
+            self.write_counts(blocks)?;
+            table = Some(refcount_table).filter(|table| !table.is_empty());
+        }
+        new_l2.write(file, allow_l2)?;
+        if barrier && (table.is_some() || has_references) {
             self.sync()?;
         }
         // 2. refcount table
-        if table {
-            let allow = |host| self.check_overlap(&host, Some(Kind::RefcountTable));
-            self.refcount_table.write_back(file, |_| true, allow)?;
-            if references {
+        if let Some(table) = table {
+            table.write(file, |host| self.check_overlap(&host, Some(Kind::RefcountTable)))?;
+            if has_references {
                 file.flush(Flush::Data)?;
             }
         }
         // 3. references
-        l2.write_back(file, |_| true, allow_l2)?;
-        l1.write_back(file, |_| true, |host| self.check_overlap(&host, Some(Kind::ActiveL1)))?;
-        self.sync()?;
-        state.new_tables.clear();
-        state.barrier = false;
+        l2.write(file, allow_l2)?;
+        l1.write(file, |host| self.check_overlap(&host, Some(Kind::ActiveL1)))?;
+        self.sync()
+    }
+
+    /// What follows from the tables having been written, or not; with it the beginning of step 4. Returns whether
+    /// anything was counted down.
+    fn publish(&self, state: &mut State, promise: Promise, written: Result<()>) -> Result<bool> {
+        if let Err(error) = written {
+            state.new_tables.extend(promise.new_tables);
+            state.barrier = true;
+            promise.given_up.into_iter().for_each(|freed| state.free(freed));
+            return Err(error);
+        }
+        state.drained = promise.number;
+        if !promise.given_up.is_empty() {
+            state.wait_for_leases(self.epochs.close(), promise.given_up);
+        }
         // 4. drops
-        let pending = state.take_pending();
-        if !pending.is_empty() {
-            state.wait_for_leases(self.epochs.close(), pending);
-        }
-        self.release(state)?;
-        if !keep_counts {
-            self.write_refcount_blocks()?;
-        }
-        Ok(())
+        self.release(state)
+    }
+
+    /// Writes refcount blocks. At any time but the end of a drain they differ from the file by counts that are too
+    /// high at most.
+    fn write_counts(&self, blocks: Changes<'_>) -> Result<()> {
+        blocks
+            .write(self.image_file(), |host| self.check_overlap(&host, Some(Kind::RefcountBlock)))
+            .map(|_| ())
+    }
+
+    /// Writes all changed refcount blocks; no drain runs.
+    pub(super) fn write_refcount_blocks(&self) -> Result<()> {
+        self.write_counts(self.refcount_blocks.take_changes(|_| true))
     }
 
     /// Makes everything written so far durable, guest data included.
@@ -106,13 +257,15 @@ impl Qcow2Layer {
         self.image_file().flush(Flush::Data)
     }
 
-    /// Step 4: what nobody can reach any more is counted down and given back.
-    pub(super) fn release(&self, state: &mut State) -> Result<()> {
+    /// Step 4: what nobody can reach any more is counted down and given back. Returns whether there was any.
+    pub(super) fn release(&self, state: &mut State) -> Result<bool> {
+        let mut is_any = false;
         while let Some((epoch, _)) = state.limbo.front() {
             if !self.epochs.all_gone(*epoch) {
                 break;
             }
             let (_, mut freed) = state.limbo.pop_front().expect("it has a front");
+            is_any = true;
             freed.sort_by_key(|freed| (freed.in_data_file, freed.host.start));
             let mut holes: Vec<Freed> = Vec::new();
             for freed in freed {
@@ -137,7 +290,7 @@ impl Qcow2Layer {
                 self.punch(&hole)?;
             }
         }
-        Ok(())
+        Ok(is_any)
     }
 
     /// Whether there is something that [`Self::release`] would give back.

@@ -53,7 +53,7 @@ pub(super) struct Qcow2Layer {
     pub(super) refcount_blocks: SliceCache,
     pub(super) epochs: Epochs,
     state: Mutex<State>,
-    /// A prepared write has ended.
+    /// A prepared write, or a drain, has ended.
     pub(super) landed: Condvar,
     pub(super) places: RwLock<Places>,
     /// Whether `places` has been filled.
@@ -268,7 +268,7 @@ impl Qcow2Layer {
     /// Forgets all cached tables and reads the header again. Nothing may wait to be written.
     pub(super) fn reload(&self) -> Result<()> {
         let header = Header::read(self.image_file(), self.mode)?;
-        let mut state = self.state();
+        let mut state = self.quiet_state();
         self.map.l1.clear();
         self.map.l2.clear();
         self.refcount_table.clear();

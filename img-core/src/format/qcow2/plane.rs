@@ -9,7 +9,7 @@
 use std::{ops::Range, sync::atomic::Ordering};
 
 use super::{
-    alloc::{PENDING_LIMIT_BYTES, State},
+    alloc::State,
     entry::{Cluster, L2Entry},
     feature::incompatible,
     geometry::{refcount_get, refcount_set},
@@ -94,7 +94,7 @@ impl Qcow2Layer {
         if state.in_flight.overlaps(&(geometry.cluster_start(guest.start)..last_end)) {
             return Ok(Attempt::Busy);
         }
-        if self.is_drain_due(state) || self.has_releasable(state) || self.lacks_dirty_bit() {
+        if self.is_drain_due(state, true) || self.has_releasable(state) || self.lacks_dirty_bit() {
             return Ok(Attempt::Blocks);
         }
         let mut at = guest.start;
@@ -220,8 +220,7 @@ impl Qcow2Layer {
         let Some(first) = self.find_free_cached(state, count)? else { return Ok(None) };
         let host = first << bits..(first + count) << bits;
         let known_end = self.end_bytes.load(Ordering::Relaxed);
-        let grows = host.end > known_end;
-        if (untouched && host.start < known_end) || (grows && state.pending_bytes >= PENDING_LIMIT_BYTES) {
+        if untouched && host.start < known_end {
             return Ok(None);
         }
         self.check_overlap(&host, None)?;

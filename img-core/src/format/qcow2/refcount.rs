@@ -147,10 +147,10 @@ impl Qcow2Layer {
         let mut next = clusters.start;
         while next < clusters.end {
             if self.refcount_block_of(next)?.is_none() {
-                self.make_refcount_block(state, next)?;
+                let made = self.make_refcount_block(state, next);
                 // The search starts over where it was, as the reference's does.
                 state.free_index = state.free_index.min(clusters.start);
-                return Ok(Counted::SearchAgain);
+                return made.map(|()| Counted::SearchAgain);
             }
             next = (next / per_block + 1) * per_block;
         }
@@ -202,6 +202,13 @@ impl Qcow2Layer {
     fn make_refcount_block(&self, state: &mut State, cluster: u64) -> Result<()> {
         let geometry = self.geometry;
         let per_block = geometry.refcounts_per_block();
+        if state.draining && cluster / per_block >= self.refcount_table_entries() {
+            state.stalled = true;
+            return Err(Error::Invalid(format!(
+                "{}: the refcount table cannot grow beside a flush",
+                self.path().display()
+            )));
+        }
         let new = self.find_free(state, 1)?;
         let block = new << geometry.cluster_bits;
         self.check_overlap(&(block..block + geometry.cluster_bytes()), None)?;
@@ -342,16 +349,6 @@ impl Qcow2Layer {
             |host| self.check_overlap(&host, Some(Kind::RefcountTable)),
         )?;
         self.image_file().flush(Flush::Data)
-    }
-
-    /// Writes the changed refcount blocks. At any time but the last step of a drain they differ from the
-    /// file by counts that are too high at most.
-    pub(super) fn write_refcount_blocks(&self) -> Result<bool> {
-        self.refcount_blocks.write_back(
-            self.image_file(),
-            |_| true,
-            |host| self.check_overlap(&host, Some(Kind::RefcountBlock)),
-        )
     }
 
     /// Whether far more clusters are in use than the file takes host space for: then clusters were

@@ -82,7 +82,7 @@ impl Qcow2Layer {
             return Err(Error::Invalid("Failed to grow the L1 table: File too large".to_owned()));
         }
         if entries > u64::from(self.header().l1_entries) {
-            self.grow_l1(&mut self.state(), entries)?;
+            self.grow_l1(&mut self.quiet_state(), entries)?;
         }
         Ok(())
     }
@@ -164,36 +164,43 @@ impl Qcow2Layer {
             let table_end = (geometry.l1_index(at) + 1).saturating_mul(geometry.l2_span_bytes());
             let end = guest.end.min(table_end);
             let count = (end - at).div_ceil(cluster);
-            let mut state = self.state();
-            self.make_room(&mut state)?;
-            self.before_allocating(&mut state)?;
-            let table = self.table_for_writing(&mut state, geometry.l1_index(at))?;
-            let host = if geometry.external_data {
-                at
-            } else {
-                // Behind the end, where the file has never held anything.
-                let file_end = self.clusters_of(&(0..self.end_bytes.load(Ordering::Relaxed))).end;
-                let index = state.free_index;
-                state.free_index = index.max(file_end);
-                let host = self.allocate_searching(&mut state, count);
-                state.free_index = index;
-                let host = host?;
-                self.set_aside(host..host + count * cluster, how)?;
-                host
-            };
-            for index in 0..count {
-                let entry = L2Entry::standard(host + index * cluster, true, geometry);
-                debug_assert_ne!(entry.word & COPIED, 0);
-                let guest = at + index * cluster;
-                let found = self.map.entry_at(table, geometry.l2_index(guest))?;
-                let was = self.map.checked(found, guest)?;
-                self.check_given_up(was)?;
-                self.set_entry(table, guest, entry)?;
-                if !geometry.external_data {
-                    self.free_entry(&mut state, found.entry, was, self.runtime.discard_other);
-                }
-            }
+            // No request is in flight.
+            self.change_map(0..0, true, |state| self.preallocate_in_table(state, at, count, how))?;
             at = end;
+        }
+        Ok(())
+    }
+
+    /// The part of preallocation that one L2 table covers: `count` clusters from guest byte `at` on.
+    fn preallocate_in_table(&self, state: &mut State, at: u64, count: u64, how: Preallocation) -> Result<()> {
+        let geometry = self.geometry;
+        let cluster = geometry.cluster_bytes();
+        self.before_allocating(state)?;
+        let table = self.table_for_writing(state, geometry.l1_index(at))?;
+        let host = if geometry.external_data {
+            at
+        } else {
+            // Behind the end, where the file has never held anything.
+            let file_end = self.clusters_of(&(0..self.end_bytes.load(Ordering::Relaxed))).end;
+            let index = state.free_index;
+            state.free_index = index.max(file_end);
+            let host = self.allocate_searching(state, count);
+            state.free_index = index;
+            let host = host?;
+            self.set_aside(host..host + count * cluster, how)?;
+            host
+        };
+        for index in 0..count {
+            let entry = L2Entry::standard(host + index * cluster, true, geometry);
+            debug_assert_ne!(entry.word & COPIED, 0);
+            let guest = at + index * cluster;
+            let found = self.map.entry_at(table, geometry.l2_index(guest))?;
+            let was = self.map.checked(found, guest)?;
+            self.check_given_up(was)?;
+            self.set_entry(table, guest, entry)?;
+            if !geometry.external_data {
+                self.free_entry(state, found.entry, was, self.runtime.discard_other);
+            }
         }
         Ok(())
     }
@@ -226,7 +233,7 @@ impl Qcow2Layer {
             self.forget_range(start..old)?;
         }
         {
-            let mut state = self.state();
+            let mut state = self.quiet_state();
             self.cut_l1(&mut state, geometry.l1_entries_for(bytes))?;
             self.drain_locked(&mut state)?;
         }
@@ -236,7 +243,7 @@ impl Qcow2Layer {
         {
             data.resize(bytes, Preallocation::Off)?;
         }
-        let mut state = self.state();
+        let mut state = self.quiet_state();
         // Blocks that the file still names are free in memory until this is durable.
         self.or_halt(self.cut_refcount_blocks(&mut state))?;
         self.cut_file()

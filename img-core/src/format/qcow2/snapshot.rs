@@ -149,7 +149,7 @@ impl Qcow2Layer {
 
     /// Everything in caches goes to disk, the counts of new clusters too.
     pub(super) fn settle(&self) -> Result<()> {
-        self.finish(&mut self.state())
+        self.finish(&mut self.quiet_state())
     }
 
     /// The clusters of a structure.

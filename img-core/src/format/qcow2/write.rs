@@ -105,20 +105,42 @@ impl Qcow2Layer {
             return Ok((WriteToken(IN_PLACE | pin.into_epoch()), plan));
         }
         drop(pin);
-        let mut state = self.state();
-        let cluster = self.geometry.cluster_bytes();
         let first = self.geometry.cluster_start(guest.start);
-        while state.is_in_flight(first..first + cluster) {
-            state = lock_wait(&self.landed, state);
+        self.change_map(first..first + self.geometry.cluster_bytes(), true, |state| {
+            // Someone else's write may have made it writable meanwhile.
+            let pin = self.epochs.pin();
+            if let Some(plan) = self.in_place(&guest)? {
+                return Ok((WriteToken(IN_PLACE | pin.into_epoch()), plan));
+            }
+            drop(pin);
+            self.prepare_locked(state, guest.clone())
+        })
+    }
+
+    /// Makes a change that concerns `clusters` (guest bytes) with the state held: none of them in flight, and no drain
+    /// due. `change` undoes itself when it fails, and may be called again when it failed because of a drain.
+    /// With `allocates` a drain is due as well when much space waits to be used again.
+    pub(super) fn change_map<T>(
+        &self,
+        clusters: Range<u64>,
+        allocates: bool,
+        mut change: impl FnMut(&mut State) -> Result<T>,
+    ) -> Result<T> {
+        let mut state = self.state();
+        loop {
+            if state.is_in_flight(clusters.clone()) {
+                state = lock_wait(&self.landed, state);
+            } else if self.is_drain_due(&state, allocates) {
+                self.drain_when(state, |state| self.is_drain_due(state, allocates))?;
+                state = self.state();
+            } else {
+                let result = change(&mut state);
+                if result.is_ok() || !std::mem::take(&mut state.stalled) {
+                    return result;
+                }
+                state = self.wait_until_quiet(state);
+            }
         }
-        // Someone else's write may have made it writable meanwhile.
-        let pin = self.epochs.pin();
-        if let Some(plan) = self.in_place(&guest)? {
-            return Ok((WriteToken(IN_PLACE | pin.into_epoch()), plan));
-        }
-        drop(pin);
-        self.make_room(&mut state)?;
-        self.prepare_locked(&mut state, guest)
     }
 
     /// The plan of a write over what is there; `None` when the first cluster cannot be written so.
@@ -416,19 +438,12 @@ impl Qcow2Layer {
         })
     }
 
-    /// Drains before so much is changed or freed in memory that the bounds of the caches are passed.
-    pub(super) fn make_room(&self, state: &mut State) -> Result<()> {
-        if self.is_drain_due(state) {
-            self.drain_locked(state)?;
-        }
-        Ok(())
-    }
-
-    /// Whether so much was changed or freed in memory that it must be written before there is more.
-    pub(super) fn is_drain_due(&self, state: &State) -> bool {
+    /// Whether so much was changed or freed in memory that it must be written before there is more; see
+    /// [`Self::change_map`].
+    pub(super) fn is_drain_due(&self, state: &State, allocates: bool) -> bool {
         let l2_full = self.map.l2.dirty_bytes() >= self.runtime.l2_cache_bytes / 2;
         let counts_full = self.refcount_blocks.dirty_bytes() >= self.runtime.refcount_cache_bytes;
-        l2_full || counts_full || state.is_full()
+        l2_full || counts_full || state.is_full(allocates)
     }
 }
 
@@ -557,7 +572,7 @@ impl LayerWriter for Qcow2Layer {
     }
 
     fn close(&self) -> Result<()> {
-        let mut state = self.state();
+        let mut state = self.quiet_state();
         let stored = self.store_tracked(&mut state);
         let finished = self.finish(&mut state);
         self.guard(finished.and(stored))

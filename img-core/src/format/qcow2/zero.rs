@@ -17,10 +17,7 @@ use super::{
     layer::Qcow2Layer,
     write::{bitmap, mask},
 };
-use crate::{
-    Result,
-    format::{Layer, table_cache::lock_wait},
-};
+use crate::{Result, format::Layer};
 
 /// What is done to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,14 +116,9 @@ impl Qcow2Layer {
         };
         let mut at = guest.start;
         while at < end {
-            let mut state = self.state();
             let table_end = (geometry.l1_index(at) + 1).saturating_mul(geometry.l2_span_bytes());
             let part = at..end.min(table_end);
-            while state.is_in_flight(part.clone()) {
-                state = lock_wait(&self.landed, state);
-            }
-            self.make_room(&mut state)?;
-            self.change_in_table(&mut state, part, change)?;
+            self.change_map(part.clone(), false, |state| self.change_in_table(state, part.clone(), change))?;
             at = end.min(table_end);
         }
         Ok(())

@@ -66,14 +66,31 @@ delegate_storage!(Gated);
 
 impl Gate {
     /// Waits until an operation stands at the gate, and says which.
+    ///
+    /// # Panics
+    /// When the gate was [opened](Self::let_pass) instead.
     pub fn wait_until_reached(&self) -> Request {
+        self.wait().expect("nobody opened the gate before an operation came")
+    }
+
+    /// Waits until an operation stands at the gate, and says which; `None` when the gate [opens](Self::let_pass), as
+    /// whoever could have come has ended.
+    pub fn wait(&self) -> Option<Request> {
         let mut state = self.post.state();
         loop {
-            if let State::Reached(request) = &*state {
-                return request.clone();
+            match &*state {
+                State::Closed => {}
+                State::Reached(request) => return Some(request.clone()),
+                State::Open => return None,
             }
             state = self.post.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Opens the gate for good.
+    pub fn let_pass(&self) {
+        *self.post.state() = State::Open;
+        self.post.changed.notify_all();
     }
 
     /// Whether an operation stands at the gate now.
@@ -89,8 +106,7 @@ impl Gate {
 
 impl Drop for Gate {
     fn drop(&mut self) {
-        *self.post.state() = State::Open;
-        self.post.changed.notify_all();
+        self.let_pass();
     }
 }
 
