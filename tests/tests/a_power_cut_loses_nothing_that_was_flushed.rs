@@ -8,6 +8,7 @@
 
 use std::{
     collections::BTreeSet,
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -18,10 +19,17 @@ use img_core::{
     Error,
     format::{OpenMode, OptionSet, Repair},
     image::Image,
-    storage::{MemoryStorage, Preallocation, Storage, testing::CrashRecorder},
+    storage::{
+        MemoryStorage, Preallocation, Storage,
+        testing::{CrashRecorder, CrashState, Gated},
+    },
 };
 use img_tests::{
-    memory, number_from_environment, proptest_config, read_all,
+    memory, number_from_environment,
+    pattern::Random,
+    proptest_config,
+    queue::Queue,
+    read_all,
     scenario::{Layout, Model, Op, Plan, Qcow2, Scenario, apply, qcow2_layout, qed_layout, scenario},
 };
 use proptest::{prelude::*, test_runner::TestCaseError};
@@ -48,6 +56,19 @@ fn try_histories(layouts: impl Strategy<Value = Layout>, config: ProptestConfig)
     let mut runner = proptest::test_runner::TestRunner::new(config);
     let outcome = runner.run(&small, |scenario| try_history(&scenario, seed));
     report(&format!("{} states after a power cut tried", TRIED.load(Ordering::Relaxed)));
+    if let Err(failure) = outcome {
+        panic!("{failure}");
+    }
+}
+
+/// The same while others change the disk beside a flush, which stops at one of its operations for that: what was
+/// written before the flush began is there once it has returned, and nothing made meanwhile breaks the order.
+#[test]
+fn a_power_cut_beside_a_flush_loses_nothing() {
+    let seed = number_from_environment("IMG_TEST_SEED").unwrap_or(1);
+    let small = scenario(qcow2_layout(), 24, true).prop_map(in_small_clusters);
+    let mut runner = proptest::test_runner::TestRunner::new(proptest_config(60, "crash_beside"));
+    let outcome = runner.run(&small, |scenario| try_history_beside(&scenario, seed));
     if let Err(failure) = outcome {
         panic!("{failure}");
     }
@@ -123,24 +144,152 @@ fn try_history(scenario: &Scenario, seed: u64) -> Result<(), TestCaseError> {
         let Some(done) = state.mark.and_then(|mark| usize::try_from(mark).ok()) else { continue };
         let durable =
             (0..=done).rev().find(|&done| done == 0 || is_durable(&plan.ops[done - 1])).unwrap_or(0);
-        let running = (done + 1).min(plan.ops.len());
-        let since_ops = &plan.ops[durable..running];
-        let allowed = Allowed {
-            below: below.as_ref(),
-            since: &plan.models[durable..=running],
-            copied_flags_may_lag: scenario.layout.is_version_2() && since_ops.iter().any(is_about_snapshots),
-        };
-        let [file] = <[MemoryStorage; 1]>::try_from(state.files).expect("one file is recorded");
-        allowed.judge(file).map_err(|text| {
-            TestCaseError::fail(format!(
-                "{text}\ndurable up to {:?}, cut during {:?} or after\n{}",
-                plan.ops[..durable].last(),
-                plan.ops.get(done),
-                state.description
-            ))
-        })?;
+        judge(scenario, &plan, below.as_ref(), durable..done, state)?;
     }
     Ok(())
+}
+
+/// [`try_history`] with operations beside flushes.
+fn try_history_beside(scenario: &Scenario, seed: u64) -> Result<(), TestCaseError> {
+    let plan = scenario.plan();
+    let below = backing_file(&plan);
+    let recorder = record_beside(scenario, &plan, below.as_ref(), seed)
+        .map_err(|error| TestCaseError::fail(error.to_string()))?;
+    for state in recorder.states(seed, STATES) {
+        let Some(mark) = state.mark else { continue };
+        judge(scenario, &plan, below.as_ref(), since(mark), state)?;
+    }
+    Ok(())
+}
+
+/// Operations up to `since.start` are durable, those up to `since.end` have ended.
+fn judge(
+    scenario: &Scenario,
+    plan: &Plan,
+    below: Option<&Arc<dyn Storage>>,
+    since: Range<usize>,
+    state: CrashState,
+) -> Result<(), TestCaseError> {
+    let running = (since.end + 1).min(plan.ops.len());
+    let since_ops = &plan.ops[since.start..running];
+    let allowed = Allowed {
+        below,
+        since: &plan.models[since.start..=running],
+        copied_flags_may_lag: scenario.layout.is_version_2() && since_ops.iter().any(is_about_snapshots),
+    };
+    let [file] = <[MemoryStorage; 1]>::try_from(state.files).expect("one file is recorded");
+    allowed.judge(file).map_err(|text| {
+        TestCaseError::fail(format!(
+            "{text}\ndurable up to {:?}, cut during {:?} or after\n{}",
+            plan.ops[..since.start].last(),
+            plan.ops.get(since.end),
+            state.description
+        ))
+    })
+}
+
+/// A mark that says which operations are durable and which have ended.
+fn mark(since: &Range<usize>) -> u64 {
+    (since.start as u64) << 32 | since.end as u64
+}
+
+/// What a [`mark`] says.
+fn since(mark: u64) -> Range<usize> {
+    let count = |bits: u64| usize::try_from(bits).expect("a history is short");
+    count(mark >> 32)..count(mark & u64::from(u32::MAX))
+}
+
+/// Runs the history on a recorded image. Where operations follow a flush that need not wait for requests to end, the
+/// flush stops at one of its operations, and they are done beside it; some writes as a queue does them.
+fn record_beside(
+    scenario: &Scenario,
+    plan: &Plan,
+    below: Option<&Arc<dyn Storage>>,
+    seed: u64,
+) -> Result<CrashRecorder, Error> {
+    let mut random = Random::new(seed ^ plan.size_bytes);
+    let recorder = CrashRecorder::new();
+    let recorded = recorder.record(Arc::new(MemoryStorage::new("crash.qcow2")))?;
+    let gated = Arc::new(Gated::new(recorded));
+    let storage: Arc<dyn Storage> = gated.clone();
+    memory::create_over(&storage, &scenario.layout, plan.size_bytes, below)?;
+    // Caches have room: a drain that is due would wait for the one that stands at the gate.
+    let open =
+        || memory::open_over(Arc::clone(&storage), below, OpenMode::Write, &OptionSet::new()).map(Arc::new);
+    let mut image = open()?;
+    image.flush()?;
+    let mut since = 0..0;
+    recorder.mark(mark(&since));
+    while let Some(op) = plan.ops.get(since.end) {
+        let done = since.end + 1;
+        match op {
+            Op::Reopen => {
+                Arc::try_unwrap(image).expect("no queue holds it").close()?;
+                image = open()?;
+                since = done..done;
+            }
+            Op::Flush => {
+                let beside = plan.ops[done..].iter().take(4);
+                let beside = beside.take_while(|op| goes_on_beside(op, &scenario.layout)).count();
+                since.end = done;
+                recorder.mark(mark(&since));
+                let passed = AtomicU64::new(0);
+                let stop = random.below(6);
+                let gate = gated.close(move |request| {
+                    request.operation.is_change() && passed.fetch_add(1, Ordering::SeqCst) == stop
+                });
+                std::thread::scope(|scope| {
+                    let flush = scope.spawn(|| {
+                        let flushed = image.flush();
+                        gate.let_pass();
+                        flushed
+                    });
+                    let changed = match gate.wait() {
+                        Some(_) => plan.ops[done..done + beside].iter().try_for_each(|op| {
+                            apply_beside(&image, op, &scenario.layout, &mut random)?;
+                            since.end += 1;
+                            recorder.mark(mark(&since));
+                            Ok(())
+                        }),
+                        None => Ok(()),
+                    };
+                    gate.let_pass();
+                    flush.join().expect("no panic").and(changed)
+                })?;
+                since.start = done;
+            }
+            op => {
+                apply_beside(&image, op, &scenario.layout, &mut random)?;
+                since.end = done;
+                if is_durable(op) {
+                    since.start = done;
+                }
+            }
+        }
+        recorder.mark(mark(&since));
+    }
+    drop(image);
+    Ok(recorder)
+}
+
+/// Whether an operation neither makes the disk durable nor waits for requests to end.
+fn goes_on_beside(op: &Op, layout: &Layout) -> bool {
+    let cluster = layout.cluster_bytes();
+    match op {
+        Op::Write { .. } | Op::Compress { .. } | Op::Discard { .. } => true,
+        Op::Zero { at, len, .. } => at % cluster == 0 && (at + len) % cluster == 0,
+        _ => false,
+    }
+}
+
+/// [`apply`], where half of the writes are prepared and committed from memory if that is possible.
+fn apply_beside(image: &Arc<Image>, op: &Op, layout: &Layout, random: &mut Random) -> Result<(), Error> {
+    match op {
+        Op::Write { at, len, byte } if random.below(2) == 0 => {
+            Queue::new(image).write(&vec![*byte; usize::try_from(*len).expect("small")], *at)
+        }
+        op => apply(image, op, layout),
+    }
 }
 
 /// Runs the history on a recorded image; mark `n` stands behind operation `n`, mark 0 behind creation.

@@ -13,6 +13,7 @@ use std::{
 
 use super::{
     counts::{next_free, next_used},
+    geometry::Geometry,
     layer::Qcow2Layer,
     overlap::Kind,
     refcount::{Counted, usize_of},
@@ -141,6 +142,13 @@ impl State {
         std::mem::take(&mut self.pending)
     }
 
+    /// Starts the next compressed cluster elsewhere than in a cluster that is to be free.
+    pub(super) fn forget_free_byte(&mut self, cluster: u64, geometry: Geometry) {
+        if self.free_byte >> geometry.cluster_bits == cluster {
+            self.free_byte = 0;
+        }
+    }
+
     /// Whether so much is pending that a drain is due, or is due before anything is allocated.
     pub(super) fn is_full(&self, allocates: bool) -> bool {
         self.pending.len() >= PENDING_LIMIT_RUNS || (allocates && self.pending_bytes >= PENDING_LIMIT_BYTES)
@@ -199,7 +207,7 @@ impl Qcow2Layer {
         if self.is_lazy() {
             self.set_dirty()?;
         }
-        self.release(state).map(|_| ())
+        self.release(state)
     }
 
     /// Undoes an allocation that nothing refers to.
@@ -215,9 +223,7 @@ impl Qcow2Layer {
     /// Lets a cluster whose count is zero be found.
     pub(super) fn cluster_is_free(&self, state: &mut State, cluster: u64) {
         state.free_index = state.free_index.min(cluster);
-        if state.free_byte >> self.geometry.cluster_bits == cluster {
-            state.free_byte = 0;
-        }
+        state.forget_free_byte(cluster, self.geometry);
     }
 
     /// The host clusters that a byte range touches.

@@ -75,6 +75,19 @@ struct Promise {
     given_up: Vec<Freed>,
 }
 
+/// What is on its way to be used again.
+#[derive(Default)]
+struct GivenBack {
+    /// Anything left limbo.
+    is_any: bool,
+    /// Host clusters that are still counted once.
+    clusters: Vec<u64>,
+    /// Clusters of the external data file, in flight so that nobody writes them.
+    kept: Vec<Range<u64>>,
+    /// To be punched out.
+    holes: Vec<Freed>,
+}
+
 /// A drain that runs without the state lock; ends when dropped, also by a panic.
 struct Running<'a>(&'a Qcow2Layer);
 
@@ -115,10 +128,21 @@ impl Qcow2Layer {
         drop(state);
         let running = Running(self);
         let written = self.write_tables(tables);
+        // 4. drops
+        let mut given_back = GivenBack::default();
+        {
+            let mut state = self.state();
+            self.publish(&mut state, promise, written)?;
+            if let Err(error) = self.begin_release(&mut state, &mut given_back) {
+                return self.end_release(&mut state, given_back, Err(error));
+            }
+        }
+        let punched = self.punch_holes(&given_back);
+        let is_any = given_back.is_any;
         let counts = {
             let mut state = self.state();
-            let is_counted_down = self.publish(&mut state, promise, written)?;
-            (is_counted_down && !keep_counts).then(|| self.refcount_blocks.take_changes(|_| true))
+            self.end_release(&mut state, given_back, punched)?;
+            (is_any && !keep_counts).then(|| self.refcount_blocks.take_changes(|_| true))
         };
         let result = counts.map_or(Ok(()), |counts| self.write_counts(counts));
         drop(running);
@@ -151,6 +175,7 @@ impl Qcow2Layer {
         let (tables, promise) = self.take_generation(state, keep_counts);
         let written = self.write_tables(tables);
         self.publish(state, promise, written)?;
+        self.release(state)?;
         if keep_counts { Ok(()) } else { self.write_counts(self.refcount_blocks.take_changes(|_| true)) }
     }
 
@@ -219,9 +244,8 @@ impl Qcow2Layer {
         self.sync()
     }
 
-    /// What follows from the tables having been written, or not; with it the beginning of step 4. Returns whether
-    /// anything was counted down.
-    fn publish(&self, state: &mut State, promise: Promise, written: Result<()>) -> Result<bool> {
+    /// What follows from the tables having been written, or not.
+    fn publish(&self, state: &mut State, promise: Promise, written: Result<()>) -> Result<()> {
         if let Err(error) = written {
             state.new_tables.extend(promise.new_tables);
             state.barrier = true;
@@ -232,8 +256,7 @@ impl Qcow2Layer {
         if !promise.given_up.is_empty() {
             state.wait_for_leases(self.epochs.close(), promise.given_up);
         }
-        // 4. drops
-        self.release(state)
+        Ok(())
     }
 
     /// Writes refcount blocks. At any time but the end of a drain they differ from the file by counts that are too
@@ -257,40 +280,72 @@ impl Qcow2Layer {
         self.image_file().flush(Flush::Data)
     }
 
-    /// Step 4: what nobody can reach any more is counted down and given back. Returns whether there was any.
-    pub(super) fn release(&self, state: &mut State) -> Result<bool> {
-        let mut is_any = false;
+    /// Step 4: what nobody can reach any more is given back.
+    pub(super) fn release(&self, state: &mut State) -> Result<()> {
+        let mut given_back = GivenBack::default();
+        let begun = self.begin_release(state, &mut given_back);
+        let punched = begun.and_then(|()| self.punch_holes(&given_back));
+        self.end_release(state, given_back, punched)
+    }
+
+    /// The beginning of step 4: what loses one reference of several is counted down; what loses its last one is kept
+    /// from others until its hole is punched.
+    fn begin_release(&self, state: &mut State, given_back: &mut GivenBack) -> Result<()> {
         while let Some((epoch, _)) = state.limbo.front() {
             if !self.epochs.all_gone(*epoch) {
                 break;
             }
             let (_, mut freed) = state.limbo.pop_front().expect("it has a front");
-            is_any = true;
+            given_back.is_any = true;
             freed.sort_by_key(|freed| (freed.in_data_file, freed.host.start));
-            let mut holes: Vec<Freed> = Vec::new();
             for freed in freed {
                 for cluster in self.clusters_of(&freed.host) {
                     let host = cluster << self.geometry.cluster_bits;
                     let host = host..host + self.geometry.cluster_bytes();
                     if freed.in_data_file {
                         if !self.is_in_use_again(state, &host)? {
-                            note_hole(&mut holes, Freed { host, ..freed.clone() });
+                            // There a guest cluster has its own place: whoever writes it waits.
+                            state.in_flight.insert(&host);
+                            given_back.kept.push(host.clone());
+                            note_hole(&mut given_back.holes, Freed { host, ..freed.clone() });
                         }
-                    } else if freed.is_shared && self.refcount_of(cluster)? == 1 {
+                        continue;
+                    }
+                    match self.refcount_of(cluster)? {
                         // Somebody else's.
-                    } else if self.count_down(cluster)? == 0 {
-                        // At once: where a later step fails, its count is zero and all that is known of it
-                        // must agree. Nobody gets it before the hole is punched, as the state is held.
-                        self.cluster_is_free(state, cluster);
-                        note_hole(&mut holes, Freed::clusters(host, freed.punch));
+                        1 if freed.is_shared => {}
+                        1 => {
+                            // It stays counted, and nothing is packed into it.
+                            state.forget_free_byte(cluster, self.geometry);
+                            given_back.clusters.push(cluster);
+                            note_hole(&mut given_back.holes, Freed::clusters(host, freed.punch));
+                        }
+                        _ => {
+                            self.count_down(cluster)?;
+                        }
                     }
                 }
             }
-            for hole in holes {
-                self.punch(&hole)?;
-            }
         }
-        Ok(is_any)
+        Ok(())
+    }
+
+    fn punch_holes(&self, given_back: &GivenBack) -> Result<()> {
+        given_back.holes.iter().try_for_each(|hole| self.punch(hole))
+    }
+
+    /// The end of step 4, also where a hole could not be punched: its cluster is as free as the others.
+    fn end_release(&self, state: &mut State, given_back: GivenBack, punched: Result<()>) -> Result<()> {
+        let mut result = punched;
+        for cluster in given_back.clusters {
+            let counted = self.count_down(cluster).map(|_| self.cluster_is_free(state, cluster));
+            result = result.and(counted);
+        }
+        for host in given_back.kept {
+            state.in_flight.remove(&host);
+        }
+        self.landed.notify_all();
+        result
     }
 
     /// Whether there is something that [`Self::release`] would give back.
