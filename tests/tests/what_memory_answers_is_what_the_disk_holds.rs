@@ -1,16 +1,24 @@
 //! Requests that are served from memory, by threads that must not wait, read and write the same disk as calls that
 //! may block: whatever the history, and beside snapshots, other sizes, discards and flushes.
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Wake, Waker},
+};
 
 use img_core::{
     Error, Result,
     format::{Attempt, OpenMode, OptionSet, Repair},
-    image::Image,
-    storage::{MemoryStorage, Storage},
+    image::{Commit, Image},
+    storage::{MemoryStorage, Preallocation, Storage},
 };
 use img_tests::{
-    memory, proptest_config,
+    memory,
+    pattern::Random,
+    proptest_config,
     queue::{Count, Queue},
     read_all,
     scenario::{Layout, Op, Qcow2, Scenario, apply, qcow2_layout, qed_layout, scenario},
@@ -171,4 +179,162 @@ fn try_history(scenario: &Scenario) -> Result<()> {
     close(image)?;
     audit(&storage);
     Ok(())
+}
+
+/// What a ticket's answer named is given to nobody else while the ticket lives.
+#[test]
+fn a_ticket_keeps_what_its_answer_named() {
+    let (storage, image) = new_image(&layout(), 1 << 20);
+    image.write_at(&[1; 65_536], 0).expect("written");
+    image.flush().expect("flushed");
+    let place = |guest: u64| {
+        let mut extents = Vec::new();
+        image.map_range(guest..guest + 1, &mut extents).expect("mapped");
+        extents[0].place
+    };
+    let mut extents = Vec::new();
+    let Ok(Attempt::Done(ticket)) = image.try_map(0..512, &mut extents) else { panic!("it is in memory") };
+    let held = extents[0].place;
+    image.discard(0..CLUSTER).expect("discarded");
+    image.flush().expect("flushed");
+    image.write_at(&[2; 65_536], CLUSTER).expect("written");
+    assert_ne!(place(CLUSTER), held, "given out while a reader may still be at it");
+    drop(ticket);
+    image.flush().expect("flushed");
+    image.write_at(&[3; 65_536], CLUSTER * 2).expect("written");
+    assert_eq!(place(CLUSTER * 2), held, "free again");
+    close(image).expect("closed");
+    audit(&storage);
+}
+
+/// Whoever wants the image alone waits for tickets; others are told that it is busy meanwhile, and woken afterwards.
+#[test]
+fn a_change_of_the_whole_waits_for_tickets() {
+    struct Woken(AtomicBool);
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+    let (storage, image) = new_image(&layout(), 1 << 20);
+    image.write_at(&[1; 512], 0).expect("written");
+    let (mut steps, mut extents) = (Vec::new(), Vec::new());
+    let Ok(Attempt::Done(ticket)) = image.try_prepare_write(CLUSTER..CLUSTER * 2, &mut steps) else {
+        panic!("the tables are in memory");
+    };
+    let woken = Arc::new(Woken(AtomicBool::new(false)));
+    std::thread::scope(|scope| {
+        let snapshot = scope.spawn(|| image.snapshot_create("s", (1, 0)));
+        // Until the thread has come so far.
+        while !matches!(image.try_map(0..512, &mut extents), Ok(Attempt::Busy)) {
+            std::thread::yield_now();
+        }
+        image.wake_on_progress(&Waker::from(Arc::clone(&woken)));
+        assert!(matches!(image.try_prepare_write(0..512, &mut Vec::new()), Ok(Attempt::Busy)));
+        assert!(!snapshot.is_finished(), "a write is under way");
+        let host = image.storage(0, steps[0].file).expect("it is open");
+        host.write_at(&[7; 65_536], steps[0].at.0).expect("written");
+        assert!(matches!(ticket.try_commit(), Commit::Done));
+        snapshot.join().expect("no panic").expect("taken");
+    });
+    assert!(woken.0.load(Ordering::SeqCst));
+    let view = image.layers()[0].snapshots().expect("it has some").view("s").expect("it is there");
+    let view = Arc::new(Image::from_layers(vec![view]).expect("a disk"));
+    let mut guest = vec![0; 65_536];
+    Queue::new(&view).read(&mut guest, CLUSTER).expect("read");
+    assert!(guest.iter().all(|byte| *byte == 7), "the snapshot has the write that it waited for");
+    drop(view);
+    close(image).expect("closed");
+    audit(&storage);
+}
+
+/// Queues on threads of their own, in clusters and tables that they share, beside flushes, snapshots and other sizes.
+#[test]
+fn queues_do_not_disturb_each_other() {
+    const THREADS: u64 = 4;
+    const STRIPES: u64 = 48;
+    for (cluster_bits, extended_l2, lazy_refcounts) in
+        [(9, false, false), (12, false, true), (14, true, false), (16, false, false)]
+    {
+        let layout = Layout::Qcow2(Qcow2 {
+            version: 3,
+            cluster_bits,
+            refcount_bits: 16,
+            extended_l2,
+            zstd: false,
+            lazy_refcounts,
+        });
+        let cluster = layout.cluster_bytes();
+        // Stripes smaller than a cluster first, where neighbours meet in clusters; then stripes of whole ones.
+        let small = cluster * 3 / 8;
+        let second_half = (small * THREADS * STRIPES).next_multiple_of(cluster);
+        let stripe = move |thread: u64, index: u64| {
+            let (half, index) = (index / STRIPES, index % STRIPES);
+            let number = index * THREADS + thread;
+            if half == 0 { (number * small, small) } else { (second_half + number * cluster, cluster) }
+        };
+        let size = second_half + THREADS * STRIPES * cluster;
+        let (storage, image) = new_image(&layout, size);
+        let ended = AtomicU64::new(0);
+        let models: Vec<Vec<u8>> = std::thread::scope(|scope| {
+            let (image, ended) = (&image, &ended);
+            let history = move |thread: u64| {
+                let mut random = Random::new(thread + 1);
+                let mut queue = Queue::new(image);
+                let mut model = vec![0_u8; usize::try_from(STRIPES * 2).expect("small")];
+                let mut guest = Vec::new();
+                for round in 0..300_u64 {
+                    let index = random.below(STRIPES * 2);
+                    let (at, len) = stripe(thread, index);
+                    let mut byte = u8::try_from(round % 255 + 1).expect("a byte");
+                    let bytes = vec![byte; usize::try_from(len).expect("small")];
+                    match random.below(10) {
+                        0 if index >= STRIPES => {
+                            image.discard(at..at + len).expect("discarded");
+                            byte = 0;
+                        }
+                        1 => {
+                            image.write_zeroes(at..at + len, round % 2 == 0).expect("zeroed");
+                            byte = 0;
+                        }
+                        2 => image.write_at(&bytes, at).expect("written"),
+                        _ => queue.write(&bytes, at).expect("written"),
+                    }
+                    model[usize::try_from(index).expect("small")] = byte;
+                    let index = if round % 2 == 0 { index } else { random.below(STRIPES * 2) };
+                    let (at, len) = stripe(thread, index);
+                    guest.resize(usize::try_from(len).expect("small"), 0);
+                    queue.read(&mut guest, at).expect("read");
+                    let expected = model[usize::try_from(index).expect("small")];
+                    let wrong = guest.iter().position(|found| *found != expected);
+                    assert_eq!(wrong, None, "{layout:?}: stripe {index} of {thread} is not {expected}");
+                }
+                ended.fetch_add(1, Ordering::SeqCst);
+                model
+            };
+            let threads: Vec<_> = (0..THREADS).map(|thread| scope.spawn(move || history(thread))).collect();
+            let mut round = 0;
+            while ended.load(Ordering::SeqCst) < THREADS && !threads.iter().any(|thread| thread.is_finished())
+            {
+                image.flush().expect("flushed");
+                image.snapshot_create("s", (round, 0)).expect("taken");
+                image.flush().expect("flushed");
+                image.resize(size + u64::from(round % 3 + 1) * cluster, Preallocation::Off).expect("grown");
+                image.snapshot_delete("s").expect("forgotten");
+                image.resize(size, Preallocation::Off).expect("shrunk");
+                round += 1;
+            }
+            threads.into_iter().map(|thread| thread.join().expect("it ends")).collect()
+        });
+        let guest = read_all(&image).expect("read");
+        for (thread, model) in (0..).zip(&models) {
+            for (index, byte) in (0..).zip(model) {
+                let (at, len) = stripe(thread, index);
+                let found = &guest[usize::try_from(at).unwrap()..][..usize::try_from(len).unwrap()];
+                assert!(found.iter().all(|found| found == byte), "{layout:?}: stripe {index} of {thread}");
+            }
+        }
+        close(image).expect("closed");
+        audit(&storage);
+    }
 }
