@@ -17,9 +17,11 @@ use crate::{Error, JobStep, Result, format::Place, image::Image};
 #[cfg(test)]
 mod tests;
 
-/// Bytes of each image that a thread holds: what the reference reads at once, which decides where it starts
-/// to count sectors anew.
+/// What the reference reads of each image at once, which decides where it starts to count sectors anew.
 const PIECE_BYTES: u64 = 2 << 20;
+
+/// Bytes of each image that are read and looked at while they are in the cache of the core that read them.
+const STEP_BYTES: u64 = 64 << 10;
 
 /// How much that needs no reading is taken at once: little enough to notice that the job was cancelled.
 const UNREAD_PIECE_BYTES: u64 = 16 << 30;
@@ -315,7 +317,9 @@ fn run(
                     return;
                 }
             };
-            match difference(images, start, len, check, &mut buffers) {
+            match is_equal(images, start, len, check, &mut buffers)
+                .map_or_else(|| difference(images, start, len, check), |()| Ok(None))
+            {
                 Ok(None) => {}
                 Ok(Some(at)) => {
                     first.offer(ticket, Ok(Comparison::ContentDiffers(at)));
@@ -351,20 +355,59 @@ fn unreadable(image: &Image, input: usize, start: u64, buffer: &mut [u8], mut wh
     Error::Job { step: JobStep::Read, input, at_bytes: at, source: Box::new(why) }
 }
 
-/// The first sector of `start..start + len` that breaks `check`.
-fn difference(
+/// Reads a piece in small steps, for as long as all of it can be read and nothing breaks `check`. Otherwise `None`:
+/// what [`difference`] says then counts.
+fn is_equal(
     images: [&Image; 2],
     start: u64,
     len: u64,
     check: Check,
     buffers: &mut [Vec<u8>; 2],
-) -> Result<Option<u64>> {
-    let mut read = |input: usize| {
-        let buffer = &mut buffers[input];
-        let len = usize::try_from(len).expect("a piece is at most 2 MiB");
-        if buffer.len() < len {
-            buffer.resize(len, 0);
+) -> Option<()> {
+    if check == Check::Nothing {
+        return Some(());
+    }
+    // Compressed clusters are decoded whole.
+    let clusters =
+        images.iter().flat_map(|image| image.layers()).filter_map(|layer| layer.cluster_size_bytes());
+    let step = clusters.map(u64::from).fold(STEP_BYTES, u64::max).min(PIECE_BYTES);
+    let mut at = start;
+    while at < start + len {
+        let upto = (start + len).min((at / step + 1) * step);
+        let mut read = |input: usize| {
+            let len = usize::try_from(upto - at).expect("a step is at most 2 MiB");
+            if buffers[input].len() < len {
+                buffers[input].resize(len, 0);
+            }
+            images[input].read_at(&mut buffers[input][..len], at).ok().map(|()| len)
+        };
+        let holds = match check {
+            Check::Nothing => true,
+            Check::IsZero(input) => {
+                let len = read(input)?;
+                is_zero(&buffers[input][..len])
+            }
+            Check::Both => {
+                let len = read(0).and(read(1))?;
+                buffers[0][..len] == buffers[1][..len]
+            }
+        };
+        if !holds {
+            return None;
         }
+        at = upto;
+    }
+    Some(())
+}
+
+/// The first sector of `start..start + len` that breaks `check`. All of a piece is read before it is looked at, as
+/// the reference does: an error in it comes before a difference.
+fn difference(images: [&Image; 2], start: u64, len: u64, check: Check) -> Result<Option<u64>> {
+    let mut buffers = [Vec::new(), Vec::new()];
+    let mut read = |input: usize| {
+        let buffer: &mut Vec<u8> = &mut buffers[input];
+        let len = usize::try_from(len).expect("a piece is at most 2 MiB");
+        buffer.resize(len, 0);
         images[input]
             .read_at(&mut buffer[..len], start)
             .map_err(|error| unreadable(images[input], input, start, &mut buffer[..len], error))?;
@@ -380,11 +423,7 @@ fn difference(
             read(0)?;
             let len = read(1)?;
             let [first, second] = buffers;
-            if first[..len] == second[..len] {
-                None
-            } else {
-                first_sector(len, |sector| first[sector.clone()] == second[sector])
-            }
+            first_sector(len, |sector| first[sector.clone()] == second[sector])
         }
     };
     Ok(at.map(|at| start + at))
