@@ -3,6 +3,7 @@
 //! [`Crafted::new`] is a valid image; tests then overwrite single fields. Nothing here uses the library.
 
 pub mod qed;
+pub mod vhd;
 
 use std::{fs, path::Path};
 
