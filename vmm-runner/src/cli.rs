@@ -78,6 +78,18 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "SPEC")]
     pub(crate) disk: Vec<DriveConfig>,
 
+    /// Writes go to temporary overlays, which are gone afterwards.
+    #[arg(long)]
+    pub(crate) snapshot: bool,
+
+    /// Makes a new qcow2 image on top of the first disk, and runs on that: the disk itself is only read.
+    #[arg(long, value_name = "FILE", conflicts_with = "snapshot")]
+    pub(crate) overlay: Option<PathBuf>,
+
+    /// At the end, one JSON object on standard error: a timeline of the boot, exits by reason, what the disks did.
+    #[arg(long, value_name = "FORMAT", value_parser = ["json"])]
+    pub(crate) stats: Option<String>,
+
     /// A source of random numbers for the guest.
     #[arg(long)]
     pub(crate) rng: bool,

@@ -1,14 +1,25 @@
 //! The disks that the user names.
 
-use std::{path::PathBuf, str::FromStr, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+};
 
 use blk_backend::{
     disk::{Disk, DiskOptions},
     virtio::DeviceOptions,
 };
-use img_core::image::{CacheMode, ImageName};
+use img_core::{
+    format::{Backing, OpenMode, OptionSet, registry},
+    image::{CacheMode, Image, ImageName, OpenOptions},
+    job::create::{CreateImage, create},
+};
 
 use crate::{Error, Result, virtio::Block};
+
+/// What overlays are made in.
+const OVERLAY_FORMAT: &str = "qcow2";
 
 /// One disk, as `--disk` says it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +133,40 @@ impl Drive {
         };
         let disk = Disk::open(&ImageName::parse(&config.path)?, &options)?;
         Ok(Self { config, disk })
+    }
+
+    /// Makes `overlay`, a new qcow2 image on top of the disk that `config` names, and opens that instead: the disk
+    /// itself is only read.
+    ///
+    /// # Errors
+    /// When the disk cannot be opened, or the overlay is there already or cannot be made.
+    pub fn open_on_overlay(config: DriveConfig, overlay: &Path) -> Result<Self> {
+        if overlay.exists() {
+            return Err(Error::Invalid(format!("{}: it is there already", overlay.display())));
+        }
+        let base = ImageName::parse(&config.path)?;
+        let mut options = OpenOptions::new(OpenMode::Inspect);
+        options.format.clone_from(&config.format);
+        let image = Image::open(&base, &options)?;
+        let format = image.layers()[0].driver().name();
+        // Told as a name from anywhere: the overlay may be in another directory.
+        let below = match std::path::absolute(&config.path) {
+            Ok(path) if path.exists() => path.to_string_lossy().into_owned(),
+            _ => config.path.clone(),
+        };
+        create(&CreateImage {
+            name: &ImageName::parse(&overlay.to_string_lossy())?,
+            driver: registry::by_name(OVERLAY_FORMAT)
+                .ok_or_else(|| Error::Invalid(format!("'{OVERLAY_FORMAT}' is not a format")))?,
+            virtual_size_bytes: image.virtual_size_bytes(),
+            backing: Some(Backing { name: below, format: Some(format.to_owned()) }),
+            options: OptionSet::new(),
+        })?;
+        Self::open(DriveConfig {
+            path: overlay.to_string_lossy().into_owned(),
+            format: Some(OVERLAY_FORMAT.to_owned()),
+            ..config
+        })
     }
 
     /// The disk.

@@ -15,6 +15,7 @@ pub mod drive;
 mod error;
 pub mod machine;
 pub mod pci;
+pub mod stats;
 pub mod virtio;
 
 pub use error::{Error, Result};

@@ -5,7 +5,9 @@ mod demo;
 
 use std::{
     io::{self, Write},
+    path::Path,
     process::ExitCode,
+    sync::Arc,
 };
 
 use clap::Parser;
@@ -16,6 +18,7 @@ use vmm_runner::{
     console::OpenConsole,
     drive::{Drive, DriveConfig, close_all},
     machine::{End, Machine, MachineConfig},
+    stats::Timeline,
     virtio::Entropy,
 };
 
@@ -39,12 +42,33 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &RunOptions) -> Result<()> {
-    let named = options.disks.iter().map(|path| DriveConfig::new(path));
-    let drives: Vec<Drive> =
-        named.chain(options.disk.iter().cloned()).map(Drive::open).collect::<Result<_>>()?;
-    let result = if options.list_boot { list_boot(&drives) } else { run_machines(options, &drives) };
+    let timeline = Timeline::default();
+    let scratch = tempfile::tempdir().map_err(Error::host("a temporary directory"))?;
+    let drives = open_drives(options, scratch.path())?;
+    let result =
+        if options.list_boot { list_boot(&drives) } else { run_machines(options, &drives, &timeline) };
     // What the guest flushed is safe whatever happened; this marks the images clean.
     result.and(close_all(drives))
+}
+
+/// Opens the disks in the order in which the guest sees them.
+fn open_drives(options: &RunOptions, scratch: &Path) -> Result<Vec<Drive>> {
+    let named = options.disks.iter().map(|path| DriveConfig::new(path)).chain(options.disk.iter().cloned());
+    let mut drives = Vec::new();
+    for (index, config) in named.enumerate() {
+        let drive = match &options.overlay {
+            Some(overlay) if index == 0 => Drive::open_on_overlay(config, overlay)?,
+            _ if options.snapshot && !config.read_only => {
+                Drive::open_on_overlay(config, &scratch.join(format!("overlay{index}.qcow2")))?
+            }
+            _ => Drive::open(config)?,
+        };
+        drives.push(drive);
+    }
+    if options.overlay.is_some() && drives.is_empty() {
+        return Err(Error::Invalid("--overlay needs a disk".to_owned()));
+    }
+    Ok(drives)
 }
 
 /// Prints what the first disk can boot.
@@ -101,12 +125,12 @@ fn what_to_boot(options: &RunOptions, drives: &[Drive]) -> Result<DirectBoot> {
 }
 
 /// One machine after the other, until one does not reset.
-fn run_machines(options: &RunOptions, drives: &[Drive]) -> Result<()> {
+fn run_machines(options: &RunOptions, drives: &[Drive], timeline: &Timeline) -> Result<()> {
     let mut console = OpenConsole::open(&options.serial)?;
     loop {
         let boot = what_to_boot(options, drives)?;
         let config = MachineConfig { cpus: options.cpus.clone(), memory: options.memory };
-        let mut machine = Machine::new(config, console.writer())?;
+        let mut machine = Machine::new(config, timeline.watching(console.writer()))?;
         for (index, drive) in drives.iter().enumerate() {
             machine.add_device(Box::new(drive.device(index, options.cpus.count)?))?;
         }
@@ -114,7 +138,13 @@ fn run_machines(options: &RunOptions, drives: &[Drive]) -> Result<()> {
             machine.add_device(Box::new(Entropy::default()))?;
         }
         console.attach(machine.serial(), machine.control())?;
-        match machine.run(&boot)? {
+        let exits = Arc::clone(machine.exits());
+        let end = machine.run(&boot)?;
+        if options.stats.is_some() {
+            let report = timeline.report(&exits, drives);
+            writeln!(io::stderr(), "{report}").map_err(Error::host("standard error"))?;
+        }
+        match end {
             End::PowerOff | End::Quit => return Ok(()),
             End::Reset if options.no_reboot => return Ok(()),
             End::Reset => {}

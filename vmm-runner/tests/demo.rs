@@ -35,6 +35,34 @@ fn a_deep_chain_of_another_format_does_as_well() {
     assert_all_done(&["--format", "qed", "--base-format", "qcow2", "--depth", "12"]);
 }
 
+/// Bytes are only compared, never read as a guest would: the kernel is no kernel.
+#[test]
+fn an_overlay_is_made_once_and_a_snapshot_leaves_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| dir.path().join(name).to_str().expect("text").to_owned();
+    std::fs::write(path("disk.raw"), vec![7; 1 << 20]).expect("room");
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_vmm-runner"))
+            .args(["--serial", "off"])
+            .args(arguments)
+            .output()
+            .expect("it runs");
+        String::from_utf8(output.stderr).expect("text")
+    };
+    let nothing = "vmm-runner: no kernel was found in the disk; give --kernel\n";
+    let (disk, overlay) = (format!("path={},format=raw", path("disk.raw")), path("overlay.qcow2"));
+    assert_eq!(run(&["--disk", &disk, "--overlay", &overlay]), nothing);
+    assert!(Path::new(&overlay).exists());
+    assert_eq!(
+        run(&["--disk", &disk, "--overlay", &overlay]),
+        format!("vmm-runner: {overlay}: it is there already\n")
+    );
+    assert_eq!(run(&["--overlay", &overlay]), "vmm-runner: --overlay needs a disk\n");
+    assert_eq!(run(&["--disk", &disk, "--snapshot"]), nothing);
+    assert_eq!(std::fs::read(path("disk.raw")).expect("there"), vec![7; 1 << 20]);
+    assert_eq!(std::fs::read_dir(dir.path()).expect("there").count(), 2);
+}
+
 #[test]
 fn what_cannot_be_is_refused_by_name() {
     let (success, _, stderr) = demo(&["--format", "cowloop"]);

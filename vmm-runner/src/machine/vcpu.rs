@@ -4,10 +4,11 @@ use std::{
     cell::Cell,
     ptr,
     sync::{
-        Arc, Once,
+        Arc, Once, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
+    time::Instant,
 };
 
 use kvm_bindings::{
@@ -36,6 +37,8 @@ pub struct ExitCounts {
     pub interrupted: AtomicU64,
     /// All others.
     pub other: AtomicU64,
+    /// When the first processor was about to enter the guest.
+    pub entered: OnceLock<Instant>,
 }
 
 impl ExitCounts {
@@ -141,6 +144,7 @@ fn run(index: u32, mut vcpu: VcpuFd, board: &Board, host_cpus: Option<Vec<usize>
         rustix::thread::sched_setaffinity(None, &set).map_err(Error::host("pin a processor"))?;
     }
     RUN_AREA.set(ptr::from_mut(vcpu.get_kvm_run()));
+    board.exits.entered.get_or_init(Instant::now);
     let _area = RunArea;
     while board.control.may_run() {
         let result = vcpu.run().map(|_| ());
