@@ -18,7 +18,7 @@ pub struct Golden {
 }
 
 /// The formats that have golden images.
-pub const FORMATS: [&str; 2] = ["qcow2", "qed"];
+pub const FORMATS: [&str; 3] = ["qcow2", "qed", "vmdk"];
 
 /// Where the golden images of `format` are.
 #[must_use]

@@ -18,6 +18,7 @@ pub mod pattern;
 pub mod queue;
 pub mod scenario;
 pub mod twin;
+pub mod vmdk;
 
 use std::path::Path;
 

@@ -120,7 +120,14 @@ fn audit(image: &Image, repair: Repair, context: &Context) -> Result<CheckReport
             complain(finding.text);
         }
     };
-    image.check(repair, &mut tell).map_err(|error| failed(&error))
+    image.check(repair, &mut tell).map_err(|error| match &error {
+        // A format that can be checked and not repaired.
+        Error::Unsupported { .. } if context.is_reference() => {
+            Failure::new("This image format does not support checks").with_code(NOT_SUPPORTED)
+        }
+        Error::Unsupported { .. } => failed(&error).with_code(NOT_SUPPORTED),
+        _ => failed(&error),
+    })
 }
 
 fn failed(error: &Error) -> Failure {

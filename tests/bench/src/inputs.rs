@@ -59,6 +59,8 @@ impl Inputs {
             "plain.qcow2" => self.convert(&["-O", "qcow2"], name),
             "zlib.qcow2" => self.convert(&["-c", "-O", "qcow2"], name),
             "zstd.qcow2" => self.convert(&["-c", "-O", "qcow2", "-o", "compression_type=zstd"], name),
+            "plain.vmdk" => self.convert(&["-O", "vmdk"], name),
+            "stream.vmdk" => self.convert(&["-O", "vmdk", "-o", "subformat=streamOptimized"], name),
             "fragmented.qcow2" => self.make_fragmented(name),
             "snapshots.qcow2" => self.make_snapshots(name),
             "huge.qcow2" => self.make_huge(name),

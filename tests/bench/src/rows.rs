@@ -127,6 +127,38 @@ pub(crate) const ROWS: &[Row] = &[
         ..ROW
     },
     Row {
+        name: "convert raw→vmdk",
+        needs: &["os.raw"],
+        commands: &["convert -f raw -O vmdk os.raw {o}"],
+        same_as: Some("os.raw"),
+        target: (0.55, 0.5),
+        ..ROW
+    },
+    Row {
+        name: "convert vmdk→raw",
+        needs: &["plain.vmdk"],
+        commands: &["convert -f vmdk -O raw plain.vmdk {o}"],
+        same_as: Some("os.raw"),
+        target: (0.55, 0.5),
+        ..ROW
+    },
+    Row {
+        name: "convert raw→streamOptimized",
+        needs: &["os.raw"],
+        commands: &["convert -f raw -O vmdk -o subformat=streamOptimized os.raw {o}"],
+        same_as: Some("os.raw"),
+        target: (0.25, 0.13),
+        ..ROW
+    },
+    Row {
+        name: "streamOptimized→raw",
+        needs: &["stream.vmdk"],
+        commands: &["convert -f vmdk -O raw stream.vmdk {o}"],
+        same_as: Some("os.raw"),
+        target: (0.45, 0.25),
+        ..ROW
+    },
+    Row {
         name: "fragmented→raw",
         needs: &["fragmented.qcow2"],
         commands: &["convert -f qcow2 -O raw fragmented.qcow2 {o}"],

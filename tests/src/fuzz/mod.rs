@@ -8,9 +8,11 @@
 mod nbd;
 mod script;
 mod targets;
+mod vmdk;
 
 pub use nbd::nbd;
 pub use targets::{check, map, open, read, repair, write};
+pub use vmdk::vmdk;
 
 use crate::pattern::Random;
 
@@ -18,7 +20,7 @@ use crate::pattern::Random;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     ("open", open),
     ("map", map),
     ("read", read),
@@ -26,6 +28,7 @@ pub const TARGETS: [Target; 7] = [
     ("repair", repair),
     ("write", write),
     ("nbd", nbd),
+    ("vmdk", vmdk),
 ];
 
 /// The `index`th random input: the length varies, and small numbers are common, as they are in scripts.

@@ -1,21 +1,19 @@
 //! The audit: every grain that a table names must lie inside its file.
 
 use super::{
+    header::SECTOR_BYTES,
     layer::{GuestExtent, Kind, VmdkLayer},
-    sparse::BadEntry,
+    sparse::{BadEntry, Sparse},
 };
 use crate::{
     Error, Result,
     format::{CheckReport, Finding, Repair},
 };
 
-/// Entries looked at together.
-const CHUNK_ENTRIES: u64 = 512;
-
-/// Walks all tables. Like the reference it stops at the first entry that is wrong, and repairs nothing.
+/// Walks all tables. As with the reference the first entry that is wrong ends it, and nothing is repaired.
 ///
 /// # Errors
-/// [`Error::Unsupported`] when asked to repair.
+/// [`Error::Unsupported`] when asked to repair; [`Error::Corrupt`] for the entry that was told of.
 pub(super) fn check(
     layer: &VmdkLayer,
     repair: Repair,
@@ -24,44 +22,41 @@ pub(super) fn check(
     if repair != Repair::Nothing {
         return Err(Error::unsupported(layer.path(), "repairing vmdk images"));
     }
-    let mut report = CheckReport::default();
     for extent in &layer.extents {
-        if let Some(finding) = first_fault(extent)? {
-            findings(finding);
-            report.corruptions += 1;
-            break;
+        if let Kind::Sparse(sparse) = &extent.kind {
+            check_tables(extent, sparse, findings)?;
         }
     }
-    Ok(report)
+    Ok(CheckReport::default())
 }
 
-fn first_fault(extent: &GuestExtent) -> Result<Option<Finding>> {
-    let Kind::Sparse(sparse) = &extent.kind else { return Ok(None) };
+fn check_tables(extent: &GuestExtent, sparse: &Sparse, findings: &mut dyn FnMut(Finding)) -> Result<()> {
     let mut entries = Vec::new();
     let mut first = 0;
+    let mut tell = |grain: u64, before: &str, after: &str| {
+        let sector = (extent.start_bytes + grain * sparse.grain_bytes) / SECTOR_BYTES;
+        let text = format!("ERROR: {before} for sector {sector}{after}");
+        findings(Finding { text, with_program_name: false });
+    };
     while first < sparse.grains() {
         let in_table = sparse.table_entries - first % sparse.table_entries;
-        let count = in_table.min(CHUNK_ENTRIES).min(sparse.grains() - first);
-        let sector = |grain: u64| (extent.start_bytes + grain * sparse.grain_bytes) / 512;
-        let fault = |grain: u64, what: &str| {
-            let text = format!("ERROR: {what} for sector {}", sector(grain));
-            Ok(Some(Finding { text, with_program_name: false }))
-        };
-        match sparse.entries(first, count, &mut entries) {
-            Ok(false) => {}
-            Ok(true) => {
-                for (grain, entry) in (first..).zip(entries.iter().copied()) {
-                    match sparse.read_entry(entry) {
-                        Ok(_) => {}
-                        Err(BadEntry::Outside) => return fault(grain, "cluster offset after file"),
-                        Err(BadEntry::Unknown) => return fault(grain, "could not get cluster_offset"),
-                    }
-                }
+        let count = in_table.min(sparse.grains() - first);
+        let has_table = sparse.entries(first, count, &mut entries).inspect_err(|error| {
+            if matches!(error, Error::Corrupt { .. }) {
+                tell(first, "could not get cluster_offset", "");
             }
-            Err(Error::Corrupt { .. }) => return fault(first, "could not get cluster_offset"),
-            Err(error) => return Err(error),
+        })?;
+        if has_table {
+            for (grain, entry) in (first..).zip(entries.iter().copied()) {
+                match sparse.read_entry(entry) {
+                    Ok(_) => continue,
+                    Err(BadEntry::Outside) => tell(grain, "cluster offset", " points after EOF"),
+                    Err(BadEntry::Unknown) => tell(grain, "could not get cluster_offset", ""),
+                }
+                sparse.grain(grain, entry)?;
+            }
         }
         first += count;
     }
-    Ok(None)
+    Ok(())
 }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{CreateRequest, FILE_OPTIONS, OpenMode, OptionSet, first_block},
+    format::{CreateRequest, FILE_OPTIONS, OpenMode, OptionSet, file_preallocation, first_block},
     storage::{Preallocation, Storage},
     text,
 };
@@ -67,14 +67,13 @@ struct Wishes<'a> {
     hardware_version: &'a str,
     tools_version: &'a str,
     zeroed_grains: bool,
+    /// Of flat extents.
+    preallocation: Preallocation,
 }
 
 impl<'a> Wishes<'a> {
     fn read(options: &'a OptionSet, has_backing: bool) -> Result<Self> {
         options.check_names(&[CREATE_OPTIONS, FILE_OPTIONS])?;
-        if let Some(mode) = options.get("preallocation").filter(|mode| *mode != "off") {
-            return Err(Error::Invalid(format!("preallocation={mode} of a VMDK is not supported")));
-        }
         let choice = |text: &str| Error::Invalid(format!("invalid parameter value: {text}"));
         let adapter = options.get("adapter_type").unwrap_or("ide");
         if !["ide", "buslogic", "lsilogic", "legacyESX"].contains(&adapter) {
@@ -91,6 +90,10 @@ impl<'a> Wishes<'a> {
             (false, None | Some("undefined")) => "4",
             (false, Some(version)) => version,
         };
+        let preallocation = file_preallocation(options)?;
+        if preallocation != Preallocation::Off && !subformat.flat {
+            return Err(Error::Invalid(format!("preallocation of a {name} VMDK is not supported")));
+        }
         let zeroed_grains = options.switch("zeroed_grain")?.unwrap_or(false);
         if subformat.flat && has_backing {
             return Err(Error::Invalid("Flat image can't have backing file".to_owned()));
@@ -105,7 +108,7 @@ impl<'a> Wishes<'a> {
                 return Err(choice(value));
             }
         }
-        Ok(Self { subformat, adapter, hardware_version, tools_version, zeroed_grains })
+        Ok(Self { subformat, adapter, hardware_version, tools_version, zeroed_grains, preallocation })
     }
 }
 
@@ -140,8 +143,10 @@ pub(super) fn create(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) ->
         let file = own_file.as_ref().unwrap_or(storage);
         let sectors = len_bytes / SECTOR_BYTES;
         let line = if wishes.subformat.flat {
-            file.resize(len_bytes, Preallocation::Off)?;
-            first_block(&**file, len_bytes)?;
+            file.resize(len_bytes, wishes.preallocation)?;
+            if wishes.preallocation != Preallocation::Full {
+                first_block(&**file, len_bytes)?;
+            }
             writeln!(lines, "RW {sectors} FLAT \"{name}\" 0")
         } else {
             write_sparse(&**file, sectors, &wishes)?;

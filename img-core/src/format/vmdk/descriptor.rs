@@ -66,7 +66,6 @@ pub(super) struct Descriptor {
     pub(super) parent_cid: u32,
     pub(super) create_type: String,
     pub(super) parent_hint: Option<String>,
-    pub(super) extents: Vec<ExtentLine>,
 }
 
 /// Whether a file that starts with `head` is a descriptor: comments and empty lines, then `version=`.
@@ -87,21 +86,11 @@ impl Descriptor {
     /// # Errors
     /// [`Error::Corrupt`] naming the line that breaks the rules, or the key that is missing.
     pub(super) fn parse(bytes: &[u8], file: &Path, at: u64) -> Result<Self> {
-        let bytes = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
         let corrupt = |offset: usize, structure: &'static str, expected: &str, found: &[u8]| {
-            let found = String::from_utf8_lossy(&found[..found.len().min(80)]).into_owned();
-            Error::corrupt(file, structure, at + offset as u64, expected, format_args!("'{found}'"))
+            corrupt_line(file, structure, at + offset as u64, expected, found)
         };
         let (mut cid, mut parent_cid, mut create_type, mut parent_hint) = (None, None, None, None);
-        let mut extents = Vec::new();
-        let mut offset = 0;
-        for whole in bytes.split_inclusive(|byte| *byte == b'\n') {
-            let start = offset;
-            offset += whole.len();
-            let line = whole.trim_ascii();
-            if line.is_empty() || line.starts_with(b"#") {
-                continue;
-            }
+        for (start, whole, line) in lines(bytes) {
             if let Some((key, value)) = key_and_value(line) {
                 match key {
                     b"CID" if cid.is_none() => {
@@ -133,15 +122,6 @@ impl Descriptor {
                     }
                     _ => {}
                 }
-                continue;
-            }
-            match extent_line(line) {
-                Ok(None) => {}
-                Ok(Some(extent)) => extents.push(extent),
-                Err(expected) => return Err(corrupt(start, "descriptor extent line", expected, line)),
-            }
-            if extents.len() > MAX_EXTENTS {
-                return Err(corrupt(start, "descriptor extent line", "at most 8192 extents", line));
             }
         }
         let (cid, cid_digits) = cid.ok_or_else(|| corrupt(0, "descriptor", "a line 'CID='", b"none"))?;
@@ -152,7 +132,6 @@ impl Descriptor {
             create_type: create_type
                 .ok_or_else(|| corrupt(0, "descriptor", "a line 'createType='", b"none"))?,
             parent_hint: parent_hint.filter(|name| !name.is_empty()),
-            extents,
         })
     }
 
@@ -167,6 +146,47 @@ impl Descriptor {
         }
         (cid, format!("{cid:0digits$x}"))
     }
+}
+
+/// The extents that the text names. Those of an image that is an extent itself are history: nobody reads them.
+///
+/// # Errors
+/// [`Error::Corrupt`] naming the line that breaks the rules.
+pub(super) fn extents(bytes: &[u8], file: &Path, at: u64) -> Result<Vec<ExtentLine>> {
+    let mut extents = Vec::new();
+    for (start, _, line) in lines(bytes) {
+        if key_and_value(line).is_some() {
+            continue;
+        }
+        let wrong =
+            |expected| Err(corrupt_line(file, "descriptor extent line", at + start as u64, expected, line));
+        match extent_line(line) {
+            Ok(None) => {}
+            Ok(Some(_)) if extents.len() == MAX_EXTENTS => return wrong("at most 8192 extents"),
+            Ok(Some(extent)) => extents.push(extent),
+            Err(expected) => return wrong(expected),
+        }
+    }
+    Ok(extents)
+}
+
+/// The lines up to the first NUL that are neither empty nor comments: where each begins, all of it, and what is
+/// left of it without white space around.
+fn lines(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8], &[u8])> {
+    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    let mut offset = 0;
+    text.split_inclusive(|byte| *byte == b'\n')
+        .map(move |whole| {
+            let start = offset;
+            offset += whole.len();
+            (start, whole, whole.trim_ascii())
+        })
+        .filter(|(_, _, line)| !line.is_empty() && !line.starts_with(b"#"))
+}
+
+fn corrupt_line(file: &Path, structure: &'static str, at: u64, expected: &str, found: &[u8]) -> Error {
+    let found = String::from_utf8_lossy(&found[..found.len().min(80)]);
+    Error::corrupt(file, structure, at, expected, format_args!("'{found}'"))
 }
 
 /// `key = value`, for lines whose first word is followed by an equals sign.
@@ -279,8 +299,8 @@ mod tests {
         assert_eq!((descriptor.cid, descriptor.parent_cid), (0x123a_bcde, NO_PARENT));
         assert_eq!(descriptor.create_type, "twoGbMaxExtentSparse");
         assert_eq!(descriptor.parent_hint, None);
-        let found: Vec<_> = descriptor
-            .extents
+        let extents = extents(TEXT.as_bytes(), Path::new("d"), 512).expect("valid");
+        let found: Vec<_> = extents
             .iter()
             .map(|e| (e.access, e.sectors, e.kind, e.file_name.as_str(), e.offset_sectors))
             .collect();
@@ -331,7 +351,8 @@ mod tests {
             ("CID=1\ncreateType=\"x\"\nNOACCESS 1 ZERO\n", "an extent that may be read"),
             ("CID=1\ncreateType=\"x\"\nparentFileNameHint=\"a\n", "a name of at most 1023 bytes"),
         ] {
-            let error = parse(text).expect_err(text).to_string();
+            let extents = |_| extents(text.as_bytes(), Path::new("d"), 0);
+            let error = parse(text).and_then(extents).expect_err(text).to_string();
             assert!(error.contains(expected), "{text}: {error}");
         }
     }

@@ -185,8 +185,8 @@ fn open_described(
     let mut opener = ExtentFiles { files: vec![storage], known: HashMap::new(), context, names };
     let mut extents = Vec::new();
     let mut start_bytes = 0;
-    for line in &descriptor.extents {
-        let (kind, len_bytes) = opener.open(line)?;
+    for line in descriptor::extents(bytes, opener.files[0].path(), at)? {
+        let (kind, len_bytes) = opener.open(&line)?;
         let end_bytes = u64::checked_add(start_bytes, len_bytes)
             .filter(|end| *end <= MAX_CAPACITY_SECTORS * SECTOR_BYTES)
             .ok_or_else(|| {
@@ -194,13 +194,7 @@ fn open_described(
                 Error::corrupt(file, "descriptor", at, "extents of less than 2^63 bytes", "more")
             })?;
         let read_only = line.access == Access::ReadOnly;
-        extents.push(GuestExtent {
-            start_bytes,
-            end_bytes,
-            kind,
-            type_name: line.type_name.clone(),
-            read_only,
-        });
+        extents.push(GuestExtent { start_bytes, end_bytes, kind, type_name: line.type_name, read_only });
         start_bytes = end_bytes;
     }
     let content = Content { descriptor, at_bytes: at };

@@ -1,0 +1,143 @@
+//! The VMDK target: a small image of any kind, patches anywhere, and everything that can be asked of it.
+
+use img_core::{
+    format::{OpenMode, Repair},
+    image::Image,
+};
+
+use super::script::Script;
+use crate::vmdk::{Files, cowd, descriptor, sesparse};
+
+/// The longest guest range that is mapped or read at once.
+const SPAN_BYTES: u64 = 1 << 20;
+
+/// A grain of 64 KiB as zlib stores it.
+fn grain(byte: u8) -> Vec<u8> {
+    let mut stored = vec![0; 1 << 17];
+    let len = libdeflater::Compressor::new(libdeflater::CompressionLvl::default())
+        .zlib_compress(&[byte; 65536], &mut stored)
+        .expect("room enough");
+    stored.truncate(len);
+    stored
+}
+
+/// A valid image to start from, and the file that is patched.
+fn base(which: u8) -> (Files, &'static str) {
+    const SIZE: u64 = (40 << 20) + 512;
+    match which % 6 {
+        0 => {
+            let files = Files::create("monolithicSparse", SIZE, true);
+            let image = files.open(OpenMode::Write).expect("new");
+            image.write_at(&[1; 70_000], 60_000).expect("written");
+            image.write_zeroes(1 << 20..2 << 20, true).expect("zeroed");
+            image.close().expect("closed");
+            (files, "d.vmdk")
+        }
+        1 => {
+            let files = Files::create("streamOptimized", SIZE, false);
+            let image = files.open(OpenMode::Write).expect("new");
+            for at in [0, 65536, 39 << 20] {
+                image.write_compressed(&grain(3), at).expect("written");
+            }
+            image.close().expect("closed");
+            (files, "d.vmdk")
+        }
+        2 => (Files::create("twoGbMaxExtentSparse", SIZE, false), "d-s001.vmdk"),
+        3 => (Files::create("monolithicFlat", 1 << 20, false), "d.vmdk"),
+        4 => {
+            let files = Files::default();
+            files.put("d.vmdk", &descriptor("vmfsSparse", "RW 4098 VMFSSPARSE \"x\""));
+            files.put("x", &cowd().0);
+            (files, "x")
+        }
+        _ => {
+            let files = Files::default();
+            files.put("d.vmdk", &descriptor("seSparse", "RW 32776 SESPARSE \"x\""));
+            files.put("x", &sesparse().0);
+            (files, "x")
+        }
+    }
+}
+
+/// Changes 4 or 8 bytes of the file, in its metadata mostly, or cuts it.
+fn patch(bytes: &mut Vec<u8>, script: &mut Script<'_>) {
+    let (kind, place, value) = (script.byte(), usize::from(script.u16()), script.tricky());
+    let len = if kind & 1 == 0 { 4 } else { 8 };
+    let at = match kind % 6 {
+        0 | 1 => place % 600,
+        2 | 3 => 512 * 4 + place % (512 * 60) / 4 * 4,
+        // The footer of a stream and what stands before it.
+        4 => bytes.len().saturating_sub(4096) + place % 4096,
+        _ => {
+            let half = bytes.len() / 2 + place % (bytes.len() / 2 + 1);
+            bytes.truncate(half);
+            return;
+        }
+    };
+    if let Some(field) = bytes.get_mut(at..at + len) {
+        field.copy_from_slice(&value.to_le_bytes()[..len]);
+    }
+}
+
+/// Opens in every mode; maps, reads, audits and writes. The map covers what it was asked for, what is read is the
+/// same twice, what is written reads back, and an audit changes nothing.
+pub fn vmdk(input: &[u8]) {
+    let mut script = Script::new(input);
+    let (files, patched) = base(script.byte());
+    let mut bytes = files.bytes(patched);
+    for _ in 0..script.byte() % 8 {
+        patch(&mut bytes, &mut script);
+    }
+    files.put(patched, &bytes);
+    for mode in [OpenMode::Inspect, OpenMode::Read] {
+        let Ok(image) = files.open(mode) else { continue };
+        drop(image.layers()[0].details());
+        for range in ranges(&image, &mut script) {
+            look(&image, &range);
+        }
+    }
+    if let Ok(image) = files.open(OpenMode::Check { repair: false }) {
+        drop(image.check(Repair::Nothing, &mut |_| {}));
+    }
+    assert!(files.bytes(patched) == bytes, "reading changed the image");
+    let Ok(image) = files.open(OpenMode::Write) else { return };
+    for range in ranges(&image, &mut script) {
+        let data = vec![0xa5; usize::try_from(range.end - range.start).expect("at most 1 MiB")];
+        if image.write_at(&data, range.start).is_err() {
+            break;
+        }
+        let mut back = vec![0; data.len()];
+        image.read_at(&mut back, range.start).expect("what was just written can be read");
+        assert!(back == data, "{range:?} does not read as written");
+    }
+    drop(image.write_compressed(&grain(9), script.tricky() & !0xffff));
+    drop(image.close());
+}
+
+/// Ranges at both ends of the disk and where the script says.
+fn ranges(image: &Image, script: &mut Script<'_>) -> Vec<std::ops::Range<u64>> {
+    let size = image.virtual_size_bytes();
+    let chosen = script.tricky() % size.max(1);
+    [0, chosen, size.saturating_sub(SPAN_BYTES)]
+        .into_iter()
+        .map(|start| start..size.min(start.saturating_add(SPAN_BYTES)))
+        .filter(|range| !range.is_empty())
+        .collect()
+}
+
+fn look(image: &Image, range: &std::ops::Range<u64>) {
+    let mut extents = Vec::new();
+    if image.map_range(range.clone(), &mut extents).is_ok() {
+        let mut at = range.start;
+        for extent in &extents {
+            assert_eq!((extent.guest_offset, extent.len_bytes > 0), (at, true), "{extents:?}");
+            at += extent.len_bytes;
+        }
+        assert_eq!(at, range.end, "{extents:?}");
+    }
+    let read = || -> Option<Vec<u8>> {
+        let mut guest = vec![0xee; usize::try_from(range.end - range.start).ok()?];
+        image.read_at(&mut guest, range.start).ok().map(|()| guest)
+    };
+    assert!(read() == read(), "{range:?} reads differently the second time");
+}
