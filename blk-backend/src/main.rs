@@ -21,7 +21,7 @@ struct Cli {
 enum Command {
     Host(command::host::Args),
     Nbd(Box<command::nbd::Args>),
-    VhostUser(command::vhost_user::Args),
+    VhostUser(Box<command::vhost_user::Args>),
 }
 
 fn main() -> ExitCode {

@@ -91,11 +91,18 @@ impl Lent {
 /// Sizes of buffers: powers of two from a page to the longest payload.
 const CLASSES: usize = (MAX_PAYLOAD_BYTES as usize / PAGE_BYTES).ilog2() as usize + 1;
 
-/// What the requests of one connection may hold at once. Two of the longest kind; requests beyond wait in the socket.
+/// What the requests of one connection hold at once, or one that is longer; requests beyond wait in the socket. It keeps
+/// fast disks busy, and is little enough that data is still in a cache when it is sent on.
+const BUSY_BYTES: usize = 4 << 20;
+
+/// The same while the client does not take its replies: one that says everything before it listens gets through.
 const MAX_BYTES: usize = 2 * MAX_PAYLOAD_BYTES as usize;
 
-/// What is kept for the next requests of a connection.
-const MAX_SPARE_BYTES: usize = 8 << 20;
+/// What is kept for the next requests of a connection that is busy: making memory anew costs as much as filling it.
+const MAX_SPARE_BYTES: usize = BUSY_BYTES;
+
+/// What is kept for a connection that is idle.
+const IDLE_SPARE_BYTES: usize = 1 << 20;
 
 /// The buffers of one connection.
 #[derive(Default)]
@@ -107,11 +114,13 @@ pub(super) struct Pool {
 
 impl Pool {
     /// A buffer of at least `len_bytes`, its content unspecified (but never another connection's). `None` when the
-    /// connection holds as much as it may, or there is no memory: to be tried again when a buffer was given back.
-    pub(super) fn take(&mut self, len_bytes: usize) -> Option<Buffer> {
+    /// connection holds as much as it may, or there is no memory: to be tried again when a buffer was given back. The
+    /// only buffer of a connection may be of any size.
+    pub(super) fn take(&mut self, len_bytes: usize, client_is_deaf: bool) -> Option<Buffer> {
         let class = class_of(len_bytes);
         let bytes = PAGE_BYTES << class;
-        if self.used_bytes + bytes > MAX_BYTES {
+        let most = if client_is_deaf { MAX_BYTES } else { BUSY_BYTES };
+        if !self.is_unused() && self.used_bytes + bytes > most {
             return None;
         }
         let buffer = match self.spare[class].pop() {
@@ -131,6 +140,20 @@ impl Pool {
         if self.spare_bytes + bytes <= MAX_SPARE_BYTES {
             self.spare_bytes += bytes;
             self.spare[class_of(bytes)].push(buffer);
+        }
+    }
+
+    /// Whether more is kept than an idle connection should have.
+    pub(super) fn is_generous(&self) -> bool {
+        self.spare_bytes > IDLE_SPARE_BYTES
+    }
+
+    /// Gives back to the system what an idle connection should not keep; the largest go first.
+    pub(super) fn trim(&mut self) {
+        for (class, spare) in self.spare.iter_mut().enumerate().rev() {
+            while self.spare_bytes > IDLE_SPARE_BYTES && spare.pop().is_some() {
+                self.spare_bytes -= PAGE_BYTES << class;
+            }
         }
     }
 
@@ -155,20 +178,29 @@ mod tests {
     #[test]
     fn a_connection_holds_no_more_than_it_may() {
         let mut pool = Pool::default();
-        let most = MAX_PAYLOAD_BYTES as usize;
-        let (one, two) = (pool.take(most).unwrap(), pool.take(most - 1).unwrap());
-        assert!(pool.take(1).is_none());
+        let alone = pool.take(MAX_PAYLOAD_BYTES as usize, false).unwrap();
+        assert!(pool.take(1, false).is_none());
+        let more = pool.take(MAX_PAYLOAD_BYTES as usize, true).unwrap();
+        assert!(pool.take(1, true).is_none());
+        pool.give(more);
+        pool.give(alone);
+        assert_eq!(pool.spare_bytes, 0, "too large to be kept");
+        let (one, two) =
+            (pool.take(BUSY_BYTES / 2, false).unwrap(), pool.take(BUSY_BYTES / 2, false).unwrap());
+        assert!(pool.take(1, false).is_none());
         pool.give(one);
-        let small = pool.take(1).unwrap();
+        let small = pool.take(1, false).unwrap();
         assert_eq!(small.bytes().len(), PAGE_BYTES);
         pool.give(two);
         pool.give(small);
-        assert!(pool.is_unused() && pool.spare_bytes == PAGE_BYTES);
+        assert!(pool.is_unused() && pool.spare_bytes <= MAX_SPARE_BYTES && pool.is_generous());
+        pool.trim();
+        assert!(!pool.is_generous() && pool.spare_bytes == PAGE_BYTES);
     }
 
     #[test]
     fn memory_comes_back_with_what_was_written_there() {
-        let lent = Pool::default().take(5000).unwrap().lend();
+        let lent = Pool::default().take(5000, false).unwrap().lend();
         let run = lent.run(5000);
         let segments = lent.segments(&run);
         let first = segments.vectors()[0].iov_base.cast::<u8>();

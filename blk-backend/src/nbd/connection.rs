@@ -12,12 +12,15 @@ use std::{
     io,
     os::fd::AsFd,
     sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
 };
+
+use img_core::{format::Attempt, image::ImageExtent};
 
 use super::{
     buffer::Pool,
-    command::{Checked, Header, Limits, Operation, Refusal, Violation, parse_status_filter},
-    flight::{Flight, Flights, Memory},
+    command::{Checked, Framing, Header, Limits, Operation, Refusal, Violation, parse_status_filter},
+    flight::{Flight, Flights, Memory, is_cut, lane_op, memory_bytes},
     handshake::Session,
     input::Input,
     output::{Output, Sent},
@@ -29,12 +32,18 @@ use super::{
 };
 use crate::{
     engine::{Event, Lane, Wait},
-    request::{Errno, Op, Request, Segments, Submitted},
+    request::{Errno, Request, Segments, Submitted},
 };
 
 /// Long trims and zero writes are done in pieces of this length, so that a pause or the end of the server does not wait
 /// for a whole disk.
 const PIECE_BYTES: u64 = 1 << 30;
+
+/// Reads of this length are worth a look at the map: zeroes need not be sent.
+const HOLE_BYTES: u64 = 32 << 10;
+
+/// A connection without requests for so long gives memory back.
+const IDLE: Duration = Duration::from_secs(1);
 
 /// Tokens of what the lane watches.
 const SOCKET: u64 = 0;
@@ -82,6 +91,8 @@ pub(super) struct Connection<'a> {
     output: Output,
     /// Requests that the lane had no room for.
     backlog: VecDeque<u32>,
+    /// Block status that is asked for: the request, the range, and the contexts where they were named.
+    statuses: VecDeque<(u32, Query, Option<Vec<u32>>)>,
     /// Watches for room to send; watched by the lane in turn.
     room: RoomWatch,
     /// The client has to read before anything can be sent.
@@ -89,6 +100,7 @@ pub(super) struct Connection<'a> {
     /// Reused.
     events: Vec<Event>,
     released: Vec<u32>,
+    extents: Vec<ImageExtent>,
 }
 
 impl<'a> Connection<'a> {
@@ -115,10 +127,12 @@ impl<'a> Connection<'a> {
             expected: Expected::Header,
             output: Output::default(),
             backlog: VecDeque::new(),
+            statuses: VecDeque::new(),
             room,
             blocked: false,
             events: Vec::new(),
             released: Vec::new(),
+            extents: Vec::new(),
         })
     }
 
@@ -139,7 +153,16 @@ impl<'a> Connection<'a> {
             self.begin_requests()?;
             // Sleep only when nothing can be done before somebody else did something.
             let busy = self.can_receive() || self.is_over();
-            self.lane.run_once(if busy { Wait::No } else { Wait::Event }, &mut self.events)?;
+            let idle = !busy && self.flights.are_none() && self.pool.is_generous();
+            let wait = match (busy, idle) {
+                (true, _) => Wait::No,
+                (false, true) => Wait::Until(Instant::now() + IDLE),
+                (false, false) => Wait::Event,
+            };
+            self.lane.run_once(wait, &mut self.events)?;
+            if idle && self.events.is_empty() {
+                self.pool.trim();
+            }
             self.take_events();
             self.begin_requests()?;
             self.send()?;
@@ -171,7 +194,8 @@ impl<'a> Connection<'a> {
     /// Whether requests have to end, or replies to be taken, before other requests may begin. A payload under way has
     /// its memory already.
     fn is_full(&self) -> bool {
-        matches!(self.expected, Expected::Header) && (self.flights.are_full() || self.output.is_long())
+        let waits = self.flights.are_full() || self.output.is_long() || !self.statuses.is_empty();
+        matches!(self.expected, Expected::Header) && waits
     }
 
     fn receive(&mut self) -> Result<()> {
@@ -201,8 +225,12 @@ impl<'a> Connection<'a> {
 
     /// Takes the received bytes apart, as far as there is room for the requests.
     fn begin_requests(&mut self) -> Result<()> {
-        while self.step()? {}
-        Ok(())
+        loop {
+            while self.step()? {}
+            if !self.answer_statuses() {
+                return Ok(());
+            }
+        }
     }
 
     /// Whether there may be more to take apart.
@@ -268,7 +296,7 @@ impl<'a> Connection<'a> {
         };
         let memory = match memory_bytes(operation, header.len_bytes) {
             0 => Memory::None,
-            len => match self.pool.take(len) {
+            len => match self.pool.take(len, self.blocked) {
                 Some(buffer) => Memory::Idle(buffer),
                 None if self.pool.is_unused() => return self.no_memory(to, payload_bytes),
                 // Looked at again when a request gave its memory back.
@@ -308,7 +336,7 @@ impl<'a> Connection<'a> {
                 match parse_status_filter(&buffer.bytes()[..payload], flight.to.offset, &limits) {
                     Ok((len_bytes, ids)) => {
                         let query = Query { offset: flight.to.offset, len_bytes, one };
-                        self.block_status(index, query, Some(&ids));
+                        self.statuses.push_back((index, query, Some(ids)));
                     }
                     Err(refusal) => self.fail(index, refusal.error, refusal.why),
                 }
@@ -320,15 +348,34 @@ impl<'a> Connection<'a> {
     /// Begins a request whose payload is there.
     fn begin(&mut self, index: u32) {
         let flight = self.flights.get(index);
-        match flight.operation {
+        let (operation, len_bytes) = (flight.operation, flight.len_bytes);
+        match operation {
             Operation::BlockStatus { one, .. } => {
-                let query = Query { offset: flight.to.offset, len_bytes: flight.len_bytes, one };
-                self.block_status(index, query, None);
+                let query = Query { offset: flight.to.offset, len_bytes, one };
+                self.statuses.push_back((index, query, None));
             }
             Operation::Flush => self.submit(index),
-            _ if flight.len_bytes == 0 => self.succeed(index),
+            _ if len_bytes == 0 => self.succeed(index),
+            Operation::Read { dont_fragment: false } if len_bytes >= HOLE_BYTES && self.is_hole(index) => {
+                let to = self.flights.get(index).to;
+                let len = u32::try_from(len_bytes).expect("at most the longest payload");
+                self.output.push(|out| to.hole(out, len), None);
+                self.release(index);
+            }
             _ => self.submit(index),
         }
+    }
+
+    /// Whether the range of a read is known, from memory alone, to read as zeroes, and the client can be told so.
+    fn is_hole(&mut self, index: u32) -> bool {
+        if self.session.framing == Framing::Simple {
+            return false;
+        }
+        let range = self.flights.get(index).rest.clone();
+        let image = self.session.export.disk().image();
+        // Whatever is wrong the lane finds out as well, and tells.
+        matches!(image.try_map(range, &mut self.extents), Ok(Attempt::Done(_)))
+            && self.extents.iter().all(ImageExtent::reads_as_zeroes)
     }
 
     /// Gives the next piece of a request to the lane.
@@ -429,10 +476,21 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Answers a block status request; `ids` are the contexts that are asked about, or all.
+    /// Answers the block status requests that wait, when nothing else of this connection is under way. Whether it did.
     ///
-    /// It is done on this thread: it may wait for tables, which holds back this connection's other answers, and nobody
-    /// else's.
+    /// It is done on this thread, and may wait for whoever has the image alone. That one waits for the requests that hold
+    /// the map, and a request of this lane would never let go of it while this thread waits: hence none is under way.
+    fn answer_statuses(&mut self) -> bool {
+        if self.statuses.is_empty() || self.lane.depth() > 0 || !self.backlog.is_empty() {
+            return false;
+        }
+        while let Some((index, query, ids)) = self.statuses.pop_front() {
+            self.block_status(index, query, ids.as_deref());
+        }
+        true
+    }
+
+    /// Answers a block status request; `ids` are the contexts that are asked about, or all.
     fn block_status(&mut self, index: u32, query: Query, ids: Option<&[u32]>) {
         let contexts = &self.session.contexts;
         if ids.is_some_and(|ids| ids.iter().any(|id| !contexts.iter().any(|known| known.id == *id))) {
@@ -479,33 +537,5 @@ impl<'a> Connection<'a> {
             self.room.arm(self.socket)?;
         }
         Ok(())
-    }
-}
-
-/// What the lane does for an operation.
-fn lane_op(operation: Operation) -> Op {
-    match operation {
-        Operation::Read { .. } => Op::Read,
-        Operation::Write { fua } => Op::Write { fua },
-        Operation::Flush => Op::Flush,
-        Operation::Trim { fua } => Op::Discard { fua },
-        Operation::WriteZeroes { fua, may_unmap, fast_only } => Op::WriteZeroes { may_unmap, fast_only, fua },
-        Operation::Cache => Op::Cache,
-        Operation::Disconnect | Operation::BlockStatus { .. } => unreachable!("not for the lane"),
-    }
-}
-
-/// Whether an operation may be done in pieces. A fast zero write succeeds or fails as one.
-fn is_cut(operation: Operation) -> bool {
-    matches!(operation, Operation::Trim { .. } | Operation::WriteZeroes { fast_only: false, .. })
-}
-
-/// Memory that a request needs.
-fn memory_bytes(operation: Operation, len_bytes: u64) -> usize {
-    match operation {
-        Operation::Read { .. } | Operation::Write { .. } | Operation::BlockStatus { filtered: true, .. } => {
-            usize::try_from(len_bytes).expect("at most the longest payload")
-        }
-        _ => 0,
     }
 }

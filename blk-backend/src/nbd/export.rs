@@ -227,6 +227,10 @@ impl Exports {
         self.list().retain(|known| !Arc::ptr_eq(known, export));
     }
 
+    pub(super) fn has(&self, export: &Arc<Export>) -> bool {
+        self.list().iter().any(|known| Arc::ptr_eq(known, export))
+    }
+
     /// The export called `name`.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<Arc<Export>> {

@@ -8,6 +8,7 @@ use super::{
     output::Source,
     reply::Addressee,
 };
+use crate::request::Op;
 
 /// Requests of one connection under way at once.
 const MAX_REQUESTS: u32 = 128;
@@ -73,5 +74,33 @@ impl Source for Flights {
             Some(Memory::Idle(buffer)) => &buffer.bytes()[..len_bytes],
             _ => unreachable!("a reply with data keeps its request until it is sent"),
         }
+    }
+}
+
+/// What the lane does for an operation.
+pub(super) fn lane_op(operation: Operation) -> Op {
+    match operation {
+        Operation::Read { .. } => Op::Read,
+        Operation::Write { fua } => Op::Write { fua },
+        Operation::Flush => Op::Flush,
+        Operation::Trim { fua } => Op::Discard { fua },
+        Operation::WriteZeroes { fua, may_unmap, fast_only } => Op::WriteZeroes { may_unmap, fast_only, fua },
+        Operation::Cache => Op::Cache,
+        Operation::Disconnect | Operation::BlockStatus { .. } => unreachable!("not for the lane"),
+    }
+}
+
+/// Whether an operation may be done in pieces. A fast zero write succeeds or fails as one.
+pub(super) fn is_cut(operation: Operation) -> bool {
+    matches!(operation, Operation::Trim { .. } | Operation::WriteZeroes { fast_only: false, .. })
+}
+
+/// Memory that a request needs.
+pub(super) fn memory_bytes(operation: Operation, len_bytes: u64) -> usize {
+    match operation {
+        Operation::Read { .. } | Operation::Write { .. } | Operation::BlockStatus { filtered: true, .. } => {
+            usize::try_from(len_bytes).expect("at most the longest payload")
+        }
+        _ => 0,
     }
 }

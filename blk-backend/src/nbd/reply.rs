@@ -98,6 +98,13 @@ impl Addressee {
         out.extend_from_slice(&at.to_be_bytes());
     }
 
+    /// The whole request, `len_bytes` from its offset on, reads as zeroes. Not for simple framing.
+    pub(super) fn hole(self, out: &mut Vec<u8>, len_bytes: u32) {
+        self.chunk(out, chunk::OFFSET_HOLE, true, 12);
+        out.extend_from_slice(&self.offset.to_be_bytes());
+        out.extend_from_slice(&len_bytes.to_be_bytes());
+    }
+
     /// The status in one metadata context. `descriptors` is not empty; under structured framing no run is 4 GiB.
     pub(super) fn status(self, out: &mut Vec<u8>, context: u32, descriptors: &[Descriptor], done: bool) {
         if self.framing == Framing::Extended {

@@ -200,11 +200,12 @@ impl Server {
     /// # Errors
     /// [`img_core::Error::Invalid`] when it is in use.
     pub fn remove(&self, export: &Arc<Export>, by_force: bool) -> img_core::Result<()> {
-        let users = self.shared.clients(|client| client.uses(export));
-        if !by_force && !users.is_empty() {
+        if !by_force && self.users(export) > 0 {
             return Err(img_core::Error::Invalid(format!("export '{}' still in use", export.name())));
         }
+        // A client that found it before sees that it is gone, or is seen here.
         self.shared.exports.remove(export);
+        let users = self.shared.clients(|client| client.uses(export));
         users.iter().for_each(|client| client.stop());
         self.shared.wait(|client| client.uses(export));
         Ok(())
@@ -336,6 +337,8 @@ fn accept_all(shared: &Arc<Shared>, listener: &OwnedFd) {
 fn admit(shared: &Arc<Shared>, fd: OwnedFd) -> io::Result<()> {
     // Replies are complete when they are sent; a unix socket has no such option.
     sockopt::set_tcp_nodelay(&fd, true).ok();
+    // A client whose host is gone is noticed in the end.
+    sockopt::set_socket_keepalive(&fd, true).ok();
     let client = Arc::new(Client {
         socket: Socket::new(fd)?,
         stop: AtomicBool::new(false),
@@ -398,7 +401,10 @@ fn serve(shared: &Shared, client: &Client) -> Result<(), End> {
     };
     let export = Arc::clone(&session.export);
     let lane = Lane::new(export.disk(), &shared.options.lane).map_err(End::Host)?;
-    *client.in_transmission() = Some((export, lane.waker()));
+    *client.in_transmission() = Some((Arc::clone(&export), lane.waker()));
+    if !shared.exports.has(&export) {
+        return Ok(());
+    }
     let ended = Connection::new(lane, session, &client.socket, &client.stop).map_err(End::Host)?.run();
     *client.in_transmission() = None;
     match ended {

@@ -111,6 +111,7 @@ pub(super) const REPLY_FLAG_DONE: u16 = 1 << 0;
 pub(super) mod chunk {
     pub(in super::super) const NONE: u16 = 0;
     pub(in super::super) const OFFSET_DATA: u16 = 1;
+    pub(in super::super) const OFFSET_HOLE: u16 = 2;
     pub(in super::super) const BLOCK_STATUS: u16 = 5;
     pub(in super::super) const BLOCK_STATUS_EXTENDED: u16 = 6;
     pub(in super::super) const ERROR: u16 = (1 << 15) + 1;
