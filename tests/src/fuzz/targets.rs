@@ -20,7 +20,7 @@ fn storage(bytes: &[u8]) -> Arc<dyn Storage> {
 }
 
 /// Ranges at both ends of the disk and where the script says.
-fn ranges(image: &Image, script: &mut Script<'_>) -> Vec<std::ops::Range<u64>> {
+pub(super) fn ranges(image: &Image, script: &mut Script<'_>) -> Vec<std::ops::Range<u64>> {
     let size = image.virtual_size_bytes();
     let chosen = script.tricky() % size.max(1);
     [0, chosen, size.saturating_sub(SPAN_BYTES)]
@@ -52,15 +52,20 @@ pub fn map(input: &[u8]) {
     let bytes = script.image().bytes;
     let Ok(image) = memory::open(storage(&bytes), OpenMode::Read) else { return };
     for range in ranges(&image, &mut script) {
-        let mut extents = Vec::new();
-        if image.map_range(range.clone(), &mut extents).is_ok() {
-            let mut at = range.start;
-            for extent in &extents {
-                assert_eq!((extent.guest_offset, extent.len_bytes > 0), (at, true), "{extents:?}");
-                at += extent.len_bytes;
-            }
-            assert_eq!(at, range.end, "{extents:?}");
+        assert_covered(&image, &range);
+    }
+}
+
+/// The extents of `range`, where there is an answer, cover it exactly and in order.
+pub(super) fn assert_covered(image: &Image, range: &std::ops::Range<u64>) {
+    let mut extents = Vec::new();
+    if image.map_range(range.clone(), &mut extents).is_ok() {
+        let mut at = range.start;
+        for extent in &extents {
+            assert_eq!((extent.guest_offset, extent.len_bytes > 0), (at, true), "{extents:?}");
+            at += extent.len_bytes;
         }
+        assert_eq!(at, range.end, "{extents:?}");
     }
 }
 
@@ -70,12 +75,17 @@ pub fn read(input: &[u8]) {
     let bytes = script.image().bytes;
     let Ok(image) = memory::open(storage(&bytes), OpenMode::Read) else { return };
     for range in ranges(&image, &mut script) {
-        let read = || -> Option<Vec<u8>> {
-            let mut guest = vec![0xee; usize::try_from(range.end - range.start).ok()?];
-            image.read_at(&mut guest, range.start).ok().map(|()| guest)
-        };
-        assert!(read() == read(), "{range:?} reads differently the second time");
+        assert_reads_alike(&image, &range);
     }
+}
+
+/// `range` reads the same twice, or not at all.
+pub(super) fn assert_reads_alike(image: &Image, range: &std::ops::Range<u64>) {
+    let read = || -> Option<Vec<u8>> {
+        let mut guest = vec![0xee; usize::try_from(range.end - range.start).ok()?];
+        image.read_at(&mut guest, range.start).ok().map(|()| guest)
+    };
+    assert!(read() == read(), "{range:?} reads differently the second time");
 }
 
 fn audit(storage: &Arc<dyn Storage>, repair: Repair) -> Result<CheckReport> {

@@ -1,15 +1,12 @@
 //! The VMDK target: a small image of any kind, patches anywhere, and everything that can be asked of it.
 
-use img_core::{
-    format::{OpenMode, Repair},
-    image::Image,
+use img_core::format::{OpenMode, Repair};
+
+use super::{
+    script::Script,
+    targets::{assert_covered, assert_reads_alike, ranges},
 };
-
-use super::script::Script;
 use crate::vmdk::{Files, cowd, descriptor, sesparse};
-
-/// The longest guest range that is mapped or read at once.
-const SPAN_BYTES: u64 = 1 << 20;
 
 /// A grain of 64 KiB as zlib stores it.
 fn grain(byte: u8) -> Vec<u8> {
@@ -93,7 +90,8 @@ pub fn vmdk(input: &[u8]) {
         let Ok(image) = files.open(mode) else { continue };
         drop(image.layers()[0].details());
         for range in ranges(&image, &mut script) {
-            look(&image, &range);
+            assert_covered(&image, &range);
+            assert_reads_alike(&image, &range);
         }
     }
     if let Ok(image) = files.open(OpenMode::Check { repair: false }) {
@@ -112,32 +110,4 @@ pub fn vmdk(input: &[u8]) {
     }
     drop(image.write_compressed(&grain(9), script.tricky() & !0xffff));
     drop(image.close());
-}
-
-/// Ranges at both ends of the disk and where the script says.
-fn ranges(image: &Image, script: &mut Script<'_>) -> Vec<std::ops::Range<u64>> {
-    let size = image.virtual_size_bytes();
-    let chosen = script.tricky() % size.max(1);
-    [0, chosen, size.saturating_sub(SPAN_BYTES)]
-        .into_iter()
-        .map(|start| start..size.min(start.saturating_add(SPAN_BYTES)))
-        .filter(|range| !range.is_empty())
-        .collect()
-}
-
-fn look(image: &Image, range: &std::ops::Range<u64>) {
-    let mut extents = Vec::new();
-    if image.map_range(range.clone(), &mut extents).is_ok() {
-        let mut at = range.start;
-        for extent in &extents {
-            assert_eq!((extent.guest_offset, extent.len_bytes > 0), (at, true), "{extents:?}");
-            at += extent.len_bytes;
-        }
-        assert_eq!(at, range.end, "{extents:?}");
-    }
-    let read = || -> Option<Vec<u8>> {
-        let mut guest = vec![0xee; usize::try_from(range.end - range.start).ok()?];
-        image.read_at(&mut guest, range.start).ok().map(|()| guest)
-    };
-    assert!(read() == read(), "{range:?} reads differently the second time");
 }
