@@ -1,8 +1,8 @@
 //! The device in a process of its own: the back-end side of the vhost-user protocol.
 //!
 //! A front end (QEMU, cloud-hypervisor, …) connects to the [`Server`] of a device and hands over guest memory,
-//! rings and descriptors; from then on the queues work without it. [`session`] is what one connection has set up;
-//! [`memory`] the guest memory that it shared; [`message`] those messages that the `vhost` crate does not carry.
+//! rings and descriptors; from then on the queues work without it. `session` is what one connection has set up;
+//! `memory` the guest memory that it shared; `message` those messages that the `vhost` crate does not carry.
 //!
 //! Two promises to who restarts things:
 //! - A front end that goes away takes nothing with it: what is under way ends, its memory is let go, and the next

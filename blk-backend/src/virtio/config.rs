@@ -55,7 +55,7 @@ const _: () = assert!(size_of::<RawConfig>() == CONFIG_BYTES);
 /// Bytes of the configuration space.
 pub const CONFIG_BYTES: usize = 60;
 
-/// Where [`writeback`](RawConfig::writeback) is: the one field that a driver may write.
+/// Where `writeback` is: the one field that a driver may write.
 pub const WRITEBACK_AT_BYTES: usize = std::mem::offset_of!(RawConfig, writeback);
 
 /// What the configuration says of a disk.

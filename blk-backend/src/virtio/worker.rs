@@ -4,7 +4,7 @@
 //! the driver once. It allocates nothing and takes no lock. A worker belongs to its thread; others reach it through
 //! [`Orders`].
 //!
-//! [`Flights`](Flight) are numbered by the head of their chain: a driver that makes a chain available again before
+//! `Flights` are numbered by the head of their chain: a driver that makes a chain available again before
 //! it got it back is broken, so there is never a second one.
 
 use std::{
