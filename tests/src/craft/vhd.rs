@@ -5,6 +5,8 @@
 //! VirtualBox made. What differs between them: who is named as the creator (and so which size counts), which
 //! names of the parent are recorded and how, what else stands in the file, and where blocks begin.
 
+use super::Crafted;
+
 /// Bytes of a sector, and of a footer.
 pub const SECTOR: usize = 512;
 /// Guest bytes of a block of a differencing disk.
@@ -14,6 +16,57 @@ pub const BLOCK: usize = 2 << 20;
 pub const PARENT_ID: [u8; 16] = *b"parent-disk-id-1";
 /// When every parent says it was made, in seconds since 2000.
 pub const PARENT_TIME: u32 = 500_000_000;
+
+/// Where things stand in [`small`].
+pub mod place {
+    /// The header; the footer's copy is in front of it.
+    pub const HEADER: usize = 512;
+    /// The table, of four entries.
+    pub const TABLE: usize = 1536;
+    /// The bitmap of block 0, which is the first one on the disk.
+    pub const BITMAP: usize = 2048;
+    /// The name of the parent.
+    pub const NAME: usize = TABLE + 64;
+}
+
+/// A disk of four blocks of 4 KiB, as no program makes them: the first one is there, with sectors 0 to 6. `kind` is
+/// 3 or 4, as in [`footer`].
+#[must_use]
+pub fn small(kind: u32) -> Crafted {
+    let footer = footer(kind, 16 << 10, (1, 4, 17), *b"qem2", *b"Wi2k", *b"a-small-vhd-disk");
+    let mut bytes = vec![0; 6656];
+    put(&mut bytes, 0, &footer);
+    put(&mut bytes, place::HEADER, b"cxsparse");
+    put(&mut bytes, place::HEADER + 16, &(place::TABLE as u64).to_be_bytes());
+    put(&mut bytes, place::HEADER + 24, &0x0001_0000_u32.to_be_bytes());
+    put(&mut bytes, place::HEADER + 28, &4_u32.to_be_bytes());
+    put(&mut bytes, place::HEADER + 32, &4096_u32.to_be_bytes());
+    put(&mut bytes, place::HEADER + 576, b"MacX");
+    put(&mut bytes, place::HEADER + 576 + 8, &15_u32.to_be_bytes());
+    put(&mut bytes, place::HEADER + 576 + 16, &(place::NAME as u64).to_be_bytes());
+    put(&mut bytes, place::TABLE, &[0xff; SECTOR]);
+    put(&mut bytes, place::NAME, b"file://./parent");
+    put(&mut bytes, place::TABLE, &4_u32.to_be_bytes());
+    bytes[place::BITMAP] = 0b1111_1110;
+    bytes[place::BITMAP + SECTOR..].fill(0x5a);
+    bytes.extend(footer);
+    summed(Crafted { bytes })
+}
+
+/// The same with right sums in the copies of the footer and in the header, where they are.
+#[must_use]
+pub fn summed(mut image: Crafted) -> Crafted {
+    let end = image.bytes.len().saturating_sub(SECTOR);
+    for (start, len, at) in [(0, SECTOR, 64), (end, SECTOR, 64), (place::HEADER, 2 * SECTOR, 36)] {
+        let Some(part) = image.bytes.get_mut(start..start + len) else { continue };
+        if part.starts_with(b"conectix") || part.starts_with(b"cxsparse") {
+            put(part, at, &[0; 4]);
+            let sum = checksum(part);
+            put(part, at, &sum.to_be_bytes());
+        }
+    }
+    image
+}
 
 /// A parent locator.
 #[derive(Clone, Debug)]
