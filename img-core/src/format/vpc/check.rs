@@ -37,7 +37,7 @@ pub(super) fn check(
         });
     }
     let header = Header::read(storage, footer.raw.data_offset.get(), virtual_size_bytes)?;
-    let places = Places::collect(storage, &header)?;
+    let places = Places::collect(storage, &header, footer.disk_type)?;
     let mut audit =
         Audit { storage, repair, copies, footer, header, places, findings, report: CheckReport::default() };
     audit.report.total_clusters = virtual_size_bytes.div_ceil(audit.header.block_bytes);
@@ -112,6 +112,9 @@ impl Audit<'_> {
             }
             Ok(())
         })?;
+        for at in &self.places.broken_locators {
+            wrong.push(format!("ERROR the parent locator at byte {at:#x} leads outside the file"));
+        }
         for overlap in self.places.overlaps() {
             wrong.push(format!(
                 "ERROR block {} at byte {:#x} overlaps {}",

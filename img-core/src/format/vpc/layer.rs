@@ -130,7 +130,11 @@ impl SparseLayer {
                 format_args!("{:#010x}", header.raw.checksum.get()),
             ));
         }
-        let places = Places::collect(&*self.storage, &header)?;
+        let places = Places::collect(&*self.storage, &header, self.disk_type)?;
+        if let Some(at) = places.broken_locators.first() {
+            let rule = "a name inside the file";
+            return Err(Error::corrupt(self.path(), "header.parent_locators", *at, rule, "one outside"));
+        }
         if let Some(overlap) = places.overlaps().first() {
             return Err(Error::corrupt(
                 self.path(),

@@ -1,11 +1,11 @@
 //! Where all structures of a dynamic disk stand: for the checks before the first write, and for the audit.
 
-use std::ops::Range;
+use std::{mem::offset_of, ops::Range};
 
 use super::{
-    footer::{Copies, Copy, FOOTER_BYTES},
+    footer::{Copies, Copy, DiskType, FOOTER_BYTES},
     geometry::SECTOR_BYTES,
-    header::{HEADER_BYTES, Header},
+    header::{HEADER_BYTES, Header, RawHeader, RawLocator},
     map::read_table,
 };
 use crate::{Result, storage::Storage};
@@ -19,6 +19,9 @@ const BATMAP_COOKIE: [u8; 8] = *b"tdbatmap";
 pub(super) struct Places {
     /// Everything but blocks, by name.
     structures: Vec<(&'static str, Range<u64>)>,
+    /// Host offsets in the header of locators that lead outside the file. They would lead into blocks once the file
+    /// has grown.
+    pub(super) broken_locators: Vec<u64>,
     /// Host sector and number of each block, by sector.
     blocks: Vec<(u32, u32)>,
     stored_block_bytes: u64,
@@ -38,19 +41,27 @@ pub(super) struct Overlap {
 }
 
 impl Places {
-    /// Collects them. Blocks may lie outside the file.
-    pub(super) fn collect(storage: &dyn Storage, header: &Header) -> Result<Self> {
+    /// Collects them. Blocks may lie outside the file. Locators mean something in differencing disks alone.
+    pub(super) fn collect(storage: &dyn Storage, header: &Header, disk_type: DiskType) -> Result<Self> {
         let mut structures = vec![
             ("the footer's copy", 0..FOOTER_BYTES as u64),
             ("the header", header.at_bytes..header.at_bytes + HEADER_BYTES as u64),
             ("the block allocation table", header.table()),
         ];
         let file_bytes = storage.len_bytes()?;
-        for locator in &header.raw.locators {
+        let mut broken_locators = Vec::new();
+        let locators = header.raw.locators.iter().enumerate();
+        for (index, locator) in locators.filter(|_| disk_type == DiskType::Differencing) {
             let (at, len) = (locator.data_offset.get(), u64::from(locator.data_length.get()));
-            // What lies outside the file is refused by whoever reads it.
-            if let Some(end) = at.checked_add(len).filter(|end| len > 0 && *end <= file_bytes) {
-                structures.push(("a parent locator", at..end));
+            if locator.platform_code == [0; 4] || len == 0 {
+                continue;
+            }
+            match at.checked_add(len).filter(|end| *end <= file_bytes) {
+                Some(end) => structures.push(("a parent locator", at..end)),
+                None => {
+                    let field = offset_of!(RawHeader, locators) + index * size_of::<RawLocator>();
+                    broken_locators.push(header.at_bytes + field as u64);
+                }
             }
         }
         structures.extend(batmap(storage, header)?.map(|place| ("the map of full blocks", place)));
@@ -62,6 +73,7 @@ impl Places {
         blocks.sort_unstable();
         Ok(Self {
             structures,
+            broken_locators,
             blocks,
             stored_block_bytes: header.stored_block_bytes(),
             table_at: header.table_at,

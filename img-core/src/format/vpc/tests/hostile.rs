@@ -193,6 +193,9 @@ fn locators_that_lead_outside_are_passed_over_unless_they_are_all() {
     assert_eq!(name(&storage).unwrap(), "parent.vhd");
     patch_header(&storage, locators + 16, &u64::MAX.to_be_bytes());
     assert_eq!(name(&storage).unwrap(), "parent.vhd", "by the second one");
+    // It would lead into a block once the file has grown: nothing is written then.
+    assert!(refusal(&storage, OpenMode::Write).contains("header.parent_locators"));
+    assert_eq!(audit(&storage, Repair::Nothing).unwrap().0, 1);
     patch_header(&storage, locators + 24 + 8, &u32::MAX.to_be_bytes());
     let error = name(&storage).unwrap_err();
     assert!(matches!(error, Error::Corrupt { structure: "header.parent_locators", .. }), "{error}");
