@@ -9,6 +9,7 @@
 //! `engine` depends on `disk` and `request`; the front ends depend on all three; none of them on another.
 #![deny(unsafe_code)]
 
+pub mod bench;
 pub mod control;
 pub mod disk;
 pub mod engine;

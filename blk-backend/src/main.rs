@@ -19,6 +19,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Bench(command::bench::Args),
     Host(command::host::Args),
     Nbd(Box<command::nbd::Args>),
     VhostUser(Box<command::vhost_user::Args>),
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let mut out = io::stdout().lock();
     let result = match &cli.command {
+        Command::Bench(args) => command::bench::run(args, &mut out),
         Command::Host(args) => command::host::run(args, &mut out),
         Command::Nbd(args) => command::nbd::run(args, &mut out),
         Command::VhostUser(args) => command::vhost_user::run(args, &mut out),

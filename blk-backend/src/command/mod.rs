@@ -6,6 +6,7 @@ use std::{
     process::ExitCode,
 };
 
+pub(crate) mod bench;
 pub(crate) mod control_options;
 pub(crate) mod disk_options;
 pub(crate) mod host;
