@@ -16,5 +16,6 @@ pub mod engine;
 pub mod in_process;
 pub mod nbd;
 pub mod request;
+pub mod sandbox;
 pub mod vhost_user;
 pub mod virtio;

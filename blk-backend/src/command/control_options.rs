@@ -1,6 +1,6 @@
 //! The options with which every daemon is watched and controlled, and its life from there to its end.
 
-use std::{io, io::PipeReader, os::fd::AsFd, sync::Arc};
+use std::{io, io::PipeReader, os::fd::AsFd, path::Path, sync::Arc};
 
 use blk_backend::control::{ControlAddress, Daemon, Metrics, Qmp, summary};
 use rustix::{
@@ -28,6 +28,11 @@ pub(crate) struct Controls {
 }
 
 impl ControlArgs {
+    /// The sockets in the file system.
+    pub(crate) fn socket_paths(&self) -> impl Iterator<Item = &Path> {
+        [&self.qmp, &self.metrics].into_iter().flatten().filter_map(ControlAddress::path)
+    }
+
     /// Listens as asked.
     pub(crate) fn start(&self, daemon: &Arc<Daemon>) -> Result<Controls, Failure> {
         let failed =

@@ -11,6 +11,7 @@ pub(crate) mod control_options;
 pub(crate) mod disk_options;
 pub(crate) mod host;
 pub(crate) mod nbd;
+pub(crate) mod sandbox_options;
 mod signals;
 pub(crate) mod vhost_user;
 

@@ -8,7 +8,9 @@ use blk_backend::{
     nbd::{Export, ExportOptions, ListenAddress, Log, Server, ServerOptions},
 };
 
-use super::{Failure, control_options::ControlArgs, disk_options::DiskArgs, signals};
+use super::{
+    Failure, control_options::ControlArgs, disk_options::DiskArgs, sandbox_options::SandboxArgs, signals,
+};
 
 /// Serve an image to NBD clients
 ///
@@ -44,6 +46,8 @@ pub(crate) struct Args {
     node_name: String,
     #[command(flatten)]
     control: ControlArgs,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure> {
@@ -55,6 +59,8 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
         lane: LaneOptions { poll: Duration::from_micros(args.poll), ..LaneOptions::default() },
         allow_remote_writes: args.allow_remote_writes,
     };
+    let sockets = args.control.socket_paths().chain(args.listen.path());
+    args.sandbox.enter([&*disk], sockets)?;
     let log: Log = Arc::new(super::warn);
     let daemon = Daemon::new(options.clone(), Arc::clone(&log))?;
     daemon.add_node(&args.node_name, &disk, args.disk.cache)?;

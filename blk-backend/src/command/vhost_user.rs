@@ -12,7 +12,9 @@ use blk_backend::{
 use clap::Parser;
 use img_core::format::split_list;
 
-use super::{Failure, control_options::ControlArgs, disk_options::DiskArgs, signals};
+use super::{
+    Failure, control_options::ControlArgs, disk_options::DiskArgs, sandbox_options::SandboxArgs, signals,
+};
 
 /// Serve images as virtio block devices over vhost-user sockets
 ///
@@ -28,6 +30,8 @@ pub(crate) struct Args {
     more: Vec<DeviceArgs>,
     #[command(flatten)]
     control: ControlArgs,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 /// One device
@@ -96,6 +100,9 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
         daemon.add_export(&name, ExportKind::VhostUserBlk, &name)?;
         devices.push((device, &args.socket));
     }
+    let disks = daemon.disks();
+    let sockets = devices.iter().map(|(_, socket)| socket.as_path());
+    args.sandbox.enter(disks.iter().map(|(_, disk)| &**disk), args.control.socket_paths().chain(sockets))?;
     let told: Told = log;
     let mut servers = Vec::new();
     for (device, socket) in devices {

@@ -28,6 +28,12 @@ const BREATH: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 pub struct ControlAddress(ListenAddress);
 
 impl ControlAddress {
+    /// The socket in the file system, if it is one.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path()
+    }
+
     /// Whether it is in the file system.
     #[must_use]
     pub fn is_unix(&self) -> bool {

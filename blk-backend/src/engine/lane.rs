@@ -1,4 +1,4 @@
-//! A queue thread's way to one disk.
+//! A queue thread's way to one disk: what a front end calls, and how the lane waits.
 
 use std::{
     collections::VecDeque,
@@ -11,22 +11,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use img_core::{
-    format::HostFile,
-    image::{Commit, Image},
-};
+use img_core::image::Image;
 
 use super::{
     backend::{Backend, EngineChoice, EngineInUse},
+    course::Direct,
     mailbox::{Content, Finished, LaneWaker, Mailbox},
     ring::{Answer, BELL},
     slot::{Slots, Stage},
-    transfer::{Hold, Progress, Transfers, Way},
-    worker::{Job, Task},
+    transfer::{Progress, Transfers},
 };
 use crate::{
     disk::Disk,
-    request::{Errno, Op, Request, Submitted},
+    request::{Errno, Request, Submitted},
 };
 
 /// How a lane is made.
@@ -82,31 +79,31 @@ pub enum Event {
 /// leaves either's bytes, as on real disks.
 #[derive(Debug)]
 pub struct Lane {
-    disk: Arc<Disk>,
+    pub(super) disk: Arc<Disk>,
     /// [`Disk::image`], as of `generation`. Looked at again whenever the lane becomes active.
-    image: Arc<Image>,
-    generation: u64,
-    mailbox: Arc<Mailbox>,
-    slots: Slots,
+    pub(super) image: Arc<Image>,
+    pub(super) generation: u64,
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) slots: Slots,
     /// Taken while the disk is paused, in order.
-    held: VecDeque<u32>,
+    pub(super) held: VecDeque<u32>,
     /// Begun and not ended.
-    under_way: usize,
+    pub(super) under_way: usize,
     /// Not told yet.
-    events: Vec<Event>,
+    pub(super) events: Vec<Event>,
     /// Reused.
-    content: Content,
+    pub(super) content: Content,
     /// Wait for somebody who is in the way for a short time.
-    busy: Vec<u32>,
+    pub(super) busy: Vec<u32>,
     /// Makes the lane try those again.
-    progress: Waker,
-    transfers: Transfers,
-    backend: Backend,
-    engine: EngineInUse,
-    direct: Option<Direct>,
-    poll: Duration,
+    pub(super) progress: Waker,
+    pub(super) transfers: Transfers,
+    pub(super) backend: Backend,
+    pub(super) engine: EngineInUse,
+    pub(super) direct: Option<Direct>,
+    pub(super) poll: Duration,
     /// One look at the clock serves a batch.
-    now: Option<Instant>,
+    pub(super) now: Option<Instant>,
     _stays_on_its_thread: PhantomData<*mut ()>,
 }
 
@@ -362,243 +359,6 @@ impl Lane {
         }
         Ok(())
     }
-
-    /// Whether a request may begin; if so it counts as under way.
-    fn admit(&mut self) -> bool {
-        if self.disk.is_paused() {
-            return false;
-        }
-        if self.under_way == 0 {
-            // Either the one who pauses sees that this lane is active, or this lane sees the pause.
-            self.mailbox.set_active(true);
-            if self.disk.is_paused() {
-                self.become_quiet();
-                return false;
-            }
-            if self.disk.generation() != self.generation {
-                self.change_image();
-            }
-        }
-        self.under_way += 1;
-        self.mailbox.stats.depth_is(self.under_way);
-        true
-    }
-
-    /// The disk has another image; nothing is under way.
-    fn change_image(&mut self) {
-        self.generation = self.disk.generation();
-        self.image = self.disk.image();
-        self.direct = Direct::of(&self.image);
-        if let Some(ring) = self.backend.ring() {
-            self.transfers.forget_files(ring);
-        }
-    }
-
-    fn become_quiet(&self) {
-        self.mailbox.set_active(false);
-        self.disk.lane_is_quiet();
-    }
-
-    /// Begins a request that was admitted, or goes on with one that was parked.
-    fn begin(&mut self, index: u32) {
-        let size = self.image.virtual_size_bytes();
-        let slot = self.slots.get(index);
-        let (op, range) = (slot.op, slot.guest_bytes.clone());
-        if range.end > size {
-            return self.end(index, Err(if op.changes() { Errno::NOSPC } else { Errno::INVAL }));
-        }
-        if op.changes() && self.disk.is_read_only() {
-            return self.end(index, Err(Errno::ROFS));
-        }
-        if range.is_empty() && op != Op::Flush && !op.is_fua() {
-            return self.end(index, Ok(()));
-        }
-        match op {
-            Op::Read => self.read(index),
-            Op::Write { .. } => self.write(index),
-            Op::Flush | Op::Cache => self.hand_over(index, Task::All(op)),
-            Op::Discard { .. } | Op::WriteZeroes { .. } => self.change(index),
-        }
-    }
-
-    fn read(&mut self, index: u32) {
-        let Some(ring) = self.backend.ring() else { return self.hand_over(index, Task::All(Op::Read)) };
-        let slot = self.slots.get(index);
-        let mut way = self.transfers.read(ring, &self.image, index, slot);
-        if way == Way::Busy {
-            // Whoever ends from here on wakes the lane; who has ended already is not in the way any more.
-            self.image.wake_on_progress(&self.progress);
-            way = self.transfers.read(ring, &self.image, index, slot);
-        }
-        match way {
-            Way::Pushed => self.begin_moving(index),
-            Way::Busy => self.wait_for_progress(index),
-            Way::Blocks => {
-                self.mailbox.stats.misses.add(1);
-                self.hand_over(index, Task::All(Op::Read));
-            }
-        }
-    }
-
-    fn write(&mut self, index: u32) {
-        if self.engine != EngineInUse::Ring {
-            return self.write_by_worker(index);
-        }
-        if let Some(direct) = self.direct {
-            if !direct.ring_writes {
-                return self.change(index);
-            }
-            if !self.slots.get(index).entered && !self.enter(index) {
-                return;
-            }
-        }
-        let ring = self.backend.ring().expect("it is in use");
-        let slot = self.slots.get(index);
-        let mut way = self.transfers.write(ring, &self.image, index, slot);
-        if way == Way::Busy {
-            self.image.wake_on_progress(&self.progress);
-            way = self.transfers.write(ring, &self.image, index, slot);
-        }
-        match way {
-            Way::Pushed => self.begin_moving(index),
-            Way::Busy => self.wait_for_progress(index),
-            Way::Blocks => {
-                self.mailbox.stats.misses.add(1);
-                self.change(index);
-            }
-        }
-    }
-
-    /// Overwriting what is there is in nobody's way; any other write waits for its clusters.
-    fn write_by_worker(&mut self, index: u32) {
-        let slot = self.slots.get(index);
-        if slot.entered || self.transfers.is_in_place(&self.image, &slot.guest_bytes) {
-            let op = slot.op;
-            return self.hand_over(index, Task::All(op));
-        }
-        self.change(index);
-    }
-
-    /// A change by a worker, who has its clusters to itself.
-    fn change(&mut self, index: u32) {
-        if self.slots.get(index).entered || self.enter(index) {
-            let op = self.slots.get(index).op;
-            self.hand_over(index, Task::All(op));
-        }
-    }
-
-    /// Makes the clusters of a change its own, where changes can be in each other's way. False when it is parked.
-    fn enter(&mut self, index: u32) -> bool {
-        let cluster = self.image.layers()[0].cluster_size_bytes().map(u64::from);
-        let granule = self.direct.map(|direct| direct.granule_bytes);
-        let Some(unit) = cluster.max(granule) else { return true };
-        let slot = self.slots.get(index);
-        let Range { start, end } = slot.guest_bytes;
-        let clusters = match self.direct {
-            // A storage that writes a part of a block past the end of the file cuts the file off behind it.
-            Some(direct) if !(start | end).is_multiple_of(direct.unit_bytes) => 0..u64::MAX,
-            _ => start - start % unit..end.checked_next_multiple_of(unit).unwrap_or(u64::MAX),
-        };
-        slot.stage = Stage::Parked;
-        slot.entered = self.disk.flight.enter(clusters, &self.mailbox, index);
-        if !slot.entered {
-            self.mailbox.stats.parked.add(1);
-        }
-        slot.entered
-    }
-
-    fn wait_for_progress(&mut self, index: u32) {
-        let slot = self.slots.get(index);
-        if slot.stage != Stage::Busy {
-            slot.stage = Stage::Busy;
-            self.mailbox.stats.parked.add(1);
-        }
-        self.busy.push(index);
-    }
-
-    fn begin_moving(&mut self, index: u32) {
-        let slot = self.slots.get(index);
-        slot.stage = Stage::Moving;
-        if slot.pending == 0 {
-            self.end_moving(index);
-        }
-    }
-
-    /// The kernel has answered all transfers of a request.
-    fn end_moving(&mut self, index: u32) {
-        let slot = self.slots.get(index);
-        let hold = slot.hold.take();
-        match (slot.failure.take(), hold) {
-            // What the ring cannot do here the blocking calls can, or they say why not.
-            (Some(Errno::AGAIN | Errno::INTR | Errno::INVAL | Errno::OPNOTSUPP), hold) => {
-                drop(hold);
-                if slot.op == Op::Read {
-                    self.hand_over(index, Task::All(Op::Read));
-                } else {
-                    self.change(index);
-                }
-            }
-            (Some(errno), _) => self.end(index, Err(errno)),
-            (None, Some(Hold::Write(ticket))) => {
-                let fua = slot.op.is_fua();
-                match ticket.try_commit() {
-                    Commit::Blocks(ticket) => self.hand_over(index, Task::Commit { ticket, fua }),
-                    Commit::Done if fua => self.hand_over(index, Task::All(Op::Flush)),
-                    Commit::Done => self.end(index, Ok(())),
-                }
-            }
-            (None, Some(Hold::Read(_)) | None) => self.end(index, Ok(())),
-        }
-    }
-
-    fn hand_over(&mut self, index: u32, task: Task) {
-        let slot = self.slots.get(index);
-        slot.stage = Stage::Working;
-        let job = Job {
-            image: Arc::clone(&self.image),
-            owner: Arc::clone(&self.mailbox),
-            slot: index,
-            task,
-            guest_bytes: slot.guest_bytes.clone(),
-            runs: std::mem::take(&mut slot.runs),
-            entered: std::mem::take(&mut slot.entered).then(|| Arc::clone(&self.disk.flight)),
-        };
-        self.mailbox.stats.handed_over.add(1);
-        self.disk.workers.give(job);
-    }
-
-    /// A request that was under way has ended.
-    fn end(&mut self, index: u32, result: Result<(), Errno>) {
-        self.answer(index, result);
-        self.leave();
-    }
-
-    /// A request that was under way is given up.
-    fn retire(&mut self, index: u32) {
-        self.slots.give(index);
-        self.leave();
-    }
-
-    fn leave(&mut self) {
-        self.under_way -= 1;
-        self.mailbox.stats.depth_is(self.under_way);
-        if self.under_way == 0 {
-            self.become_quiet();
-        }
-    }
-
-    /// Tells how a request ended, and frees its slot.
-    fn answer(&mut self, index: u32, result: Result<(), Errno>) {
-        let slot = self.slots.get(index);
-        let bytes = slot.guest_bytes.end - slot.guest_bytes.start;
-        let took = self.now.get_or_insert_with(Instant::now).saturating_duration_since(slot.began);
-        self.mailbox.stats.done(slot.op, bytes, took, result.is_ok());
-        self.events.push(Event::Done { tag: slot.tag, result });
-        if slot.entered {
-            self.disk.flight.leave(&self.mailbox, index);
-        }
-        self.slots.give(index);
-    }
 }
 
 impl Drop for Lane {
@@ -606,39 +366,6 @@ impl Drop for Lane {
     fn drop(&mut self) {
         self.reset();
         self.disk.remove_lane(&self.mailbox);
-    }
-}
-
-/// What is different where the ring writes past the page cache. The storage keeps its own writers of one block
-/// apart, those that must read a block first too; the writes of a ring do not pass there. So all changes enter the
-/// [`Flight`](super::Flight), in whole blocks.
-#[derive(Clone, Copy, Debug)]
-struct Direct {
-    /// What is written past the cache is a multiple of this.
-    unit_bytes: u64,
-    /// The storage's unit of exclusion.
-    granule_bytes: u64,
-    /// False where a block holds data and tables, which the format writes.
-    ring_writes: bool,
-}
-
-impl Direct {
-    /// `None` where the top layer is written through the page cache, or not at all.
-    fn of(image: &Image) -> Option<Self> {
-        let top = &image.layers()[0];
-        let limits = top.file(HostFile::IMAGE)?.limits();
-        if limits.alignment_bytes <= 1 || top.writer().is_none() {
-            return None;
-        }
-        let granule_bytes =
-            u64::from(limits.alignment_bytes.max(limits.block_bytes).max(4096)).next_power_of_two();
-        let cluster = top.cluster_size_bytes().map(u64::from);
-        let unit_bytes = u64::from(limits.alignment_bytes);
-        Some(Self {
-            unit_bytes,
-            granule_bytes,
-            ring_writes: cluster.is_none_or(|cluster| cluster.is_multiple_of(granule_bytes)),
-        })
     }
 }
 

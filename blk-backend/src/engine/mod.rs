@@ -1,6 +1,6 @@
 //! From requests to bytes, without waiting on the way.
 //!
-//! - [`Lane`]: one queue thread's way to a disk; what a front end talks to.
+//! - [`Lane`]: one queue thread's way to a disk; what a front end talks to. `course`: the way of a request through it.
 //! - `slot`: the requests of a lane, each at one place from submission to answer.
 //! - `transfer`: the fast way: extents become transfers of the ring, one countdown for each request.
 //! - `ring`: the kernel's ring, and what it may do; `epoll`: how a lane sleeps where there is none; `backend`: which.
@@ -11,6 +11,7 @@
 //! - `stats`: what a lane counts.
 
 mod backend;
+mod course;
 mod epoll;
 mod flight;
 mod lane;
@@ -20,7 +21,7 @@ mod ring;
 mod slot;
 mod stats;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod transfer;
 mod worker;
 

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs},
-    path::PathBuf,
+    path::{Path, PathBuf},
     str::FromStr,
 };
 
@@ -20,6 +20,15 @@ pub enum ListenAddress {
 }
 
 impl ListenAddress {
+    /// The socket in the file system, if it is one.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Unix(path) => Some(path),
+            Self::Tcp(_) => None,
+        }
+    }
+
     /// Whether only this host's own programs can connect.
     #[must_use]
     pub fn is_local(&self) -> bool {

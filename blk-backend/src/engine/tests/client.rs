@@ -24,7 +24,7 @@ pub(super) fn engines() -> Vec<EngineChoice> {
 }
 
 /// The image of `format` and `options` called `name` in a directory.
-pub(super) fn image(
+pub(crate) fn image(
     dir: &Path,
     name: &str,
     format: &str,

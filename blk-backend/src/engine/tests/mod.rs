@@ -2,5 +2,8 @@
 
 mod client;
 mod control;
+mod crash;
 mod model;
 mod requests;
+
+pub(crate) use client::image;

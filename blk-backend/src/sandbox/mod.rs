@@ -1,0 +1,70 @@
+//! What the daemon gives up once it is set up.
+//!
+//! Three fences, each for what gets past the one before: the rings of the lanes take reads, writes and polls of files
+//! in their own tables and nothing else (`engine::ring`); `seccomp` leaves the process the system calls that serving
+//! an image takes; Landlock leaves it the directories of its images and sockets. None can be opened again.
+//!
+//! Landlock holds for the calling thread and those it starts later: [`enter`] comes before the threads.
+
+mod seccomp;
+#[cfg(test)]
+mod tests;
+
+use std::{io, path::PathBuf};
+
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _,
+    RulesetCreatedAttr as _, RulesetStatus, Scope, path_beneath_rules,
+};
+
+/// What stays allowed.
+#[derive(Clone, Debug, Default)]
+pub struct Sandbox {
+    /// Files below these directories may be opened for reading and writing, made and removed: images, overlays that
+    /// live snapshots will make, sockets.
+    pub directories: Vec<PathBuf>,
+}
+
+/// Which fences stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fences {
+    /// Whether Landlock keeps the process to its directories; not on kernels without it.
+    pub landlock: bool,
+    /// Whether the system calls are filtered; not on processors for which there is no list.
+    pub seccomp: bool,
+}
+
+/// Gives everything else up, for good. The calling thread has started no other that is to be trusted less.
+///
+/// # Errors
+/// When the kernel has a fence and refuses it. What it does not have is left out; see [`Fences`].
+pub fn enter(sandbox: &Sandbox) -> io::Result<Fences> {
+    let landlock = restrict_files(sandbox).map_err(io::Error::other)?;
+    let seccomp = seccomp::restrict_calls()?;
+    Ok(Fences { landlock, seccomp })
+}
+
+/// The directories, no new TCP connections, no signals to others, no abstract sockets of others.
+fn restrict_files(sandbox: &Sandbox) -> Result<bool, landlock::RulesetError> {
+    let abi = ABI::V6;
+    let all = AccessFs::from_all(abi);
+    let inside: BitFlags<AccessFs> = AccessFs::ReadFile
+        | AccessFs::ReadDir
+        | AccessFs::WriteFile
+        | AccessFs::Truncate
+        | AccessFs::MakeReg
+        | AccessFs::MakeSock
+        | AccessFs::RemoveFile
+        | AccessFs::IoctlDev;
+    let status = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(all)?
+        .handle_access(AccessNet::ConnectTcp)?
+        .scope(Scope::from_all(abi))?
+        .create()?
+        .add_rules(path_beneath_rules(&sandbox.directories, inside))?
+        // What the metrics tell of the process itself.
+        .add_rules(path_beneath_rules(["/proc/self"], AccessFs::ReadFile | AccessFs::ReadDir))?
+        .restrict_self()?;
+    Ok(status.ruleset != RulesetStatus::NotEnforced)
+}
