@@ -191,8 +191,8 @@ mod tests {
         pool.give(one);
         let small = pool.take(1, false).unwrap();
         assert_eq!(small.bytes().len(), PAGE_BYTES);
-        pool.give(two);
         pool.give(small);
+        pool.give(two);
         assert!(pool.is_unused() && pool.spare_bytes <= MAX_SPARE_BYTES && pool.is_generous());
         pool.trim();
         assert!(!pool.is_generous() && pool.spare_bytes == PAGE_BYTES);
