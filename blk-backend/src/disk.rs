@@ -19,7 +19,7 @@ use std::{
 use img_core::{
     Error, Result,
     format::{Backing, HostFile, OpenMode, OptionSet, registry},
-    image::{CacheMode, Image, ImageName, OpenOptions},
+    image::{CacheMode, ChangeLog, Image, ImageName, OpenOptions},
     job::create::{self, CreateImage},
     storage::{Identity, Preallocation},
     text,
@@ -85,6 +85,8 @@ pub struct Disk {
     quiet: Mutex<()>,
     quieter: Condvar,
     observers: Mutex<Vec<Observer>>,
+    /// For whatever image is on top.
+    change_log: Mutex<Option<Arc<dyn ChangeLog>>>,
     pub(crate) flight: Arc<Flight>,
     pub(crate) workers: Workers,
 }
@@ -134,6 +136,7 @@ impl Disk {
             quiet: Mutex::default(),
             quieter: Condvar::new(),
             observers: Mutex::default(),
+            change_log: Mutex::default(),
             flight: Arc::default(),
             workers: Workers::new(options.workers),
         })
@@ -244,8 +247,31 @@ impl Disk {
                 ..OpenOptions::new(OpenMode::Write)
             };
             let new = image.with_overlay(Image::open(overlay, &open)?)?;
+            // The old top is flushed; notes go on with the new one.
+            image.keep_change_log(None);
+            new.keep_change_log(self.change_log.lock().unwrap_or_else(PoisonError::into_inner).clone());
             *self.image.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
             self.generation.fetch_add(1, SeqCst);
+            Ok(())
+        })
+    }
+
+    /// Tells `log` from now on of each change that is not durable, or nobody; also of those to an image that comes on
+    /// top later. All that was written before is made durable first.
+    ///
+    /// # Errors
+    /// Those of [`Image::flush`]; nobody is told then.
+    pub fn keep_change_log(&self, log: Option<Arc<dyn ChangeLog>>) -> Result<()> {
+        self.drained(|| {
+            let image = self.image();
+            let mut kept = self.change_log.lock().unwrap_or_else(PoisonError::into_inner);
+            *kept = None;
+            image.keep_change_log(None);
+            if log.is_some() {
+                image.flush()?;
+                image.keep_change_log(log.clone());
+            }
+            *kept = log;
             Ok(())
         })
     }

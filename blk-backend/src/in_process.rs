@@ -12,7 +12,7 @@
 //! // … it sets up a queue …
 //! let queue = QueueThread::start(&device, "disk0-q0", QueueSetup {
 //!     ram, rings, next_avail: 0, features: accepted,
-//!     kick: Some(kick), call: Some(call), error: None, inflight: None, log: None, paused: false,
+//!     kick: Some(kick), call: Some(call), error: None, inflight: None, redo: None, log: None, paused: false,
 //! })?;
 //! queue.pause()?; // returns when nothing is under way
 //! queue.resume();

@@ -64,6 +64,7 @@ fn start(device: &Arc<Device>, ram: &SharedRam, guest: &GuestQueue, next_avail: 
         call: Some(guest.call.try_clone().expect("a descriptor")),
         error: None,
         inflight: None,
+        redo: None,
         log: None,
         paused: false,
     };

@@ -191,7 +191,9 @@ impl Door {
         connection.set_nonblocking(false)?;
         let socket = connection.try_clone()?;
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection.try_clone()?);
-        let session = Arc::new(Mutex::new(Session::new(&self.device, Arc::clone(channel))));
+        let (name, told) = (self.name.clone(), Arc::clone(&self.tell));
+        let tell: Told = Arc::new(move |what| told(&format!("{name}: {what}")));
+        let session = Arc::new(Mutex::new(Session::new(&self.device, Arc::clone(channel), tell)));
         let mut crate_side = BackendReqHandler::from_stream(connection, Arc::clone(&session));
         while self.wait_for(&socket) {
             match message::next(socket.as_fd())? {

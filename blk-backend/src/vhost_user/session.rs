@@ -11,6 +11,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use img_core::image::ChangeLog;
 use vhost::VhostUserMemoryRegionBase as RegionBase;
 use vhost::vhost_user::{
     Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
@@ -22,7 +23,7 @@ use vhost::vhost_user::{
 };
 use vm_memory::GuestAddress;
 
-use super::{MAX_MEMORY_SLOTS, memory::SharedMemory, message};
+use super::{MAX_MEMORY_SLOTS, Told, memory::SharedMemory, message};
 use crate::{
     in_process::{QueueGone, QueueThread},
     virtio::{
@@ -30,6 +31,7 @@ use crate::{
         config::CONFIG_BYTES,
         dirty_log::{DirtyLog, QueueLog},
         inflight::InflightRegion,
+        redo::RedoLog,
         ring::RingLayout,
         setup::{MAX_QUEUE_SIZE, QueueError, QueueSetup},
     },
@@ -81,7 +83,6 @@ struct Vring {
 }
 
 /// One connection. Dropped, its queues drain and stop.
-#[derive(Debug)]
 pub(super) struct Session {
     device: Arc<Device>,
     features: Features,
@@ -89,9 +90,11 @@ pub(super) struct Session {
     memory: SharedMemory,
     vrings: Vec<Vring>,
     inflight: Option<Arc<InflightRegion>>,
+    redo: Option<Arc<RedoLog>>,
     log: Option<Arc<DirtyLog>>,
     status: u64,
     channel: Channel,
+    tell: Told,
 }
 
 fn failed(error: impl Into<io::Error>) -> Error {
@@ -110,7 +113,7 @@ fn gone(error: QueueGone) -> Error {
 }
 
 impl Session {
-    pub(super) fn new(device: &Arc<Device>, channel: Channel) -> Self {
+    pub(super) fn new(device: &Arc<Device>, channel: Channel, tell: Told) -> Self {
         Self {
             vrings: std::iter::repeat_with(Vring::default).take(device.queues().into()).collect(),
             device: Arc::clone(device),
@@ -118,9 +121,11 @@ impl Session {
             protocol: VhostUserProtocolFeatures::empty(),
             memory: SharedMemory::default(),
             inflight: None,
+            redo: None,
             log: None,
             status: 0,
             channel,
+            tell,
         }
     }
 
@@ -189,6 +194,7 @@ impl Session {
             call: copy(&vring.call).map_err(failed)?,
             error: copy(&vring.error).map_err(failed)?,
             inflight,
+            redo: self.redo.clone(),
             log,
             paused: !vring.enabled,
         };
@@ -223,9 +229,37 @@ impl Session {
         Ok(())
     }
 
+    /// Takes inflight memory. What an earlier device noted in it and nobody flushed is done again first.
+    fn set_inflight(&mut self, region: Arc<InflightRegion>) {
+        let disk = self.device.disk();
+        let redo = Arc::new(region.redo_log());
+        match redo.replay(&disk.image()) {
+            Ok(0) => {}
+            Ok(count) => (self.tell)(&format!("{count} changes of a device that died were done again")),
+            Err(error) => (self.tell)(&error.to_string()),
+        }
+        if let Err(error) = disk.keep_change_log(Some(Arc::clone(&redo) as Arc<dyn ChangeLog>)) {
+            (self.tell)(&format!("changes are not noted for a device to come: {error}"));
+        }
+        self.redo = Some(redo);
+        self.inflight = Some(region);
+    }
+
     fn index(&self, index: u8) -> Result<u16> {
         let index = u16::from(index);
         if usize::from(index) < self.vrings.len() { Ok(index) } else { Err(Error::InvalidParam) }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Before the memory with the notes goes; the queues drain when they are dropped.
+        self.vrings.clear();
+        if self.redo.is_some()
+            && let Err(error) = self.device.disk().keep_change_log(None)
+        {
+            (self.tell)(&error.to_string());
+        }
     }
 }
 
@@ -452,7 +486,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(Error::InvalidParam);
         }
         let (region, file) = InflightRegion::create(num_queues, queue_size).map_err(failed)?;
-        self.inflight = Some(region);
+        self.set_inflight(region);
         let len_bytes = InflightRegion::bytes(num_queues, queue_size) as u64;
         Ok((VhostUserInflight::new(len_bytes, 0, num_queues, queue_size), file))
     }
@@ -467,7 +501,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(Error::InvalidOperation("the inflight memory changes while queues are started"));
         }
         let region = InflightRegion::map(file, mmap_offset, size, num_queues, queue_size).map_err(failed)?;
-        self.inflight = Some(region);
+        self.set_inflight(region);
         Ok(())
     }
 

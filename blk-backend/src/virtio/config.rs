@@ -12,9 +12,10 @@ pub const SECTOR_BYTES: u64 = 512;
 /// set up: a request must not be longer than its queue, indirect or not (2.7.5.3.1).
 pub const MAX_SEGMENTS: u32 = 126;
 
-/// Longest data segment: a limit that no driver comes near, and a request of `MAX_SEGMENTS` of them still adds up
-/// in 64 bits.
-pub const MAX_SEGMENT_BYTES: u32 = 1 << 30;
+/// Longest data segment. Drivers take a request to hold `MAX_SEGMENTS` of them, and SeaBIOS counts its blocks in 16
+/// bits: with more than 65535 it asks for none at all, for ever.
+pub const MAX_SEGMENT_BYTES: u32 = 256 << 10;
+const _: () = assert!(MAX_SEGMENTS as u64 * MAX_SEGMENT_BYTES as u64 / SECTOR_BYTES <= u16::MAX as u64);
 
 /// Longest range of a discard or write-zeroes command. Such a command may keep a worker busy for as long as its
 /// range has clusters: 1 GiB is 16384 clusters of the usual size.

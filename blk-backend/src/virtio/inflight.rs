@@ -25,6 +25,8 @@ use std::{
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
+use super::redo::RedoLog;
+
 /// Bytes of `QueueRegionSplit` before its array.
 const HEADER_BYTES: usize = 16;
 /// Bytes of a `DescStateSplit`.
@@ -48,16 +50,26 @@ const VERSION_1: u16 = 1;
 /// The memory for some queues of one device.
 #[derive(Debug)]
 pub struct InflightRegion {
-    memory: MmapRegion<()>,
+    memory: Arc<MmapRegion<()>>,
     queues: u16,
     queue_size: u16,
 }
 
 impl InflightRegion {
-    /// Bytes for `queues` of `queue_size` descriptors each.
+    /// Bytes for `queues` of `queue_size` descriptors each, and the [`RedoLog`] behind them.
     #[must_use]
     pub fn bytes(queues: u16, queue_size: u16) -> usize {
+        Self::queues_bytes(queues, queue_size) + RedoLog::BYTES
+    }
+
+    fn queues_bytes(queues: u16, queue_size: u16) -> usize {
         usize::from(queues) * stride(queue_size)
+    }
+
+    /// The notes behind the queues.
+    #[must_use]
+    pub fn redo_log(&self) -> RedoLog {
+        RedoLog::new(Arc::clone(&self.memory), Self::queues_bytes(self.queues, self.queue_size))
     }
 
     /// New memory for `queues` of `queue_size`, zeroed, and the file that it is in.
@@ -100,7 +112,7 @@ impl InflightRegion {
         }
         let memory =
             MmapRegion::from_file(FileOffset::new(file, offset), needed).map_err(io::Error::other)?;
-        Ok(Arc::new(Self { memory, queues, queue_size }))
+        Ok(Arc::new(Self { memory: Arc::new(memory), queues, queue_size }))
     }
 
     /// The part of queue `index`, whose size is `size` now. `None` when it has none of that size.
@@ -317,8 +329,9 @@ mod tests {
         assert!(region.queue(0, 16).is_none());
         let size = InflightError::Size { expected: 4, found: 8 };
         assert_eq!(region.queue(0, 4).expect("smaller").recover(0), Err(size));
-        assert!(InflightRegion::map(file.try_clone().expect("a file"), 0, 4096, 16, 128).is_err());
-        assert!(InflightRegion::map(file, u64::MAX, 4096, 1, 8).is_err());
+        assert!(InflightRegion::map(file.try_clone().expect("a file"), 0, 4096, 1, 8).is_err());
+        let enough = InflightRegion::bytes(1, 8);
+        assert!(InflightRegion::map(file, u64::MAX, enough, 1, 8).is_err());
     }
 
     proptest! {
@@ -326,7 +339,7 @@ mod tests {
         #[test]
         fn hostile_memory_is_read_or_refused(bytes in vec(any::<u8>(), 256), used_idx: u16, sane: bool) {
             let (region, _file) = InflightRegion::create(1, 8).expect("memory");
-            for (at, byte) in bytes.iter().take(InflightRegion::bytes(1, 8)).enumerate() {
+            for (at, byte) in bytes.iter().take(InflightRegion::queues_bytes(1, 8)).enumerate() {
                 region.memory.get_ref(at).expect(INSIDE).store(*byte);
             }
             let mut queue = region.queue(0, 8).expect("it is there");

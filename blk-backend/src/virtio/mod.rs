@@ -2,8 +2,8 @@
 //!
 //! [`features`] and [`config`] are what it says of itself; [`chain`] follows a descriptor chain and [`command`]
 //! understands it; [`ring`] gives chains back; [`worker`] is the loop of one queue on one
-//! [`Lane`](crate::engine::Lane), made of a [`setup`] and reached by [`orders`]; [`device`] is what queues share. [`inflight`] and [`dirty_log`] are what a
-//! queue remembers for others. [`driver`] is the other side of a ring, for load generators and tests.
+//! [`Lane`](crate::engine::Lane), made of a [`setup`] and reached by [`orders`]; [`device`] is what queues share. [`inflight`],
+//! [`redo`] and [`dirty_log`] are what a device remembers for others. [`driver`] is the other side of a ring, for load generators and tests.
 //!
 //! Everything that a guest wrote is hostile: copied out of its memory once, checked, then used. What can be
 //! answered is answered with the status of section 5.2.6; what cannot breaks the queue, and the device asks for a
@@ -20,6 +20,7 @@ pub mod driver;
 pub mod features;
 pub mod inflight;
 pub mod orders;
+pub mod redo;
 pub mod ring;
 pub mod setup;
 pub mod worker;

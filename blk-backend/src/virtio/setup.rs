@@ -8,6 +8,7 @@ use super::{
     dirty_log::{NotInLog, QueueLog},
     features::Features,
     inflight::{InflightError, InflightQueue},
+    redo::RedoLog,
     ring::RingLayout,
 };
 
@@ -35,6 +36,8 @@ pub struct QueueSetup {
     pub error: Option<OwnedFd>,
     /// What an earlier worker of this queue had, and where this one keeps it.
     pub inflight: Option<InflightQueue>,
+    /// Where changes are noted that no flush has made durable: it has to be flushed in time.
+    pub redo: Option<Arc<RedoLog>>,
     /// Where pages that are written are noted.
     pub log: Option<QueueLog>,
     /// Whether it begins paused.
@@ -66,6 +69,8 @@ pub enum QueueError {
 pub struct QueueState {
     /// The next entry of the available ring.
     pub next_avail: u16,
+    /// The next entry of the used ring.
+    pub next_used: u16,
     /// Whether it broke.
     pub is_broken: bool,
 }

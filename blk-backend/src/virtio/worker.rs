@@ -27,6 +27,7 @@ use super::{
     features::Features,
     inflight::InflightQueue,
     orders::{Order, Orders},
+    redo::RedoLog,
     ring::{RingLayout, UsedRing, is_inside},
     setup::{MAX_QUEUE_SIZE, QueueError, QueueSetup, QueueState},
 };
@@ -40,6 +41,9 @@ const MAX_RUNS: usize = 1024;
 
 /// The token of the kick descriptor.
 const KICK: u64 = 1;
+
+/// The tag of a flush that the queue itself asks for. All others are heads.
+const CHECKPOINT: u64 = u64::MAX;
 
 /// How often a queue without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
@@ -80,6 +84,9 @@ pub struct Worker {
     call: Option<OwnedFd>,
     error: Option<OwnedFd>,
     inflight: Option<InflightQueue>,
+    redo: Option<Arc<RedoLog>>,
+    /// A flush is under way so that [`Self::redo`] has room.
+    checkpoint: bool,
     log: Option<QueueLog>,
     /// One for each descriptor.
     flights: Vec<Flight>,
@@ -124,7 +131,8 @@ impl Worker {
             next_avail = next_used.wrapping_add(marked);
         }
         let event_idx = setup.features.has(Features::EVENT_IDX);
-        let depth = u32::from(rings.size);
+        // One more for the queue's own flush.
+        let depth = u32::from(rings.size) + 1;
         let mut lane = Lane::new(device.disk(), &LaneOptions { depth, ..LaneOptions::default() })?;
         if let Some(kick) = &setup.kick {
             lane.watch(kick.as_fd(), KICK)?;
@@ -146,6 +154,8 @@ impl Worker {
             call: None,
             error: setup.error,
             inflight,
+            redo: setup.redo,
+            checkpoint: false,
             log: setup.log,
             flights: std::iter::repeat_with(Flight::default).take(descriptors).collect(),
             in_flight: 0,
@@ -177,6 +187,8 @@ impl Worker {
     /// When the system refuses to wait: nobody serves the queue any more.
     pub fn run(&mut self, orders: &Orders) -> io::Result<()> {
         let mut events = Vec::with_capacity(self.depth + 8);
+        // What is there already comes before any order.
+        self.survive(Self::fetch);
         loop {
             if self.obey(orders) {
                 return Ok(());
@@ -184,7 +196,10 @@ impl Worker {
             self.survive(Self::fetch);
             self.wait(&mut events)?;
             for event in events.drain(..) {
-                if let Event::Done { tag, result } = event {
+                if let Event::Done { tag: CHECKPOINT, .. } = event {
+                    // A flush that failed leaves the notes, and the guest's own flush will tell it.
+                    self.checkpoint = false;
+                } else if let Event::Done { tag, result } = event {
                     let head = u16::try_from(tag).expect("a tag that was given");
                     self.survive(|worker| worker.part_ended(head, result));
                 }
@@ -235,8 +250,9 @@ impl Worker {
                 Order::Drained(job) => job(self),
                 Order::Stop(state) => {
                     let next_avail = self.available.next_avail();
+                    let next_used = self.used.next();
                     // Whoever asked may be gone.
-                    state.send(QueueState { next_avail, is_broken: self.broken }).ok();
+                    state.send(QueueState { next_avail, next_used, is_broken: self.broken }).ok();
                     return true;
                 }
             }
@@ -263,7 +279,7 @@ impl Worker {
                 return Ok(());
             }
         }
-        if self.broken || self.paused {
+        if self.broken || self.paused || self.waits_for_checkpoint() {
             return Ok(());
         }
         if self.heads.is_empty() && self.waiting.is_empty() {
@@ -285,6 +301,17 @@ impl Worker {
         Ok(())
     }
 
+    /// Asks for a flush when there is much that is not durable. Whether new requests have to wait for it.
+    fn waits_for_checkpoint(&mut self) -> bool {
+        let Some(redo) = &self.redo else { return false };
+        if !self.checkpoint && redo.wants_flush() {
+            let segments = Segments::NONE;
+            let flush = Request { tag: CHECKPOINT, op: Op::Flush, offset: 0, len_bytes: 0, segments };
+            self.checkpoint = self.lane.submit(&flush) == Submitted::Taken;
+        }
+        self.checkpoint && redo.is_nearly_full()
+    }
+
     /// Waits until there is something to do.
     fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
         let takes = !self.paused && !self.broken && self.waiting.is_empty();
@@ -292,7 +319,8 @@ impl Worker {
             // There are answers to give, or orders to follow.
             return self.lane.run_once(Wait::No, events);
         }
-        if !takes || !self.heads.is_empty() {
+        let is_full = self.checkpoint && self.redo.as_ref().is_some_and(|redo| redo.is_nearly_full());
+        if !takes || is_full || !self.heads.is_empty() {
             // What waits for room in the lane gets it by an event, and orders wake the lane.
             return self.lane.run_once(Wait::Event, events);
         }

@@ -7,6 +7,7 @@
 
 #[cfg(test)]
 mod chain_tests;
+mod change_log;
 mod codec;
 mod flat;
 mod gate;
@@ -25,6 +26,7 @@ mod tests;
 mod whole;
 mod write;
 
+pub use change_log::ChangeLog;
 pub(crate) use host::data_file_path;
 pub use name::ImageName;
 pub use open::{CacheMode, OpenOptions, Warning};
@@ -36,6 +38,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use change_log::Noted;
 use codec::DecodedUnits;
 use gate::Gate;
 use merged::MergedMap;
@@ -69,6 +72,7 @@ pub struct Image {
     ends: Mutex<()>,
     /// Every write is flushed before it returns.
     writes_through: bool,
+    noted: Noted,
 }
 
 /// A run of guest bytes and the layer that holds it.
@@ -170,6 +174,7 @@ impl Image {
             guards_ends: false,
             ends: Mutex::default(),
             writes_through: false,
+            noted: Noted::default(),
         }
     }
 

@@ -39,6 +39,8 @@ pub struct Ticket {
 pub struct WriteTicket {
     /// What is to be committed; nothing for a write in place.
     token: Option<WriteToken>,
+    /// What the commit will change, where somebody is told.
+    noted: Vec<WriteStep>,
     ticket: Ticket,
 }
 
@@ -100,13 +102,17 @@ impl Image {
         let Some(ticket) = self.try_enter() else { return Ok(Attempt::Busy) };
         self.check_inside(&guest_bytes)?;
         if guest_bytes.is_empty() {
-            return Ok(Attempt::Done(WriteTicket { token: None, ticket }));
+            return Ok(Attempt::Done(WriteTicket { token: None, noted: Vec::new(), ticket }));
         }
         let attempt = writer
             .try_prepare_write(guest_bytes, &|range| self.is_zero_below(range), steps)
             .unwrap_or(Attempt::Blocks);
         Ok(match attempt {
-            Attempt::Done(token) => return Ok(Attempt::Done(WriteTicket { token, ticket })),
+            Attempt::Done(token) => {
+                let is_noted = token.is_some() && self.noted.is_kept();
+                let noted = if is_noted { steps.clone() } else { Vec::new() };
+                return Ok(Attempt::Done(WriteTicket { token, noted, ticket }));
+            }
             Attempt::Busy => {
                 steps.clear();
                 Attempt::Busy
@@ -184,6 +190,7 @@ impl WriteTicket {
         if self.token.is_some() {
             return Commit::Blocks(self);
         }
+        self.note();
         self.ticket.image.gate.progressed();
         Commit::Done
     }
@@ -195,8 +202,19 @@ impl WriteTicket {
     pub fn commit(mut self) -> Result<()> {
         let Some(token) = self.token.take() else { return Ok(()) };
         let result = self.ticket.image.writer().and_then(|writer| writer.commit_write(token));
+        if result.is_ok() {
+            self.note();
+        }
         self.ticket.image.gate.progressed();
         result
+    }
+}
+
+impl WriteTicket {
+    fn note(&self) {
+        if !self.noted.is_empty() {
+            self.ticket.image.noted.note(|log| self.noted.iter().for_each(|step| log.mapped(step)));
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 use super::{Image, ImageExtent};
 use crate::{
     Error, Result,
-    format::{HostFile, LayerWriter, Lease, PreparedWrite, registry},
+    format::{HostFile, HostOffset, LayerWriter, Lease, PreparedWrite, WriteStep, registry},
     storage::{Storage, transfer},
 };
 
@@ -96,8 +96,11 @@ impl Image {
         if !head.is_empty() || !tail.is_empty() {
             return Ok(false);
         }
-        if !middle.is_empty() && !self.writer()?.write_zeroes(middle, may_unmap)? {
-            return Ok(false);
+        if !middle.is_empty() {
+            if !self.writer()?.write_zeroes(middle.clone(), may_unmap)? {
+                return Ok(false);
+            }
+            self.noted.note(|log| log.zeroed(&middle));
         }
         self.after_write()?;
         Ok(true)
@@ -114,7 +117,8 @@ impl Image {
         if middle.is_empty() {
             return Ok(());
         }
-        self.writer()?.discard(middle)?;
+        self.writer()?.discard(middle.clone())?;
+        self.noted.note(|log| log.discarded(&middle));
         self.after_write()
     }
 
@@ -124,7 +128,7 @@ impl Image {
     /// When metadata or data cannot be written or flushed.
     pub fn flush(&self) -> Result<()> {
         let _pass = self.gate.enter();
-        self.layers[0].writer().map_or(Ok(()), LayerWriter::flush)
+        self.flush_inside()
     }
 
     pub(super) fn writer(&self) -> Result<&dyn LayerWriter> {
@@ -132,7 +136,7 @@ impl Image {
     }
 
     fn after_write(&self) -> Result<()> {
-        if self.writes_through { self.writer()?.flush() } else { Ok(()) }
+        if self.writes_through { self.flush_inside() } else { Ok(()) }
     }
 
     /// [`Self::write_at`] for who holds a pass or has the image alone.
@@ -184,7 +188,10 @@ impl Image {
         let storage = self.host_file(0, plan.file)?;
         if plan.fill_before_bytes == 0 && plan.fill_after_bytes == 0 {
             storage.write_vectored_at(bufs, plan.at.0)?;
-            return prepared.commit();
+            let step = WriteStep { guest_bytes: start..end, file: plan.file, at: plan.at };
+            prepared.commit()?;
+            self.noted.note(|log| log.mapped(&step));
+            return Ok(());
         }
         let before = start.checked_sub(plan.fill_before_bytes).ok_or_else(|| {
             Error::Invalid(format!("{}: a prepared write fills before the start of the disk", self.names[0]))
@@ -196,7 +203,12 @@ impl Image {
         slices.extend_from_slice(bufs);
         slices.push(IoSlice::new(&tail));
         storage.write_vectored_at(&slices, at)?;
-        prepared.commit()
+        // With what was filled around the bytes: it stands there as well.
+        let guest_bytes = start - head.len() as u64..end + tail.len() as u64; // parts of the same clusters
+        let step = WriteStep { guest_bytes, file: plan.file, at: HostOffset(at) };
+        prepared.commit()?;
+        self.noted.note(|log| log.mapped(&step));
+        Ok(())
     }
 
     /// What the guest reads in a range now, behind the end of the disk zeroes. Empty when these are zeroes and
@@ -248,6 +260,7 @@ impl Image {
 
     fn zero_granules(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
         if self.writer()?.write_zeroes(guest_bytes.clone(), may_unmap)? {
+            self.noted.note(|log| log.zeroed(&guest_bytes));
             return Ok(());
         }
         self.write_zero_bytes(guest_bytes)

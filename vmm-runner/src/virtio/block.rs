@@ -106,6 +106,7 @@ impl VirtioDevice for Block {
                 call: Some(owned(queue.call.try_clone().map_err(Error::host("an event for a queue"))?)),
                 error: None,
                 inflight: None,
+                redo: None,
                 log: None,
                 paused: false,
             };
