@@ -156,8 +156,9 @@ pub trait LayerWriter: Send + Sync {
     /// write to one of its clusters is between prepare and commit.
     fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>>;
 
-    /// Reserves `stored_bytes` for the compressed form of the whole cluster that starts at `guest_offset`.
-    /// The plan's `guest_bytes` is that cluster; exactly `stored_bytes` are to be written at `at`, no fill.
+    /// Reserves `stored_bytes` for the compressed form of the whole cluster that starts at `guest_offset`, a
+    /// byte inside the disk. The plan's `guest_bytes` is that cluster; exactly `stored_bytes` are to be written at
+    /// `at`, no fill.
     ///
     /// # Errors
     /// [`Error::Unsupported`](crate::Error::Unsupported) when the image cannot hold compressed clusters.

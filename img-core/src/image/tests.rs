@@ -196,6 +196,18 @@ fn reads_and_writes_outside_the_disk_are_refused() {
     assert!(image.map_range(backwards, &mut Vec::new()).is_err());
 }
 
+/// No cluster begins at the end of a disk, and a disk of no bytes has none at all: the format is not asked.
+#[test]
+fn compressed_clusters_that_begin_behind_the_disk_are_refused() {
+    for size in [0, DISK - CLUSTER / 2, DISK] {
+        let image = Image::from_layers(vec![Arc::new(FakeLayer::new(size, true))]).unwrap();
+        for at in [size, size.next_multiple_of(CLUSTER), DISK + CLUSTER, u64::MAX] {
+            let error = image.write_compressed(&deflate(&[1; 100]), at).unwrap_err().to_string();
+            assert!(error.contains(&format!("not inside the disk of {size} bytes")), "{at}: {error}");
+        }
+    }
+}
+
 #[test]
 fn a_read_only_image_refuses_changes() {
     let image = Image::from_layers(vec![Arc::new(FakeLayer::new(DISK, false))]).unwrap();

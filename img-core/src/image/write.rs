@@ -44,10 +44,12 @@ impl Image {
     /// Stores the compressed form of one whole cluster (shorter only at the end of the disk).
     ///
     /// # Errors
-    /// As [`Self::write_at`]; [`Error::Unsupported`] when the image cannot hold compressed clusters.
+    /// As [`Self::write_at`], also when the cluster begins at the end of the disk; [`Error::Unsupported`] when the
+    /// image cannot hold compressed clusters.
     pub fn write_compressed(&self, stored: &[u8], guest_offset: u64) -> Result<()> {
         let _pass = self.gate.enter();
-        self.range_inside(guest_offset, 0)?;
+        // Its first byte: an empty range would be inside at the very end too, where no map has an entry.
+        self.range_inside(guest_offset, 1)?;
         let stored_bytes = u32::try_from(stored.len())
             .map_err(|_| Error::Invalid("a compressed cluster of 4 GiB or more".to_owned()))?;
         let prepared = self.writer()?.prepare_compressed(guest_offset, stored_bytes)?;

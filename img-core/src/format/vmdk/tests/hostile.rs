@@ -161,3 +161,32 @@ fn read_only_and_zero_extents_are_the_descriptors_word() {
     image.read_at(&mut bytes, 16 * 512).expect("readable");
     assert_eq!(bytes, [0; 512]);
 }
+
+/// A disk of no bytes has no extent to look in, and at the end of any other there is none either.
+#[test]
+fn compressed_grains_behind_the_end_of_the_disk_are_refused() {
+    let stream = Folder::default();
+    stream.create(1 << 20, &[("subformat", "streamOptimized")], None).expect("made");
+    for (folder, size) in [
+        (describe("monolithicFlat", ""), 0),
+        (describe("monolithicFlat", "RW 128 FLAT \"a\" 0\n"), 65536),
+        (with_word(12, 128), 65536), // header.capacity, the low half
+        (stream, 1 << 20),
+    ] {
+        let image = folder.image("d.vmdk", OpenMode::Write);
+        assert_eq!(image.virtual_size_bytes(), size);
+        let storage = folder.file("d.vmdk").expect("there");
+        let content = || {
+            let mut bytes = vec![0; usize::try_from(storage.len_bytes().expect("a length")).expect("small")];
+            storage.read_at(&mut bytes, 0).expect("readable");
+            bytes
+        };
+        let before = content();
+        for at in [size, size + 65536, !0xffff] {
+            let error = image.write_compressed(&[1; 100], at).expect_err("outside").to_string();
+            assert!(error.contains(&format!("not inside the disk of {size} bytes")), "{at:#x}: {error}");
+        }
+        image.close().expect("closed");
+        assert!(content() == before, "a refused grain changed the image of {size} bytes");
+    }
+}
