@@ -178,6 +178,12 @@ fn with_a_qcow2_image() {
 }
 
 #[test]
+fn with_a_qcow2_image_of_small_clusters() {
+    let create = &["-f", "qcow2", "-o", "cluster_size=4k"];
+    killed_under_load(&Disk { create, serve: &[] }, seed() + 100);
+}
+
+#[test]
 fn with_a_qcow2_image_that_is_written_through() {
     let serve = &["--cache", "writethrough"];
     killed_under_load(&Disk { create: &["-f", "qcow2"], serve }, seed() + 200);

@@ -6,7 +6,7 @@ use blk_backend::{
     control::{Daemon, ExportKind},
     disk::Disk,
     nbd::{Log, ServerOptions},
-    vhost_user::{Server, Told},
+    vhost_user::{Listening, Server, Told},
     virtio::{Device, DeviceOptions},
 };
 use clap::Parser;
@@ -98,15 +98,16 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
         let name = args.node_name.clone().unwrap_or_else(|| format!("disk{index}"));
         daemon.add_node(&name, &disk, args.disk.cache)?;
         daemon.add_export(&name, ExportKind::VhostUserBlk, &name)?;
-        devices.push((device, &args.socket));
+        let failed = |error| Failure::new(format_args!("{}: {error}", args.socket.display()));
+        devices.push((device, Listening::at(&args.socket).map_err(failed)?, &args.socket));
     }
     let disks = daemon.disks();
-    let sockets = devices.iter().map(|(_, socket)| socket.as_path());
+    let sockets = devices.iter().map(|(_, _, socket)| socket.as_path());
     args.sandbox.enter(disks.iter().map(|(_, disk)| &**disk), args.control.socket_paths().chain(sockets))?;
     let told: Told = log;
     let mut servers = Vec::new();
-    for (device, socket) in devices {
-        let server = Server::start(device, socket, Arc::clone(&told))
+    for (device, listening, socket) in devices {
+        let server = Server::serve(device, listening, Arc::clone(&told))
             .map_err(|error| Failure::new(format_args!("{}: {error}", socket.display())))?;
         writeln!(out, "listening on {}", server.path().display())?;
         servers.push(server);

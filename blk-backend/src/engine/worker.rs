@@ -92,14 +92,19 @@ impl Workers {
     /// Takes a job; its end is told to its owner.
     pub(super) fn give(&self, job: Job) {
         let mut queue = self.shared.lock();
-        if matches!(job.task, Task::All(Op::Flush)) {
+        // Whoever has a ticket is inside the image; others may be waiting on all threads until it has left, for
+        // somebody who wants the image alone. So it goes first, on a thread beyond the limit if need be.
+        let is_inside = job.is_inside();
+        if is_inside {
+            queue.jobs.push_front(job)
+        } else if matches!(job.task, Task::All(Op::Flush)) {
             queue.flushes.push(job)
         } else {
             queue.jobs.push_back(job)
         }
         // The idle ones include those who were notified and have not taken their job yet.
         let waiting = queue.jobs.len() + usize::from(!queue.flushes.is_empty());
-        if waiting > queue.idle && queue.started < self.max_threads {
+        if waiting > queue.idle && (is_inside || queue.started < self.max_threads) {
             queue.started += 1;
             drop(queue);
             self.start();
@@ -174,6 +179,9 @@ impl Shared {
     fn next(&self) -> Option<Work> {
         let mut queue = self.lock();
         loop {
+            if queue.jobs.front().is_some_and(Job::is_inside) {
+                return queue.jobs.pop_front().map(Work::One);
+            }
             // The image of waiting flushes is one and the same: it is exchanged only when nothing is under way.
             if !queue.flushes.is_empty() {
                 return Some(Work::Flushes(std::mem::take(&mut queue.flushes)));
@@ -200,6 +208,11 @@ fn guarded(call: impl FnOnce() -> Result<()>) -> Result<(), Errno> {
 }
 
 impl Job {
+    /// Whether it holds a ticket of the image.
+    fn is_inside(&self) -> bool {
+        matches!(self.task, Task::Commit { .. })
+    }
+
     fn finish(self, result: Result<(), Errno>) {
         finish(&self.owner, self.entered, Finished { slot: self.slot, result, runs: self.runs });
     }

@@ -17,7 +17,7 @@ mod message;
 mod server;
 mod session;
 
-pub use server::{Server, Told};
+pub use server::{Listening, Server, Told};
 
 /// The most guest memory slots of a front end that adds them one by one (libvhost-user has 509 and QEMU asks for no
 /// more).

@@ -15,7 +15,10 @@ use std::{
     thread::JoinHandle,
 };
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
+    fs::{AtFlags, CWD, unlinkat},
+};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::{
@@ -45,14 +48,20 @@ impl fmt::Debug for Server {
 }
 
 impl Server {
-    /// Listens at `path`, which is not there or is a socket that nobody listens at any more, and serves front ends
-    /// from now on. `tell` gets what people should know.
+    /// Listens at `path`, and serves front ends from now on. `tell` gets what people should know.
     ///
     /// # Errors
-    /// When `path` is something else or in use, or the system refuses.
+    /// As [`Listening::at`]; when the system refuses a thread.
     pub fn start(device: Arc<Device>, path: &Path, tell: Told) -> io::Result<Self> {
-        let listener = listen(path)?;
-        listener.set_nonblocking(true)?;
+        Self::serve(device, Listening::at(path)?, tell)
+    }
+
+    /// Serves front ends from now on. `tell` gets what people should know.
+    ///
+    /// # Errors
+    /// When the system refuses a thread or a descriptor.
+    pub fn serve(device: Arc<Device>, listening: Listening, tell: Told) -> io::Result<Self> {
+        let Listening { listener, path } = listening;
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let connection = Connection::default();
         let door = Door {
@@ -64,7 +73,7 @@ impl Server {
             tell,
         };
         let thread = std::thread::Builder::new().name("vhost-user".to_owned()).spawn(move || door.serve())?;
-        Ok(Self { path: path.to_owned(), stop, connection, thread: Some(thread) })
+        Ok(Self { path, stop, connection, thread: Some(thread) })
     }
 
     /// Where it listens.
@@ -88,7 +97,7 @@ impl Server {
         // A panic of the thread was told on standard error.
         thread.join().ok();
         // Somebody may have taken it away already.
-        std::fs::remove_file(&self.path).ok();
+        unlinkat(CWD, &self.path, AtFlags::empty()).ok();
     }
 }
 
@@ -98,19 +107,38 @@ impl Drop for Server {
     }
 }
 
-/// A listener at `path`. What a dead process left there is removed.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-        result => return result,
+/// A socket that nobody serves yet. Made before a process gives up the right to connect to others: that is how it
+/// finds out whether a socket that is there already is a dead process's.
+#[derive(Debug)]
+pub struct Listening {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Listening {
+    /// Listens at `path`, which is not there or is a socket that nobody listens at any more.
+    ///
+    /// # Errors
+    /// When `path` is something else or in use, or the system refuses.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        let listener = match UnixListener::bind(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => take_over(path)?,
+            result => result?,
+        };
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, path: path.to_owned() })
     }
+}
+
+/// Removes the socket that a dead process left, and listens there.
+fn take_over(path: &Path) -> io::Result<UnixListener> {
     if !path.symlink_metadata()?.file_type().is_socket() {
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is not a socket"));
     }
     match UnixStream::connect(path) {
         Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "somebody listens there already")),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path)?;
+            unlinkat(CWD, path, AtFlags::empty())?;
             UnixListener::bind(path)
         }
         Err(error) => Err(error),
