@@ -6,11 +6,13 @@
 //! when the library broke a promise; an error from the library is an answer.
 
 mod nbd;
+mod ring;
 mod script;
 mod targets;
 mod vmdk;
 
 pub use nbd::nbd;
+pub use ring::ring;
 pub use targets::{check, map, open, read, repair, write};
 pub use vmdk::vmdk;
 
@@ -20,7 +22,7 @@ use crate::pattern::Random;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("open", open),
     ("map", map),
     ("read", read),
@@ -29,6 +31,7 @@ pub const TARGETS: [Target; 8] = [
     ("write", write),
     ("nbd", nbd),
     ("vmdk", vmdk),
+    ("ring", ring),
 ];
 
 /// The `index`th random input: the length varies, and small numbers are common, as they are in scripts.
