@@ -113,8 +113,9 @@ impl Interrupts {
     }
 }
 
-fn new_eventfd() -> Result<EventFd> {
-    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::host("an event for an interrupt"))
+/// An event that nobody has signalled; reading it never waits.
+pub(crate) fn new_eventfd() -> Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::host("an event"))
 }
 
 fn pin_route(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {

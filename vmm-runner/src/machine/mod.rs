@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use acpi::{AcpiTables, MAX_CPUS, RESET_PORT, RESET_VALUE, tables as acpi_tables};
 pub use control::{End, RunControl};
+pub(crate) use interrupts::new_eventfd;
 pub use interrupts::{Interrupts, Message, MessageInterrupt};
 pub use layout::{HIGH_RAM_START, LOW_RAM_LIMIT};
 pub use memory::{GuestMemory, MemoryConfig, allocate as allocate_memory, ram_ranges, shared_fd};

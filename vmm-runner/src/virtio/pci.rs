@@ -12,12 +12,12 @@ use std::{
 };
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{ConfigNotifier, FEATURE_VERSION_1, QueueSetup, VirtioDevice};
 use crate::{
     Error, Result,
-    machine::{GuestMemory, Interrupts},
+    machine::{GuestMemory, Interrupts, new_eventfd},
     pci::{Bar, ConfigSpace, Identity, MSIX_ENABLE, MSIX_MASK_ALL, MsixTable, PciFunction, msix_table_bytes},
 };
 
@@ -93,7 +93,6 @@ struct Queue {
 
 impl Queue {
     fn new(max_size: u16) -> Result<Self> {
-        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::host("an event for a queue"));
         Ok(Self {
             max_size,
             size: max_size,
@@ -102,8 +101,8 @@ impl Queue {
             available: 0,
             used: 0,
             vector: NO_VECTOR,
-            kick: event()?,
-            unheard: Arc::new(event()?),
+            kick: new_eventfd()?,
+            unheard: Arc::new(new_eventfd()?),
         })
     }
 

@@ -9,10 +9,13 @@ use std::{
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::GuestAddress;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::QueueSetup;
-use crate::{Error, Result, machine::GuestMemory};
+use crate::{
+    Error, Result,
+    machine::{GuestMemory, new_eventfd},
+};
 
 /// What a device does with one chain: returns how many bytes it wrote.
 pub(super) type Serve = Box<dyn FnMut(DescriptorChain<&GuestMemory>) -> u32 + Send>;
@@ -36,8 +39,7 @@ impl QueueThread {
         mut serve: Serve,
     ) -> Result<Self> {
         let mut queue = rings(memory, &setup)?;
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::host("an event for a queue"))?;
-        let stop = Arc::new(event);
+        let stop = Arc::new(new_eventfd()?);
         let (memory, stopped) = (Arc::clone(memory), Arc::clone(&stop));
         let thread = thread::Builder::new()
             .name(name.to_owned())
