@@ -23,7 +23,7 @@ pub(crate) struct ControlArgs {
 
 /// The sockets of a daemon.
 pub(crate) struct Controls {
-    qmp: Option<Qmp>,
+    qmp: Option<Qmp<Daemon>>,
     metrics: Option<Metrics>,
 }
 

@@ -1,6 +1,9 @@
 //! Commands about disks.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    marker::PhantomData,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use img_core::{
     format::{HostFile, Layer, SnapshotInfo},
@@ -10,13 +13,36 @@ use img_core::{
 use serde_json::{Value, json};
 
 use super::{
-    command::{Arguments, CommandError, Outcome},
-    daemon::{Daemon, Node},
+    command::{Arguments, Command, CommandError, NOTHING, Outcome, command},
+    nodes::Node,
+    service::Service,
     shape::{Shape, optional, required},
 };
 use crate::engine::{LaneSnapshot, OpKind};
 
-pub(super) const SNAPSHOT: Shape = Shape::Object(&[
+/// Commands about the disks of a service.
+#[derive(Debug)]
+pub struct Block<S>(PhantomData<S>);
+
+impl<S: Service> Block<S> {
+    /// They are these.
+    pub const COMMANDS: &'static [Command<S>] = &[
+        command("query-block", NOTHING, BLOCK_LIST, query_block),
+        command("query-named-block-nodes", NODES_ARGUMENTS, NODE_LIST, query_nodes),
+        command("query-blockstats", STATS_ARGUMENTS, STATS_LIST, query_blockstats),
+        command("block_resize", RESIZE_ARGUMENTS, NOTHING, resize),
+        command("blockdev-snapshot-sync", SNAPSHOT_SYNC_ARGUMENTS, NOTHING, snapshot_sync),
+        command("blockdev-snapshot-internal-sync", SNAPSHOT_ARGUMENTS, NOTHING, snapshot_create),
+        command(
+            "blockdev-snapshot-delete-internal-sync",
+            SNAPSHOT_DELETE_ARGUMENTS,
+            SNAPSHOT,
+            snapshot_delete,
+        ),
+    ];
+}
+
+const SNAPSHOT: Shape = Shape::Object(&[
     required("id", Shape::Text),
     required("name", Shape::Text),
     required("vm-state-size", Shape::Integer),
@@ -60,10 +86,10 @@ const NODE: Shape = Shape::Object(&[
     required("image", IMAGE),
 ]);
 
-pub(super) const NODE_LIST: Shape = Shape::List(&NODE);
-pub(super) const NODES_ARGUMENTS: Shape = Shape::Object(&[optional("flat", Shape::Switch)]);
+const NODE_LIST: Shape = Shape::List(&NODE);
+const NODES_ARGUMENTS: Shape = Shape::Object(&[optional("flat", Shape::Switch)]);
 
-pub(super) const BLOCK_LIST: Shape = Shape::List(&Shape::Object(&[
+const BLOCK_LIST: Shape = Shape::List(&Shape::Object(&[
     required("device", Shape::Text),
     required("type", Shape::Text),
     required("removable", Shape::Switch),
@@ -89,29 +115,29 @@ const STATS: Shape = Shape::Object(&[
     required("failed_unmap_operations", Shape::Integer),
 ]);
 
-pub(super) const STATS_LIST: Shape = Shape::List(&Shape::Object(&[
+const STATS_LIST: Shape = Shape::List(&Shape::Object(&[
     optional("device", Shape::Text),
     required("node-name", Shape::Text),
     required("stats", STATS),
 ]));
-pub(super) const STATS_ARGUMENTS: Shape = Shape::Object(&[optional("query-nodes", Shape::Switch)]);
+const STATS_ARGUMENTS: Shape = Shape::Object(&[optional("query-nodes", Shape::Switch)]);
 
-pub(super) const RESIZE_ARGUMENTS: Shape = Shape::Object(&[
+const RESIZE_ARGUMENTS: Shape = Shape::Object(&[
     optional("device", Shape::Text),
     optional("node-name", Shape::Text),
     required("size", Shape::Integer),
 ]);
 
-pub(super) const SNAPSHOT_ARGUMENTS: Shape =
+const SNAPSHOT_ARGUMENTS: Shape =
     Shape::Object(&[required("device", Shape::Text), required("name", Shape::Text)]);
 
-pub(super) const SNAPSHOT_DELETE_ARGUMENTS: Shape = Shape::Object(&[
+const SNAPSHOT_DELETE_ARGUMENTS: Shape = Shape::Object(&[
     required("device", Shape::Text),
     optional("id", Shape::Text),
     optional("name", Shape::Text),
 ]);
 
-pub(super) const SNAPSHOT_SYNC_ARGUMENTS: Shape = Shape::Object(&[
+const SNAPSHOT_SYNC_ARGUMENTS: Shape = Shape::Object(&[
     optional("device", Shape::Text),
     optional("node-name", Shape::Text),
     required("snapshot-file", Shape::Text),
@@ -120,21 +146,21 @@ pub(super) const SNAPSHOT_SYNC_ARGUMENTS: Shape = Shape::Object(&[
     optional("mode", Shape::Choice(&["existing", "absolute-paths"])),
 ]);
 
-pub(super) fn query_block(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
+fn query_block<S: Service>(service: &S, _: &Arguments<'_>) -> Outcome {
     let device = |node: Node| -> Outcome {
         Ok(json!({
             "device": node.name, "type": "unknown", "removable": false, "locked": false,
             "inserted": node_of(&node.disk.image(), 0, &node)?,
         }))
     };
-    daemon.nodes().into_iter().map(device).collect()
+    service.nodes().all().into_iter().map(device).collect()
 }
 
 /// One for each disk, and one for each layer below it. `flat` changes nothing: images do not hold those below them
 /// here, which have entries of their own.
-pub(super) fn query_nodes(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
+fn query_nodes<S: Service>(service: &S, _: &Arguments<'_>) -> Outcome {
     let mut all = Vec::new();
-    for node in daemon.nodes() {
+    for node in service.nodes().all() {
         let image = node.disk.image();
         for depth in 0..image.layers().len() {
             all.push(node_of(&image, depth, &node)?);
@@ -223,7 +249,7 @@ fn snapshot(known: &SnapshotInfo) -> Value {
     entry
 }
 
-pub(super) fn query_blockstats(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+fn query_blockstats<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {
     let of_nodes = arguments.switch("query-nodes") == Some(true);
     let entry = |node: Node| {
         let mut entry = json!({"node-name": node.layer_name(0), "stats": stats(&node.disk.stats())});
@@ -232,7 +258,7 @@ pub(super) fn query_blockstats(daemon: &Daemon, arguments: &Arguments<'_>) -> Ou
         }
         entry
     };
-    Ok(daemon.nodes().into_iter().map(entry).collect())
+    Ok(service.nodes().all().into_iter().map(entry).collect())
 }
 
 /// Zero writes count as writes, as in the reference.
@@ -259,8 +285,8 @@ fn stats(counted: &LaneSnapshot) -> Value {
     })
 }
 
-pub(super) fn resize(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
-    let node = daemon.device_or_node(arguments.text("device"), arguments.text("node-name"))?;
+fn resize<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {
+    let node = service.nodes().find(arguments.text("device"), arguments.text("node-name"))?;
     let size =
         arguments.size("size").ok_or_else(|| CommandError::new("Parameter 'size' expects a >0 size"))?;
     if !size.is_multiple_of(512) {
@@ -271,12 +297,12 @@ pub(super) fn resize(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
 }
 
 /// Puts a new image on top of a disk in use.
-pub(super) fn snapshot_sync(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
-    let _one = daemon.change();
-    let node = daemon.device_or_node(arguments.text("device"), arguments.text("node-name"))?;
+fn snapshot_sync<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {
+    let _one = service.nodes().change();
+    let node = service.nodes().find(arguments.text("device"), arguments.text("node-name"))?;
     let layer_name = match arguments.maybe_text("snapshot-node-name") {
         Some("") => return Err(CommandError::new("Invalid node-name: ''")),
-        Some(name) if daemon.is_taken(name) => {
+        Some(name) if service.nodes().is_taken(name) => {
             return Err(CommandError::new(format!("Duplicate nodes with node-name='{name}'")));
         }
         Some(name) => name.to_owned(),
@@ -287,13 +313,13 @@ pub(super) fn snapshot_sync(daemon: &Daemon, arguments: &Arguments<'_>) -> Outco
     let format = arguments.maybe_text("format").unwrap_or("qcow2");
     let existing = arguments.maybe_text("mode") == Some("existing");
     node.disk.snapshot_external(&overlay, format, existing)?;
-    daemon.put_on_top(&node.name, layer_name);
+    service.nodes().put_on_top(&node.name, layer_name);
     Ok(json!({}))
 }
 
-pub(super) fn snapshot_create(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+fn snapshot_create<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {
     let (device, name) = (arguments.text("device"), arguments.text("name"));
-    let node = daemon.device_or_node(device, device)?;
+    let node = service.nodes().find(device, device)?;
     if name.is_empty() {
         return Err(CommandError::new("Name is empty"));
     }
@@ -308,9 +334,9 @@ pub(super) fn snapshot_create(daemon: &Daemon, arguments: &Arguments<'_>) -> Out
     Ok(json!({}))
 }
 
-pub(super) fn snapshot_delete(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+fn snapshot_delete<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {
     let device = arguments.text("device");
-    let node = daemon.device_or_node(device, device)?;
+    let node = service.nodes().find(device, device)?;
     let (id, name) = (arguments.maybe_text("id"), arguments.maybe_text("name"));
     if id.is_none() && name.is_none() {
         return Err(CommandError::new("Name or id must be provided"));

@@ -1,7 +1,6 @@
 //! What there is to control.
 //!
-//! Lock order: `changing` before `server` before `exports`; `nodes` and `subscribers` are taken alone. No request of a
-//! guest or client takes any of them.
+//! Lock order: `changing` before `server` before `exports`. No request of a guest or client takes any of them.
 
 use std::{
     io,
@@ -10,36 +9,25 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use img_core::image::CacheMode;
 use rustix::event::{EventfdFlags, eventfd};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::command::CommandError;
+use super::{
+    block::Block,
+    command::{Arguments, Command, Event, NOTHING, Outcome, command},
+    export,
+    general::General,
+    nodes::Nodes,
+    service::{Service, Subscribers},
+    shape::{Shape, required},
+};
 use crate::{
     disk::Disk,
     nbd::{Export, Log, Server, ServerOptions},
 };
-
-/// A disk under a name.
-#[derive(Clone, Debug)]
-pub(super) struct Node {
-    /// The device: stays with the disk whatever is put on top of it.
-    pub(super) name: String,
-    pub(super) disk: Arc<Disk>,
-    pub(super) cache: CacheMode,
-    /// Names of layers that have one of their own, from the top down.
-    pub(super) layer_names: Vec<String>,
-}
-
-impl Node {
-    /// The node name of the layer at `depth`.
-    pub(super) fn layer_name(&self, depth: usize) -> String {
-        self.layer_names.get(depth).cloned().unwrap_or_else(|| format!("#{}-{depth}", self.name))
-    }
-}
 
 /// The way in which an export is offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,19 +60,14 @@ pub(super) struct BlockExport {
     pub(super) shutting_down: bool,
 }
 
-/// Who is told of events.
-pub(super) trait Subscriber: Send + Sync {
-    fn tell(&self, event: &Value);
-}
-
 /// A daemon: its disks, its exports, its NBD server, and its end.
 pub struct Daemon {
-    nodes: Mutex<Vec<Node>>,
+    nodes: Nodes,
     /// One command at a time changes servers and exports.
     changing: Mutex<()>,
     server: Mutex<Option<Arc<Server>>>,
     exports: Mutex<Vec<BlockExport>>,
-    subscribers: Mutex<Vec<(u64, Arc<dyn Subscriber>)>>,
+    subscribers: Subscribers,
     ending: AtomicBool,
     /// Readable when the daemon is to end.
     end: OwnedFd,
@@ -105,11 +88,11 @@ impl Daemon {
     /// When the system has no descriptors left.
     pub fn new(server_options: ServerOptions, log: Log) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            nodes: Mutex::default(),
+            nodes: Nodes::default(),
             changing: Mutex::default(),
             server: Mutex::default(),
             exports: Mutex::default(),
-            subscribers: Mutex::default(),
+            subscribers: Subscribers::default(),
             ending: AtomicBool::new(false),
             end: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             server_options,
@@ -122,17 +105,7 @@ impl Daemon {
     /// # Errors
     /// [`img_core::Error::Invalid`] when the name is taken.
     pub fn add_node(&self, name: &str, disk: &Arc<Disk>, cache: CacheMode) -> img_core::Result<()> {
-        let mut nodes = lock(&self.nodes);
-        if nodes.iter().any(|node| node.name == name) {
-            return Err(img_core::Error::Invalid(format!("Duplicate nodes with node-name='{name}'")));
-        }
-        nodes.push(Node {
-            name: name.to_owned(),
-            disk: Arc::clone(disk),
-            cache,
-            layer_names: vec![name.to_owned()],
-        });
-        Ok(())
+        self.nodes.add(name, disk, cache)
     }
 
     /// Tells of an export that somebody else offers, for as long as the daemon lives.
@@ -188,7 +161,7 @@ impl Daemon {
     /// The disks, by name.
     #[must_use]
     pub fn disks(&self) -> Vec<(String, Arc<Disk>)> {
-        self.nodes().into_iter().map(|node| (node.name, node.disk)).collect()
+        self.nodes.all().into_iter().map(|node| (node.name, node.disk)).collect()
     }
 
     /// Asks the daemon to end.
@@ -200,43 +173,6 @@ impl Daemon {
 
     pub(super) fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Acquire)
-    }
-
-    pub(super) fn nodes(&self) -> Vec<Node> {
-        lock(&self.nodes).clone()
-    }
-
-    /// A disk by its device, or by the node name of its top layer.
-    pub(super) fn device_or_node(&self, device: &str, node_name: &str) -> Result<Node, CommandError> {
-        let nodes = lock(&self.nodes);
-        let found = nodes.iter().find(|node| {
-            if device.is_empty() { node.layer_names[0] == node_name } else { node.name == device }
-        });
-        if let Some(node) = found {
-            return Ok(node.clone());
-        }
-        let above = nodes.iter().find_map(|node| {
-            let depth = node.layer_names.iter().position(|name| device.is_empty() && name == node_name)?;
-            Some(node.layer_name(depth - 1))
-        });
-        Err(CommandError::new(match above {
-            Some(above) => format!("Node '{node_name}' is busy: node is used as backing hd of '{above}'"),
-            None => format!("Cannot find device='{device}' nor node-name='{node_name}'"),
-        }))
-    }
-
-    /// Whether a node or a device has that name.
-    pub(super) fn is_taken(&self, name: &str) -> bool {
-        lock(&self.nodes)
-            .iter()
-            .any(|node| node.name == name || node.layer_names.iter().any(|known| known == name))
-    }
-
-    /// A layer of that name was put on top of a disk.
-    pub(super) fn put_on_top(&self, device: &str, layer_name: String) {
-        if let Some(node) = lock(&self.nodes).iter_mut().find(|node| node.name == device) {
-            node.layer_names.insert(0, layer_name);
-        }
     }
 
     /// Held by commands that change servers and exports.
@@ -277,25 +213,42 @@ impl Daemon {
     pub(super) fn unregister(&self, id: &str) {
         lock(&self.exports).retain(|export| export.id != id);
     }
+}
 
-    pub(super) fn subscribe(&self, id: u64, subscriber: Arc<dyn Subscriber>) {
-        lock(&self.subscribers).push((id, subscriber));
+impl Service for Daemon {
+    const PACKAGE: &'static str = concat!("blk-backend ", env!("CARGO_PKG_VERSION"));
+    const COMMANDS: &'static [&'static [Command<Self>]] =
+        &[General::<Self>::COMMANDS, Block::<Self>::COMMANDS, OWN_COMMANDS, export::COMMANDS];
+    const EVENTS: &'static [Event] = export::EVENTS;
+
+    fn nodes(&self) -> &Nodes {
+        &self.nodes
     }
 
-    pub(super) fn unsubscribe(&self, id: u64) {
-        lock(&self.subscribers).retain(|(known, _)| *known != id);
+    fn subscribers(&self) -> &Subscribers {
+        &self.subscribers
     }
 
-    /// Tells all clients of the control socket that something happened.
-    pub(super) fn emit(&self, event: &str, data: Value) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let event = json!({
-            "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()},
-            "event": event,
-            "data": data,
-        });
-        // Not under the lock: a client that reads slowly holds nobody else up.
-        let subscribers = lock(&self.subscribers).clone();
-        subscribers.iter().for_each(|(_, subscriber)| subscriber.tell(&event));
+    fn log(&self, text: &str) {
+        (self.log)(text);
     }
+}
+
+/// What concerns the daemon itself.
+static OWN_COMMANDS: &[Command<Daemon>] =
+    &[command("query-status", NOTHING, STATUS, query_status), command("quit", NOTHING, NOTHING, quit)];
+
+const STATUS: Shape = Shape::Object(&[
+    required("running", Shape::Switch),
+    required("status", Shape::Choice(&["running", "shutdown"])),
+]);
+
+fn query_status(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
+    let ends = daemon.is_ending();
+    Ok(json!({"running": !ends, "status": if ends { "shutdown" } else { "running" }}))
+}
+
+fn quit(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
+    daemon.end();
+    Ok(json!({}))
 }

@@ -6,22 +6,42 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::{
-    command::{Arguments, CommandError, EXPORT_DELETED, Outcome},
-    daemon::{BlockExport, Daemon, ExportKind, Node},
+    command::{Arguments, Command, CommandError, Event, NOTHING, Outcome, command},
+    daemon::{BlockExport, Daemon, ExportKind},
+    nodes::Node,
+    service::Service as _,
     shape::{Shape, Union, optional, required},
 };
 use crate::nbd::{Export, ExportOptions, ListenAddress, Server, ServerOptions};
 
+pub(super) static COMMANDS: &[Command<Daemon>] = &[
+    command("query-block-exports", NOTHING, EXPORT_LIST, query_exports),
+    command("block-export-add", ADD_ARGUMENTS, NOTHING, add),
+    command("block-export-del", DEL_ARGUMENTS, NOTHING, del),
+    command("nbd-server-start", SERVER_START_ARGUMENTS, NOTHING, server_start),
+    command("nbd-server-stop", NOTHING, NOTHING, server_stop),
+    Command { deprecated: true, ..command("nbd-server-add", SERVER_ADD_ARGUMENTS, NOTHING, server_add) },
+    Command {
+        deprecated: true,
+        ..command("nbd-server-remove", SERVER_REMOVE_ARGUMENTS, NOTHING, server_remove)
+    },
+];
+
+/// An export is gone.
+const EXPORT_DELETED: &str = "BLOCK_EXPORT_DELETED";
+
+pub(super) static EVENTS: &[Event] = &[Event { name: EXPORT_DELETED, data: &[required("id", Shape::Text)] }];
+
 const REMOVE_MODE: Shape = Shape::Choice(&["safe", "hard"]);
 
-pub(super) const EXPORT_LIST: Shape = Shape::List(&Shape::Object(&[
+const EXPORT_LIST: Shape = Shape::List(&Shape::Object(&[
     required("id", Shape::Text),
     required("type", Shape::Choice(&["nbd", "vhost-user-blk"])),
     required("node-name", Shape::Text),
     required("shutting-down", Shape::Switch),
 ]));
 
-pub(super) const ADD_ARGUMENTS: Shape = Shape::Union(&Union {
+const ADD_ARGUMENTS: Shape = Shape::Union(&Union {
     members: &[
         required("type", Shape::Choice(&["nbd"])),
         required("id", Shape::Text),
@@ -40,8 +60,7 @@ pub(super) const ADD_ARGUMENTS: Shape = Shape::Union(&Union {
     )],
 });
 
-pub(super) const DEL_ARGUMENTS: Shape =
-    Shape::Object(&[required("id", Shape::Text), optional("mode", REMOVE_MODE)]);
+const DEL_ARGUMENTS: Shape = Shape::Object(&[required("id", Shape::Text), optional("mode", REMOVE_MODE)]);
 
 const UNIX_ADDRESS: Shape = Shape::Object(&[required("path", Shape::Text)]);
 const INET_ADDRESS: Shape = Shape::Object(&[required("host", Shape::Text), required("port", Shape::Text)]);
@@ -52,10 +71,10 @@ const ADDRESS: Shape = Shape::Union(&Union {
     cases: &[("unix", &[required("data", UNIX_ADDRESS)]), ("inet", &[required("data", INET_ADDRESS)])],
 });
 
-pub(super) const SERVER_START_ARGUMENTS: Shape =
+const SERVER_START_ARGUMENTS: Shape =
     Shape::Object(&[required("addr", ADDRESS), optional("max-connections", Shape::Integer)]);
 
-pub(super) const SERVER_ADD_ARGUMENTS: Shape = Shape::Object(&[
+const SERVER_ADD_ARGUMENTS: Shape = Shape::Object(&[
     required("device", Shape::Text),
     optional("name", Shape::Text),
     optional("description", Shape::Text),
@@ -63,10 +82,10 @@ pub(super) const SERVER_ADD_ARGUMENTS: Shape = Shape::Object(&[
     optional("bitmap", Shape::Text),
 ]);
 
-pub(super) const SERVER_REMOVE_ARGUMENTS: Shape =
+const SERVER_REMOVE_ARGUMENTS: Shape =
     Shape::Object(&[required("name", Shape::Text), optional("mode", REMOVE_MODE)]);
 
-pub(super) fn query_exports(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
+fn query_exports(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
     let entry = |export: BlockExport| {
         json!({
             "id": export.id,
@@ -78,10 +97,10 @@ pub(super) fn query_exports(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
     Ok(daemon.exports().into_iter().map(entry).collect())
 }
 
-pub(super) fn add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+fn add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
     let _one = daemon.change();
     let node_name = arguments.text("node-name");
-    let node = daemon.device_or_node("", node_name)?;
+    let node = daemon.nodes().find("", node_name)?;
     let writable = arguments.switch("writable") == Some(true);
     if writable && node.disk.is_read_only() {
         return Err(CommandError::new(format!("Block node '{node_name}' is read-only")));
@@ -116,7 +135,7 @@ fn offer(daemon: &Daemon, node: &Node, id: &str, options: ExportOptions) -> Outc
     Ok(json!({}))
 }
 
-pub(super) fn del(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+fn del(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
     let _one = daemon.change();
     let id = arguments.text("id");
     let found = daemon.exports().into_iter().find(|export| export.id == id);
@@ -136,11 +155,11 @@ fn withdraw(daemon: &Daemon, export: &BlockExport, by_force: bool) -> Outcome {
         return Err(error.into());
     }
     daemon.unregister(&export.id);
-    daemon.emit(EXPORT_DELETED, json!({"id": export.id}));
+    daemon.subscribers().emit(EXPORT_DELETED, Some(json!({"id": export.id})));
     Ok(json!({}))
 }
 
-pub(super) fn server_start(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+fn server_start(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
     let _one = daemon.change();
     if daemon.server().is_some() {
         return Err(CommandError::new("NBD server already running"));
@@ -177,7 +196,7 @@ fn listen_address(address: &Arguments<'_>) -> Result<ListenAddress, CommandError
     Ok(ListenAddress::Tcp(found))
 }
 
-pub(super) fn server_stop(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
+fn server_stop(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
     let _one = daemon.change();
     if daemon.server().is_none() {
         return Err(CommandError::new("NBD server not running"));
@@ -190,10 +209,10 @@ pub(super) fn server_stop(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
 }
 
 /// The old way to add an export: its id is its name, and a disk that cannot be written is offered read-only.
-pub(super) fn server_add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+fn server_add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
     let _one = daemon.change();
     let device = arguments.text("device");
-    let node = daemon.device_or_node(device, device)?;
+    let node = daemon.nodes().find(device, device)?;
     let name = arguments.maybe_text("name").unwrap_or(device);
     let options = ExportOptions {
         name: name.to_owned(),
@@ -205,7 +224,7 @@ pub(super) fn server_add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome 
     offer(daemon, &node, name, options)
 }
 
-pub(super) fn server_remove(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
+fn server_remove(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
     let _one = daemon.change();
     let name = arguments.text("name");
     let by_name = |export: &BlockExport| export.nbd.as_ref().is_some_and(|nbd| nbd.name() == name);

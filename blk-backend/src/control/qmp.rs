@@ -18,11 +18,11 @@ use std::{
 use serde_json::{Map, Value, json};
 
 use super::{
-    command::{Arguments, CAPABILITIES, COMMANDS, CommandError, Outcome},
-    daemon::{Daemon, Subscriber},
+    command::{Arguments, CommandError, Outcome},
     framer::{Framer, TooLong},
-    general,
+    general::{self, CAPABILITIES},
     listen::{Acceptor, ControlAddress},
+    service::{Service, Subscriber},
 };
 
 /// Clients at once.
@@ -31,31 +31,31 @@ const MAX_SESSIONS: usize = 16;
 /// A client that does not read what it is told for so long is sent away.
 const WRITE_TIME: Duration = Duration::from_secs(5);
 
-/// The control socket of a daemon; it is closed when this is dropped.
-pub struct Qmp {
-    shared: Arc<Shared>,
+/// The control socket of a service; it is closed when this is dropped.
+pub struct Qmp<S: Service> {
+    shared: Arc<Shared<S>>,
     acceptor: Option<Acceptor>,
 }
 
-struct Shared {
-    daemon: Arc<Daemon>,
+struct Shared<S> {
+    service: Arc<S>,
     sessions: Mutex<HashMap<u64, Arc<Session>>>,
     ended: Condvar,
     next: AtomicU64,
 }
 
-impl Qmp {
+impl<S: Service> Qmp<S> {
     /// Listens.
     ///
     /// # Errors
     /// When the socket cannot be made, or is not in the file system.
-    pub fn start(address: &ControlAddress, daemon: Arc<Daemon>) -> io::Result<Self> {
+    pub fn start(address: &ControlAddress, service: Arc<S>) -> io::Result<Self> {
         if !address.is_unix() {
             // Any program of this host, of any user, could connect.
             return Err(io::Error::new(io::ErrorKind::Unsupported, "QMP needs a unix socket"));
         }
         let shared = Arc::new(Shared {
-            daemon,
+            service,
             sessions: Mutex::default(),
             ended: Condvar::new(),
             next: AtomicU64::new(1),
@@ -66,7 +66,7 @@ impl Qmp {
     }
 }
 
-impl Drop for Qmp {
+impl<S: Service> Drop for Qmp<S> {
     fn drop(&mut self) {
         drop(self.acceptor.take());
         let mut sessions = self.shared.sessions();
@@ -78,14 +78,14 @@ impl Drop for Qmp {
     }
 }
 
-impl Shared {
+impl<S> Shared<S> {
     fn sessions(&self) -> MutexGuard<'_, HashMap<u64, Arc<Session>>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Starts the thread of a client.
-fn admit(shared: &Arc<Shared>, fd: OwnedFd) {
+fn admit<S: Service>(shared: &Arc<Shared<S>>, fd: OwnedFd) {
     let stream = UnixStream::from(fd);
     if shared.sessions().len() >= MAX_SESSIONS || stream.set_write_timeout(Some(WRITE_TIME)).is_err() {
         return;
@@ -96,23 +96,23 @@ fn admit(shared: &Arc<Shared>, fd: OwnedFd) {
     let ends = Ends { shared: Arc::clone(shared), id };
     let spawned = thread::Builder::new().name(format!("qmp-{id}")).spawn(move || {
         // A client that is gone needs no answer.
-        serve(&ends.shared.daemon, id, &session).ok();
+        serve(&*ends.shared.service, id, &session).ok();
         session.hang_up(Shutdown::Both);
     });
     if let Err(error) = spawned {
-        (shared.daemon.log)(&format!("a control client could not be served: {error}"));
+        shared.service.log(&format!("a control client could not be served: {error}"));
     }
 }
 
 /// Takes a client off the lists, however its thread ends.
-struct Ends {
-    shared: Arc<Shared>,
+struct Ends<S: Service> {
+    shared: Arc<Shared<S>>,
     id: u64,
 }
 
-impl Drop for Ends {
+impl<S: Service> Drop for Ends<S> {
     fn drop(&mut self) {
-        self.shared.daemon.unsubscribe(self.id);
+        self.shared.service.subscribers().remove(self.id);
         self.shared.sessions().remove(&self.id);
         self.shared.ended.notify_all();
     }
@@ -147,8 +147,8 @@ impl Subscriber for Session {
     }
 }
 
-fn serve(daemon: &Daemon, id: u64, session: &Arc<Session>) -> io::Result<()> {
-    session.say(&json!({"QMP": {"version": general::version(), "capabilities": []}}))?;
+fn serve<S: Service>(service: &S, id: u64, session: &Arc<Session>) -> io::Result<()> {
+    session.say(&json!({"QMP": {"version": general::version::<S>(), "capabilities": []}}))?;
     let mut framer = Framer::default();
     let mut negotiated = false;
     let mut bytes = [0; 4096];
@@ -162,11 +162,11 @@ fn serve(daemon: &Daemon, id: u64, session: &Arc<Session>) -> io::Result<()> {
                         .say(&failure(None, &CommandError::new("JSON parse error, command is too long")));
                 }
             };
-            let (reply, now_negotiated) = answer(daemon, &text, negotiated);
+            let (reply, now_negotiated) = answer(service, &text, negotiated);
             if now_negotiated && !negotiated {
                 negotiated = true;
                 let subscriber: Arc<dyn Subscriber> = Arc::<Session>::clone(session);
-                daemon.subscribe(id, subscriber);
+                service.subscribers().add(id, subscriber);
             }
             session.say(&reply)?;
         }
@@ -178,7 +178,7 @@ fn serve(daemon: &Daemon, id: u64, session: &Arc<Session>) -> io::Result<()> {
 }
 
 /// The reply to a text, and whether negotiation is over with it.
-pub(super) fn answer(daemon: &Daemon, text: &[u8], negotiated: bool) -> (Value, bool) {
+fn answer<S: Service>(service: &S, text: &[u8], negotiated: bool) -> (Value, bool) {
     let value: Value = match serde_json::from_slice(text) {
         Ok(value) => value,
         Err(error) => {
@@ -189,7 +189,7 @@ pub(super) fn answer(daemon: &Daemon, text: &[u8], negotiated: bool) -> (Value, 
     let id = value.get("id").cloned();
     let outcome = Call::parse(&value).and_then(|call| {
         if negotiated {
-            return Ok((call.run(daemon)?, true));
+            return Ok((call.run(service)?, true));
         }
         if call.name != CAPABILITIES {
             let text = "Expecting capabilities negotiation with 'qmp_capabilities'";
@@ -243,15 +243,16 @@ impl<'a> Call<'a> {
         Ok(Self { name, arguments })
     }
 
-    fn run(&self, daemon: &Daemon) -> Outcome {
-        let command = COMMANDS.iter().find(|command| command.name == self.name).ok_or_else(|| {
-            CommandError::not_found(format!("The command {} has not been found", self.name))
-        })?;
+    fn run<S: Service>(&self, service: &S) -> Outcome {
+        let command =
+            S::COMMANDS.iter().copied().flatten().find(|command| command.name == self.name).ok_or_else(
+                || CommandError::not_found(format!("The command {} has not been found", self.name)),
+            )?;
         let none = Map::new();
         let arguments = self.arguments.unwrap_or(&none);
         // The shapes of objects want a value; a copy of some arguments costs nothing beside the command.
         command.arguments.check("", &Value::Object(arguments.clone())).map_err(CommandError::new)?;
-        (command.run)(daemon, &Arguments(arguments))
+        (command.run)(service, &Arguments(arguments))
     }
 
     /// No capability exists that could be enabled.

@@ -5,15 +5,15 @@ use std::collections::HashSet;
 use serde_json::{Value, json};
 
 use super::{
-    command::{COMMANDS, EVENTS},
+    service::Service,
     shape::{Member, Shape, Union},
 };
 
 /// All commands, events and the types that they use.
-pub(super) fn schema() -> Value {
+pub(super) fn schema<S: Service>() -> Value {
     let mut types = Types::default();
     let mut entries = Vec::new();
-    for command in COMMANDS {
+    for command in S::COMMANDS.iter().copied().flatten() {
         let (arguments, returns) = (types.name(command.arguments), types.name(command.returns));
         let mut entry =
             json!({"name": command.name, "meta-type": "command", "arg-type": arguments, "ret-type": returns});
@@ -22,7 +22,7 @@ pub(super) fn schema() -> Value {
         }
         entries.push(entry);
     }
-    for event in EVENTS {
+    for event in S::EVENTS {
         let data = types.name(Shape::Object(event.data));
         entries.push(json!({"name": event.name, "meta-type": "event", "arg-type": data}));
     }
@@ -110,11 +110,12 @@ impl Types {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Daemon;
 
     /// Every type that is named is told, once, and every command and event is there.
     #[test]
     fn the_schema_is_closed() {
-        let schema = schema();
+        let schema = schema::<Daemon>();
         let entries = schema.as_array().unwrap();
         let names: Vec<&str> = entries.iter().map(|entry| entry["name"].as_str().unwrap()).collect();
         assert_eq!(names.iter().collect::<HashSet<_>>().len(), names.len(), "a name is told twice");
@@ -130,7 +131,7 @@ mod tests {
         for name in used {
             assert!(names.contains(&name.as_str().unwrap()), "{name} is not told");
         }
-        for command in COMMANDS {
+        for command in Daemon::COMMANDS.iter().copied().flatten() {
             assert!(names.contains(&command.name));
         }
     }

@@ -5,15 +5,20 @@ use serde_json::{Map, Value};
 
 /// The shape of a value.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Shape {
+pub enum Shape {
+    /// A string.
     Text,
+    /// A number without a fraction.
     Integer,
+    /// True or false.
     Switch,
     /// Anything: what a format tells of itself.
     Any,
     /// One of these words.
     Choice(&'static [&'static str]),
+    /// Any number of values of one shape.
     List(&'static Shape),
+    /// An object with these members, and no others.
     Object(&'static [Member]),
     /// An object whose member `tag` chooses further members.
     Union(&'static Union),
@@ -21,27 +26,35 @@ pub(super) enum Shape {
 
 /// See [`Shape::Union`].
 #[derive(Debug)]
-pub(super) struct Union {
-    pub(super) members: &'static [Member],
-    pub(super) tag: &'static str,
-    pub(super) cases: &'static [(&'static str, &'static [Member])],
+pub struct Union {
+    /// Members of all cases.
+    pub members: &'static [Member],
+    /// The member that chooses.
+    pub tag: &'static str,
+    /// What it may be, and the members that come with it.
+    pub cases: &'static [(&'static str, &'static [Member])],
 }
 
 /// A member of an object.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Member {
-    pub(super) name: &'static str,
-    pub(super) shape: Shape,
-    pub(super) required: bool,
+pub struct Member {
+    /// Its name.
+    pub name: &'static str,
+    /// What it looks like.
+    pub shape: Shape,
+    /// Whether it must be there.
+    pub required: bool,
 }
 
 /// A member that must be there.
-pub(super) const fn required(name: &'static str, shape: Shape) -> Member {
+#[must_use]
+pub const fn required(name: &'static str, shape: Shape) -> Member {
     Member { name, shape, required: true }
 }
 
 /// A member that may be left out.
-pub(super) const fn optional(name: &'static str, shape: Shape) -> Member {
+#[must_use]
+pub const fn optional(name: &'static str, shape: Shape) -> Member {
     Member { name, shape, required: false }
 }
 
@@ -50,7 +63,7 @@ impl Shape {
     ///
     /// # Errors
     /// What is wrong with it, in QEMU's words; `name` is the way to it.
-    pub(super) fn check(self, name: &str, value: &Value) -> Result<(), String> {
+    pub fn check(self, name: &str, value: &Value) -> Result<(), String> {
         let wrong =
             |expected: &str| Err(format!("Invalid parameter type for '{name}', expected: {expected}"));
         match (self, value) {

@@ -1,0 +1,107 @@
+//! Disks under names.
+//!
+//! Lock order: `changing` before `list`. No request of a guest or client takes either.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use img_core::image::CacheMode;
+
+use super::command::CommandError;
+use crate::disk::Disk;
+
+/// A disk under a name.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// The device: stays with the disk whatever is put on top of it.
+    pub name: String,
+    /// What it names.
+    pub disk: Arc<Disk>,
+    /// The mode in which the disk was opened.
+    pub cache: CacheMode,
+    /// Names of layers that have one of their own, from the top down.
+    pub(super) layer_names: Vec<String>,
+}
+
+impl Node {
+    /// The node name of the layer at `depth`.
+    pub(super) fn layer_name(&self, depth: usize) -> String {
+        self.layer_names.get(depth).cloned().unwrap_or_else(|| format!("#{}-{depth}", self.name))
+    }
+}
+
+/// The disks that a service has.
+#[derive(Debug, Default)]
+pub struct Nodes {
+    list: Mutex<Vec<Node>>,
+    /// One command at a time gives names to layers.
+    changing: Mutex<()>,
+}
+
+impl Nodes {
+    /// Puts a disk under a name. `cache` is the mode it was opened in.
+    ///
+    /// # Errors
+    /// [`img_core::Error::Invalid`] when the name is taken.
+    pub fn add(&self, name: &str, disk: &Arc<Disk>, cache: CacheMode) -> img_core::Result<()> {
+        let mut list = self.list();
+        if list.iter().any(|node| node.name == name) {
+            return Err(img_core::Error::Invalid(format!("Duplicate nodes with node-name='{name}'")));
+        }
+        list.push(Node {
+            name: name.to_owned(),
+            disk: Arc::clone(disk),
+            cache,
+            layer_names: vec![name.to_owned()],
+        });
+        Ok(())
+    }
+
+    /// All of them, in the order of their coming.
+    #[must_use]
+    pub fn all(&self) -> Vec<Node> {
+        self.list().clone()
+    }
+
+    /// A disk by its device, or by the node name of its top layer.
+    ///
+    /// # Errors
+    /// When there is none, or the layer of that name is below others.
+    pub fn find(&self, device: &str, node_name: &str) -> Result<Node, CommandError> {
+        let nodes = self.list();
+        let found = nodes.iter().find(|node| {
+            if device.is_empty() { node.layer_names[0] == node_name } else { node.name == device }
+        });
+        if let Some(node) = found {
+            return Ok(node.clone());
+        }
+        let above = nodes.iter().find_map(|node| {
+            let depth = node.layer_names.iter().position(|name| device.is_empty() && name == node_name)?;
+            Some(node.layer_name(depth - 1))
+        });
+        Err(CommandError::new(match above {
+            Some(above) => format!("Node '{node_name}' is busy: node is used as backing hd of '{above}'"),
+            None => format!("Cannot find device='{device}' nor node-name='{node_name}'"),
+        }))
+    }
+
+    /// Whether a node or a device has that name.
+    pub(super) fn is_taken(&self, name: &str) -> bool {
+        self.list().iter().any(|node| node.name == name || node.layer_names.iter().any(|known| known == name))
+    }
+
+    /// A layer of that name was put on top of a disk.
+    pub(super) fn put_on_top(&self, device: &str, layer_name: String) {
+        if let Some(node) = self.list().iter_mut().find(|node| node.name == device) {
+            node.layer_names.insert(0, layer_name);
+        }
+    }
+
+    /// Held by commands that change what layers are called.
+    pub(super) fn change(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn list(&self) -> MutexGuard<'_, Vec<Node>> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
