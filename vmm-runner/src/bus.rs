@@ -17,6 +17,18 @@ pub trait PortDevice: Send {
     fn write(&mut self, offset: u16, data: &[u8]);
 }
 
+/// A device whose ports the guest moves. Shared by the processors.
+pub trait MovablePorts: Send + Sync {
+    /// Which of its ports this is now, if any.
+    fn offset_of(&self, port: u16) -> Option<u16>;
+
+    /// As [`PortDevice::read`].
+    fn read(&self, offset: u16, data: &mut [u8]);
+
+    /// As [`PortDevice::write`].
+    fn write(&self, offset: u16, data: &[u8]);
+}
+
 /// A device and its ports.
 struct Claim {
     ports: Range<u32>,
@@ -28,6 +40,8 @@ struct Claim {
 pub struct PortBus {
     /// By first port, without overlap.
     claims: Vec<Claim>,
+    /// Asked where no claim is.
+    movable: Vec<Arc<dyn MovablePorts>>,
 }
 
 impl fmt::Debug for PortBus {
@@ -54,11 +68,18 @@ impl PortBus {
         Ok(())
     }
 
+    /// Adds a device that answers wherever the guest puts it, but not in place of one that has its ports for good.
+    pub fn add_movable(&mut self, device: Arc<dyn MovablePorts>) {
+        self.movable.push(device);
+    }
+
     /// One read by a processor.
     pub fn read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xFF);
         if let Some((device, offset)) = self.find(port) {
             device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+        } else if let Some((device, offset)) = self.find_movable(port) {
+            device.read(offset, data);
         }
     }
 
@@ -66,7 +87,13 @@ impl PortBus {
     pub fn write(&self, port: u16, data: &[u8]) {
         if let Some((device, offset)) = self.find(port) {
             device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        } else if let Some((device, offset)) = self.find_movable(port) {
+            device.write(offset, data);
         }
+    }
+
+    fn find_movable(&self, port: u16) -> Option<(&Arc<dyn MovablePorts>, u16)> {
+        self.movable.iter().find_map(|device| device.offset_of(port).map(|offset| (device, offset)))
     }
 
     fn find(&self, port: u16) -> Option<(&Arc<Mutex<dyn PortDevice>>, u16)> {

@@ -57,6 +57,15 @@ pub(crate) struct RunOptions {
     #[arg(long, conflicts_with = "kernel")]
     pub(crate) list_boot: bool,
 
+    /// Boots through this firmware (SeaBIOS, OVMF). SeaBIOS is used without being named for a disk that has a boot
+    /// sector and no kernel that can be found.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "append", "boot_entry", "list_boot"])]
+    pub(crate) firmware: Option<PathBuf>,
+
+    /// What the firmware says of its work is written to this file.
+    #[arg(long, value_name = "FILE", requires = "firmware")]
+    pub(crate) firmware_log: Option<PathBuf>,
+
     /// RAM: SIZE, or size=SIZE[,hugepages=2M|1G][,shared=on][,mergeable=on][,prefault=on][,numa-node=N][,dump=off].
     #[arg(long, value_name = "SPEC", default_value = "1G")]
     pub(crate) memory: MemoryConfig,

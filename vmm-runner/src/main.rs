@@ -1,5 +1,6 @@
 //! `vmm-runner`: boots a Linux guest from disk images.
 
+mod choice;
 mod cli;
 mod demo;
 
@@ -10,20 +11,18 @@ use std::{
     sync::Arc,
 };
 
+use choice::what_to_boot;
 use clap::Parser;
 use cli::{Cli, Command, RunOptions};
 use vmm_runner::{
     Error, Result,
-    boot::{BootFile, DirectBoot, from_image::BootDisk},
+    boot::from_image::BootDisk,
     console::OpenConsole,
     drive::{Drive, DriveConfig, close_all},
     machine::{End, Machine, MachineConfig},
     stats::Timeline,
     virtio::Entropy,
 };
-
-/// The command line of a kernel that is given without one.
-const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -96,32 +95,6 @@ fn list_boot(drives: &[Drive]) -> Result<()> {
         text.push_str("nothing to boot was found\n");
     }
     io::stdout().write_all(text.as_bytes()).map_err(Error::host("standard output"))
-}
-
-/// What to boot: what the user names, or what the first disk holds now.
-fn what_to_boot(options: &RunOptions, drives: &[Drive]) -> Result<DirectBoot> {
-    if let Some(kernel) = &options.kernel {
-        return Ok(DirectBoot {
-            kernel: BootFile::Host(kernel.clone()),
-            initrd: options.initrd.clone().map(BootFile::Host),
-            command_line: options.cmdline.clone().unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned()),
-        });
-    }
-    let drive = drives
-        .first()
-        .ok_or_else(|| Error::Invalid("nothing to boot: name a disk, or give --kernel".to_owned()))?;
-    let mut boot = BootDisk::look(&drive.disk().image())?.load(options.boot_entry.as_deref())?;
-    if let Some(text) = &options.cmdline {
-        boot.command_line.clone_from(text);
-    }
-    // The only screen that this machine has.
-    if !boot.command_line.split_whitespace().any(|word| word.starts_with("console=")) {
-        boot.command_line.push_str(" console=ttyS0");
-    }
-    if let Some(more) = &options.append {
-        boot.command_line.push_str(&format!(" {more}"));
-    }
-    Ok(boot)
 }
 
 /// One machine after the other, until one does not reset.

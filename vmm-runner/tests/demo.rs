@@ -49,7 +49,7 @@ fn an_overlay_is_made_once_and_a_snapshot_leaves_nothing() {
             .expect("it runs");
         String::from_utf8(output.stderr).expect("text")
     };
-    let nothing = "vmm-runner: no kernel was found in the disk; give --kernel\n";
+    let nothing = "vmm-runner: no kernel was found in the disk; give --kernel or --firmware\n";
     let (disk, overlay) = (format!("path={},format=raw", path("disk.raw")), path("overlay.qcow2"));
     assert_eq!(run(&["--disk", &disk, "--overlay", &overlay]), nothing);
     assert!(Path::new(&overlay).exists());

@@ -123,12 +123,12 @@ fn what_cannot_be_booted_is_refused_with_the_reason() {
     let name = disk.to_str().expect("text");
     let (success, _, stderr) = run(&["--serial", "off", name]);
     assert!(!success);
-    assert_eq!(stderr, "vmm-runner: no kernel was found in the disk; give --kernel\n");
+    assert_eq!(stderr, "vmm-runner: no kernel was found in the disk; give --kernel or --firmware\n");
     file.write_all(b"XFSB").expect("room");
     let (_, _, stderr) = run(&["--serial", "off", name]);
     assert_eq!(
         stderr,
-        "vmm-runner: no kernel was found in the disk; the disk: XFS cannot be read here; give --kernel\n"
+        "vmm-runner: no kernel was found in the disk; the disk: XFS cannot be read here; give --kernel or --firmware\n"
     );
     let mut head = Vec::new();
     fs::File::open(&disk).expect("there").take(4).read_to_end(&mut head).expect("there");

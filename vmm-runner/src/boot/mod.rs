@@ -22,7 +22,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::{
     Error, Result,
-    machine::{AcpiTables, Entry, GuestMemory, RESET_VALUE, layout, ram_ranges},
+    machine::{AcpiTables, Entry, Firmware, GuestMemory, RESET_VALUE, layout, ram_ranges},
 };
 
 /// Kernels are far smaller.
@@ -70,6 +70,20 @@ impl BootFile {
             Self::Bytes { bytes, .. } => Ok(Cow::Borrowed(bytes)),
         }
     }
+}
+
+/// How a machine starts.
+#[derive(Clone, Debug)]
+pub enum Boot {
+    /// With a kernel.
+    Direct(DirectBoot),
+    /// With firmware, which finds a boot loader on the disks.
+    Firmware {
+        /// SeaBIOS or OVMF.
+        firmware: Firmware,
+        /// Where it writes down what it does.
+        log: Option<Arc<File>>,
+    },
 }
 
 /// What a direct boot starts from.

@@ -1,6 +1,8 @@
 //! What the guest's ACPI says of this board: hardware-reduced (ACPI 6.4, section 4.1), so that nothing of a PC's
 //! power management hardware has to exist.
 
+use std::ops::Range;
+
 use acpi_tables::{
     Aml, AmlSink,
     aml::{
@@ -53,31 +55,73 @@ pub struct AcpiTables {
     pub bytes: Vec<u8>,
 }
 
+/// Tables of which firmware decides where they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Linked {
+    /// The root pointer, whose address of the XSDT is that inside [`Self::tables`].
+    pub(super) rsdp: Vec<u8>,
+    /// All others. Addresses in them are those inside.
+    pub(super) tables: Vec<u8>,
+    /// Where in them an address of eight bytes stands.
+    pub(super) pointers: Vec<usize>,
+    /// Where each of them begins and ends. Its checksum is the byte at [`CHECKSUM_AT`].
+    pub(super) ranges: Vec<Range<usize>>,
+}
+
+/// The checksum of a table ("System Description Table Header").
+pub(super) const CHECKSUM_AT: usize = 9;
+/// The RSDP's checksum of its first [`RSDP_V1_BYTES`], the address of the XSDT, and the checksum of all.
+pub(super) const RSDP_CHECKSUM_AT: usize = 8;
+/// See [`RSDP_CHECKSUM_AT`].
+pub(super) const RSDP_XSDT_AT: usize = 24;
+/// See [`RSDP_CHECKSUM_AT`].
+pub(super) const RSDP_EXTENDED_CHECKSUM_AT: usize = 32;
+/// What the RSDP was before it had an XSDT.
+pub(super) const RSDP_V1_BYTES: usize = 20;
+/// The FADT's address of the DSDT.
+const FADT_DSDT_AT: usize = 140;
+/// The XSDT's addresses follow its header.
+const XSDT_ENTRIES_AT: usize = 36;
+/// Tables begin at multiples of this.
+const ALIGNMENT: usize = 16;
+
 /// Makes the tables of a board with that many processors, for `address` on.
 ///
 /// # Errors
 /// When they do not fit before `limit`.
 pub fn tables(address: u64, limit: u64, cpus: u32) -> Result<AcpiTables> {
-    let mut bytes = vec![0; Rsdp::len().next_multiple_of(16)];
-    let mut place = |table: Vec<u8>| {
-        let at = address + bytes.len() as u64;
-        bytes.extend(table);
-        bytes.resize(bytes.len().next_multiple_of(16), 0);
-        at
-    };
-    let dsdt = place(dsdt());
-    let fadt = place(fadt(dsdt));
-    let madt = place(madt(cpus)?);
-    let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
-    xsdt.add_entry(fadt);
-    xsdt.add_entry(madt);
-    let xsdt = place(to_bytes(&xsdt));
-    let rsdp = to_bytes(&Rsdp::new(OEM, xsdt));
-    bytes[..rsdp.len()].copy_from_slice(&rsdp);
+    let rsdp_bytes = Rsdp::len().next_multiple_of(ALIGNMENT);
+    let Linked { mut rsdp, tables, .. } = linked(address + rsdp_bytes as u64, cpus)?;
+    rsdp.resize(rsdp_bytes, 0);
+    let bytes = [rsdp, tables].concat();
     if address + bytes.len() as u64 > limit {
         return Err(Error::Invalid(format!("the ACPI tables of {cpus} processors do not fit")));
     }
     Ok(AcpiTables { address, bytes })
+}
+
+/// Makes the tables, all but the RSDP for `address` on.
+pub(super) fn linked(address: u64, cpus: u32) -> Result<Linked> {
+    let mut tables = Vec::new();
+    let mut ranges = Vec::new();
+    let mut place = |table: &[u8]| {
+        let start = tables.len();
+        tables.extend(table);
+        ranges.push(start..tables.len());
+        tables.resize(tables.len().next_multiple_of(ALIGNMENT), 0);
+        (start, address + start as u64)
+    };
+    let (_, dsdt) = place(&dsdt());
+    let (fadt_at, fadt) = place(&fadt(dsdt));
+    let (_, madt) = place(&madt(cpus)?);
+    let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
+    let entries = [fadt, madt];
+    entries.iter().for_each(|&entry| xsdt.add_entry(entry));
+    let (xsdt_at, xsdt) = place(&to_bytes(&xsdt));
+    let rsdp = to_bytes(&Rsdp::new(OEM, xsdt));
+    let mut pointers = vec![fadt_at + FADT_DSDT_AT];
+    pointers.extend((0..entries.len()).map(|index| xsdt_at + XSDT_ENTRIES_AT + index * 8));
+    Ok(Linked { rsdp, tables, pointers, ranges })
 }
 
 fn to_bytes(table: &dyn Aml) -> Vec<u8> {

@@ -28,6 +28,13 @@ pub const KVM_IDENTITY_MAP: u64 = 0xFEFF_C000;
 /// KVM's task state segment.
 pub const KVM_TSS: usize = 0xFEFF_D000;
 
+/// Firmware is at most from here on.
+pub const FIRMWARE_START: u64 = 0xFF00_0000;
+/// Firmware ends here; the processor begins 16 bytes before.
+pub const FIRMWARE_END: u64 = 1 << 32;
+/// The end of firmware is also in RAM, from here up to 1 MiB: SeaBIOS takes itself to be there.
+pub const FIRMWARE_SHADOW: u64 = VGA_HOLE_END;
+
 /// Global descriptor table of a direct boot.
 pub const BOOT_GDT: GuestAddress = GuestAddress(0x500);
 /// Interrupt descriptor table of a direct boot; empty.

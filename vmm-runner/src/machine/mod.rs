@@ -3,20 +3,23 @@
 mod acpi;
 mod control;
 mod cpuid;
+mod firmware;
 mod interrupts;
 pub mod layout;
 mod memory;
 mod registers;
 mod vcpu;
 
-use std::sync::Arc;
+use std::{fs::File, sync::Arc};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use acpi::{AcpiTables, MAX_CPUS, RESET_PORT, RESET_VALUE, tables as acpi_tables};
 pub use control::{End, RunControl};
+pub use firmware::Firmware;
 pub(crate) use interrupts::new_eventfd;
 pub use interrupts::{Interrupts, Message, MessageInterrupt};
 pub use layout::{HIGH_RAM_START, LOW_RAM_LIMIT};
@@ -26,11 +29,12 @@ pub use vcpu::ExitCounts;
 
 use crate::{
     Error, Result,
-    boot::DirectBoot,
+    boot::Boot,
     bus::PortBus,
     devices::{
-        AcpiPorts, COM1_GSI, COM1_PORT_COUNT, COM1_PORTS, Console, RTC_PORT_COUNT, RTC_PORTS, ResetPort, Rtc,
-        SLEEP_CONTROL_PORT, SLEEP_PORT_COUNT, SYSTEM_CONTROL_PORT, SerialPort,
+        AcpiPorts, COM1_GSI, COM1_PORT_COUNT, COM1_PORTS, Console, DEBUG_PORT, DebugPort, FW_CFG_PORT_COUNT,
+        FW_CFG_PORTS, FwCfg, PowerManagement, RTC_PORT_COUNT, RTC_PORTS, ResetPort, Rtc, SLEEP_CONTROL_PORT,
+        SLEEP_PORT_COUNT, SYSTEM_CONTROL_PORT, SerialPort,
     },
     pci::{CONFIG_PORT_COUNT, CONFIG_PORTS, ConfigPorts, PciBus, host_bridge, isa_bridge},
     virtio::{TransportSlot, VirtioDevice, VirtioPci},
@@ -38,6 +42,9 @@ use crate::{
 
 /// Each device's BAR starts in a piece of this size of the PCI window.
 const BAR_STEP: u32 = 0x1_0000;
+
+/// The number of block devices among virtio's.
+const DISK: u16 = 2;
 
 /// What KVM must have for this machine.
 const NEEDED: [(Cap, &str); 6] = [
@@ -114,6 +121,10 @@ pub struct Machine {
     exits: Arc<ExitCounts>,
     next_bar: u32,
     power_button: Arc<EventFd>,
+    /// PCI slots of disks.
+    disks: Vec<u8>,
+    /// What firmware is mapped from.
+    firmware: Option<MmapRegion>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -147,6 +158,8 @@ impl Machine {
         let pci = Arc::new(PciBus::default());
         pci.insert(0, 0, host_bridge())?;
         pci.insert(1, 0, isa_bridge())?;
+        let power_management = PowerManagement::new(Arc::clone(&control));
+        pci.insert(1, 3, Arc::clone(&power_management) as _)?;
         let serial = SerialPort::new(interrupts.pin(COM1_GSI)?, console);
         let mut ports = PortBus::default();
         ports.claim(
@@ -157,6 +170,7 @@ impl Machine {
         ports.claim(COM1_PORTS, COM1_PORT_COUNT, serial.device())?;
         ports.claim(RTC_PORTS, RTC_PORT_COUNT, Rtc::new(config.memory.size_bytes, config.cpus.count))?;
         ports.claim(SLEEP_CONTROL_PORT, SLEEP_PORT_COUNT, AcpiPorts::new(Arc::clone(&control)))?;
+        ports.add_movable(power_management);
         ports.claim(SYSTEM_CONTROL_PORT, 1, ResetPort::new(Arc::clone(&control)))?;
         let power_button = Arc::new(interrupts.pin(acpi::POWER_BUTTON_GSI)?);
         let next_bar = u32::try_from(layout::PCI_WINDOW_START).expect("below 4 GiB");
@@ -173,6 +187,8 @@ impl Machine {
             exits: Arc::default(),
             next_bar,
             power_button,
+            disks: Vec::new(),
+            firmware: None,
         })
     }
 
@@ -182,6 +198,9 @@ impl Machine {
     /// When no slot, interrupt or descriptor is left.
     pub fn add_device(&mut self, device: Box<dyn VirtioDevice>) -> Result<u8> {
         let slot = self.pci.free_slot()?;
+        if device.device_type() == DISK {
+            self.disks.push(slot);
+        }
         let transport = VirtioPci::new(
             TransportSlot {
                 vm: Arc::clone(&self.vm),
@@ -226,14 +245,36 @@ impl Machine {
         &self.power_button
     }
 
-    /// Loads what a direct boot starts from and lets the processors run until the machine ends.
+    /// Loads what the boot starts from and lets the processors run until the machine ends.
     ///
     /// # Errors
-    /// When the kernel cannot be loaded, or KVM refuses.
-    pub fn run(self, boot: &DirectBoot) -> Result<End> {
-        let acpi = acpi_tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, self.config.cpus.count)?;
-        let entry = boot.load(&self.memory, self.config.memory.size_bytes, &acpi)?;
+    /// When the kernel or the firmware cannot be loaded, or KVM refuses.
+    pub fn run(mut self, boot: &Boot) -> Result<End> {
+        let entry = match boot {
+            Boot::Direct(boot) => {
+                let cpus = self.config.cpus.count;
+                let acpi = acpi_tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, cpus)?;
+                boot.load(&self.memory, self.config.memory.size_bytes, &acpi)?
+            }
+            Boot::Firmware { firmware, log } => {
+                self.plug_firmware(firmware, log.as_ref())?;
+                Entry::Firmware
+            }
+        };
         self.run_from(entry)
+    }
+
+    /// Puts firmware into memory, and what it asks into ports.
+    fn plug_firmware(&mut self, firmware: &Firmware, log: Option<&Arc<File>>) -> Result<()> {
+        let region = firmware.map(&self.vm, &self.memory)?;
+        self.firmware = Some(region);
+        let items = firmware::items(self.config.memory.size_bytes, self.config.cpus.count, &self.disks)?;
+        let fw_cfg = FwCfg::new(items, Arc::clone(&self.memory));
+        self.ports.claim(FW_CFG_PORTS, FW_CFG_PORT_COUNT, fw_cfg)?;
+        if let Some(log) = log {
+            self.ports.claim(DEBUG_PORT, 1, DebugPort::new(Box::new(Arc::clone(log))))?;
+        }
+        Ok(())
     }
 
     /// Lets the processors run from `entry`, whose code is in memory, until the machine ends.

@@ -38,9 +38,9 @@ impl PciFunction for FixedFunction {
 }
 
 /// Intel.
-const VENDOR_INTEL: u16 = 0x8086;
+pub(crate) const VENDOR_INTEL: u16 = 0x8086;
 /// The subsystem by which guests know a virtual board.
-const SUBSYSTEM: (u16, u16) = (0x1AF4, 0x1100);
+pub(crate) const BOARD_SUBSYSTEM: (u16, u16) = (0x1AF4, 0x1100);
 /// Programmable attribute map: says where the ROM area of a real board is RAM. Here it always is.
 const PAM: std::ops::RangeInclusive<usize> = 0x59..=0x5F;
 
@@ -52,7 +52,7 @@ pub fn host_bridge() -> Arc<FixedFunction> {
         device: 0x1237,
         revision: 2,
         class: 0x06_0000,
-        subsystem: SUBSYSTEM,
+        subsystem: BOARD_SUBSYSTEM,
         is_multifunction: false,
     });
     for register in PAM {
@@ -69,7 +69,7 @@ pub fn isa_bridge() -> Arc<FixedFunction> {
         device: 0x7000,
         revision: 0,
         class: 0x06_0100,
-        subsystem: SUBSYSTEM,
+        subsystem: BOARD_SUBSYSTEM,
         is_multifunction: true,
     });
     // Routing of the four PCI interrupt lines, which nothing here uses: off.

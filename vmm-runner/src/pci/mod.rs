@@ -11,6 +11,7 @@ use std::{
 };
 
 pub use config::{Bar, ConfigSpace, Identity};
+pub(crate) use fixed::{BOARD_SUBSYSTEM, VENDOR_INTEL};
 pub use fixed::{FixedFunction, host_bridge, isa_bridge};
 pub use msix::MsixTable;
 pub(crate) use msix::{ENABLE as MSIX_ENABLE, MASK_ALL as MSIX_MASK_ALL, table_bytes as msix_table_bytes};

@@ -57,6 +57,7 @@ pub struct BootDisk {
     entries: Vec<BootEntry>,
     /// Why volumes could not be read.
     remarks: Vec<String>,
+    has_boot_sector: bool,
 }
 
 impl fmt::Debug for BootDisk {
@@ -100,7 +101,8 @@ impl BootDisk {
         for (index, entry) in entries.iter_mut().enumerate() {
             entry.is_default = index == chosen;
         }
-        Ok(Self { volumes, entries, remarks })
+        let has_boot_sector = partition::has_boot_code(image)?;
+        Ok(Self { volumes, entries, remarks, has_boot_sector })
     }
 
     /// All entries.
@@ -113,6 +115,12 @@ impl BootDisk {
     #[must_use]
     pub fn remarks(&self) -> &[String] {
         &self.remarks
+    }
+
+    /// Whether firmware of a PC would start the disk's first sector.
+    #[must_use]
+    pub fn has_boot_sector(&self) -> bool {
+        self.has_boot_sector
     }
 
     /// What the volume of an entry is called.
@@ -134,7 +142,9 @@ impl BootDisk {
                 Some(title) => {
                     Error::Invalid(format!("the disk has no boot entry '{title}' (see --list-boot)"))
                 }
-                None => Error::Invalid(format!("no kernel was found in the disk{seen}; give --kernel")),
+                None => Error::Invalid(format!(
+                    "no kernel was found in the disk{seen}; give --kernel or --firmware"
+                )),
             }
         })?;
         let volume = &self.volumes[entry.volume];

@@ -14,6 +14,10 @@ use crate::{Error, Result};
 const SECTOR: u64 = 512;
 /// The same, as the length of a buffer.
 const SECTOR_BYTES: usize = 512;
+/// The last two bytes of a sector with a table, or with code.
+const SIGNATURE: [u8; 2] = [0x55, 0xAA];
+/// Code comes first, before the disk's own number and the table.
+const BOOT_CODE_BYTES: usize = 440;
 /// A partition table has no more entries in practice; the library would believe any number.
 const MAX_GPT_ENTRIES: u32 = 1024;
 /// Where a GPT header says how many entries there are.
@@ -81,6 +85,16 @@ impl Entry {
     }
 }
 
+/// Whether there is code where a PC starts a disk: a sector with the signature that is not a table alone.
+pub(super) fn has_boot_code(image: &Image) -> Result<bool> {
+    let mut sector = [0; SECTOR_BYTES];
+    if image.virtual_size_bytes() < SECTOR {
+        return Ok(false);
+    }
+    image.read_at(&mut sector, 0)?;
+    Ok(sector[510..] == SIGNATURE && sector[..BOOT_CODE_BYTES].iter().any(|byte| *byte != 0))
+}
+
 /// The four entries at a place; `None` where there is no signature.
 fn read_table(image: &Image, at: u64) -> Result<Option<[Entry; 4]>> {
     let mut sector = [0; SECTOR_BYTES];
@@ -88,7 +102,7 @@ fn read_table(image: &Image, at: u64) -> Result<Option<[Entry; 4]>> {
         return Ok(None);
     }
     image.read_at(&mut sector, at)?;
-    if sector[510..] != [0x55, 0xAA] {
+    if sector[510..] != SIGNATURE {
         return Ok(None);
     }
     let mut entries = [Entry::default(); 4];
