@@ -2,7 +2,7 @@
 
 use std::{fmt, ops::Range};
 
-use super::{Backing, HostFile, HostOffset};
+use super::{Backing, Extent, HostFile, HostOffset, Place};
 use crate::{Error, Result, storage::Preallocation};
 
 /// Where prepared guest bytes will live, and what must be written there before the commit.
@@ -61,6 +61,31 @@ impl WriteStep {
             return;
         }
         steps.push(self);
+    }
+
+    /// The steps of a write over what is there, appended to `steps`: one for each extent of `guest_bytes` that `map`
+    /// tells, all of which are to be data that may be overwritten; `map` says whether it knows. `None` when it does
+    /// not, and false when something else is there: what was appended is then good for nothing.
+    pub(super) fn over_what_is_there(
+        guest_bytes: &Range<u64>,
+        steps: &mut Vec<Self>,
+        map: impl FnOnce(&mut dyn FnMut(Extent)) -> Result<bool>,
+    ) -> Result<Option<bool>> {
+        let (mut at, mut is_whole) = (guest_bytes.start, true);
+        let is_known = map(&mut |extent| {
+            let guest_bytes = at..at + extent.len_bytes;
+            at = guest_bytes.end;
+            match extent.place {
+                Place::Data { file, at, writable: true } => Self { guest_bytes, file, at }.push_to(steps),
+                _ => is_whole = false,
+            }
+        })?;
+        Ok(is_known.then_some(is_whole))
+    }
+
+    /// The host bytes that it writes.
+    pub(super) fn host_bytes(&self) -> Range<u64> {
+        self.at.0..self.at.0 + (self.guest_bytes.end - self.guest_bytes.start)
     }
 }
 

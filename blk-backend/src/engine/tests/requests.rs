@@ -3,7 +3,7 @@
 use super::client::{Client, engines, fresh_disk, image};
 use crate::{
     disk::{Disk, DiskOptions},
-    engine::OpKind,
+    engine::{EngineChoice, OpKind, ring_support},
     request::{Errno, Op, Request, Segments, Submitted, iovec},
 };
 
@@ -35,6 +35,52 @@ fn every_request_does_what_it_says() {
             assert_eq!(done, [5, 2, 1, 1, 1], "{format}");
             assert_eq!((stats.op(OpKind::Write).bytes, stats.depth), (200_512, 0));
         }
+    }
+}
+
+/// Once tables were read and clusters made, whatever the format, no request is given to a worker.
+#[test]
+fn warm_requests_are_given_to_no_worker() {
+    if ring_support().is_err() {
+        return;
+    }
+    let kinds: [(&str, &[(&str, &str)]); 8] = [
+        ("raw", &[]),
+        ("qcow2", &[]),
+        ("qed", &[]),
+        ("vpc", &[("subformat", "dynamic")]),
+        ("vpc", &[("subformat", "fixed")]),
+        ("vmdk", &[("subformat", "monolithicSparse")]),
+        ("vmdk", &[("subformat", "monolithicFlat")]),
+        ("vmdk", &[("subformat", "twoGbMaxExtentSparse")]),
+    ];
+    for (format, options) in kinds {
+        let dir = tempfile::tempdir().expect("a directory");
+        let name = image(dir.path(), "disk", format, options, 8 * MIB, None);
+        let options = DiskOptions { format: Some(format.to_owned()), ..DiskOptions::default() };
+        let disk = Disk::open(&name, &options).expect("it was just made");
+        let mut client = Client::new(&disk, EngineChoice::Ring);
+        let mut model = vec![0; 8 << 20];
+        model[1 << 20..3 << 20].fill(1);
+        // The first makes places for the bytes. The second is the first to meet them: their tables are read.
+        for _ in 0..2 {
+            assert_eq!(client.write(MIB, &model[1 << 20..3 << 20]), Ok(()), "{format}");
+        }
+        assert_eq!(client.read(0, 8 << 20).as_deref(), Ok(&model[..]), "{format}");
+        let before = disk.stats();
+        for at in (1 << 20..3 << 20).step_by(40_000) {
+            let end = (at + 40_000).min(3 << 20);
+            model[at..end].fill(2);
+            assert_eq!(client.write(at as u64, &model[at..end]), Ok(()), "{format}");
+        }
+        for at in (0..8 << 20).step_by(1 << 18) {
+            let found = client.read(at as u64, 1 << 18);
+            assert_eq!(found.as_deref(), Ok(&model[at..at + (1 << 18)]), "{format}");
+        }
+        let after = disk.stats();
+        assert_eq!((after.handed_over, after.misses), (before.handed_over, before.misses), "{format}");
+        drop(client);
+        disk.close().expect("closed");
     }
 }
 

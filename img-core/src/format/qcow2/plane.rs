@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     Result,
-    format::{Attempt, HostOffset, Layer, Place, WriteStep, WriteToken},
+    format::{Attempt, HostOffset, Layer, WriteStep, WriteToken},
 };
 
 /// So many slices of counts are searched for free clusters: 8192 counts of two bytes.
@@ -61,24 +61,16 @@ impl Qcow2Layer {
     /// Whether all of a range can be written over what is there: then the steps that do it are appended. `None`
     /// when the caches do not tell.
     fn steps_in_place(&self, guest: &Range<u64>, steps: &mut Vec<WriteStep>) -> Result<Option<bool>> {
-        let (mut at, mut is_whole, known) = (guest.start, true, steps.len());
-        let is_known = self.map.map_cached(self.root(), guest.clone(), &mut |extent| {
-            let guest_bytes = at..at + extent.len_bytes;
-            at = guest_bytes.end;
-            match extent.place {
-                Place::Data { file, at, writable: true } => {
-                    WriteStep { guest_bytes, file, at }.push_to(steps);
-                }
-                _ => is_whole = false,
-            }
+        let known = steps.len();
+        let over = WriteStep::over_what_is_there(guest, steps, |found| {
+            self.map.map_cached(self.root(), guest.clone(), found)
         })?;
-        if !is_known || !is_whole {
-            return Ok(is_known.then_some(false));
+        if over == Some(true) {
+            for step in &steps[known..] {
+                self.check_data_write(&step.host_bytes())?;
+            }
         }
-        for WriteStep { guest_bytes, at, .. } in &steps[known..] {
-            self.check_data_write(&(at.0..at.0 + (guest_bytes.end - guest_bytes.start)))?;
-        }
-        Ok(Some(true))
+        Ok(over)
     }
 
     /// All of a range, piece by piece; or nothing.

@@ -247,6 +247,10 @@ impl Layer for QedLayer {
         self.map.map_range(guest_bytes, extents)
     }
 
+    fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
+        self.map.map_cached(guest_bytes, found)
+    }
+
     fn check(&self, repair: Repair, _findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
         // The audit looks at the file, not at what is cached of it.
         if self.mode == OpenMode::Write {

@@ -65,13 +65,17 @@ impl TableMap {
 
     /// Host offset of the L2 table of an L1 index, checked; `None` where there is none.
     pub(super) fn table(&self, l1_index: u64) -> Result<Option<u64>> {
-        let at = self.l1_entry_at(l1_index);
-        let (slice, within) = self.l1.get(&*self.file, at)?;
+        let (slice, within) = self.l1.get(&*self.file, self.l1_entry_at(l1_index))?;
         let entry = entry_at(&slice.read(), within);
+        self.checked_table(l1_index, entry)
+    }
+
+    /// Host offset of the L2 table that an L1 entry names, checked; `None` where it names none.
+    fn checked_table(&self, l1_index: u64, entry: u64) -> Result<Option<u64>> {
         if entry == 0 {
             return Ok(None);
         }
-        self.check_place("L1 entry", at, entry, self.geometry.table_clusters())?;
+        self.check_place("L1 entry", self.l1_entry_at(l1_index), entry, self.geometry.table_clusters())?;
         Ok(Some(entry))
     }
 
@@ -108,18 +112,19 @@ impl TableMap {
     /// Appends the extents of a guest range.
     pub(super) fn map_range(&self, guest: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
         let geometry = self.geometry;
+        let found = &mut |extent: Extent| extent.push_to(extents);
         let mut at = guest.start;
         while at < guest.end {
             let l1_index = geometry.l1_index(at);
             let Some(table) = self.table(l1_index)? else {
                 let end = self.silent_until(l1_index, guest.end)?;
-                Extent { len_bytes: end - at, place: Place::Unallocated }.push_to(extents);
+                found(Extent { len_bytes: end - at, place: Place::Unallocated });
                 at = end;
                 continue;
             };
             let end = geometry.end_of_table(l1_index).min(guest.end);
             let entries = geometry.clusters_touched(&(at..end));
-            let mut walk = Walk { map: self, at, end, extents };
+            let mut walk = Walk { map: self, at, end, found };
             if entries * ENTRY_BYTES >= LONG_WALK_BYTES {
                 walk.pieces(table)?;
             } else {
@@ -128,6 +133,28 @@ impl TableMap {
             at = end;
         }
         Ok(())
+    }
+
+    /// [`Self::map_range`] from the caches alone; false where a table is not there.
+    pub(super) fn map_cached(&self, guest: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
+        let mut walk = Walk { map: self, at: guest.start, end: guest.end, found };
+        while walk.at < guest.end {
+            let l1_index = self.geometry.l1_index(walk.at);
+            walk.end = self.geometry.end_of_table(l1_index).min(guest.end);
+            let Some((slice, within)) = self.l1.peek_at(self.l1_entry_at(l1_index)) else { return Ok(false) };
+            let entry = entry_at(&slice.read(), within);
+            let Some(table) = self.checked_table(l1_index, entry)? else {
+                (walk.found)(Extent { len_bytes: walk.end - walk.at, place: Place::Unallocated });
+                walk.at = walk.end;
+                continue;
+            };
+            while walk.at < walk.end {
+                let host = walk.entry_place(table);
+                let Some((slice, within)) = self.l2.peek_at(host) else { return Ok(false) };
+                walk.entries(&slice.read()[within..], host)?;
+            }
+        }
+        Ok(true)
     }
 
     /// The guest offset up to which L1 stays empty after `l1_index`, at most `end`.
@@ -157,7 +184,7 @@ struct Walk<'a> {
     /// The next guest byte.
     at: u64,
     end: u64,
-    extents: &'a mut Vec<Extent>,
+    found: &'a mut dyn FnMut(Extent),
 }
 
 impl Walk<'_> {
@@ -219,7 +246,7 @@ impl Walk<'_> {
         let geometry = self.map.geometry;
         let guest = geometry.cluster_start(self.at);
         let end = silent.saturating_mul(geometry.cluster_bytes()).saturating_add(guest).min(self.end);
-        Extent { len_bytes: end - self.at, place: Place::Unallocated }.push_to(self.extents);
+        (self.found)(Extent { len_bytes: end - self.at, place: Place::Unallocated });
         self.at = end;
         Ok(true)
     }
@@ -254,7 +281,7 @@ impl Walk<'_> {
                     writable: self.map.writable,
                 },
             };
-            Extent { len_bytes: end - self.at, place }.push_to(self.extents);
+            (self.found)(Extent { len_bytes: end - self.at, place });
             self.at = end;
         }
         Ok(())

@@ -84,6 +84,12 @@ impl QedLayer {
         }
     }
 
+    /// Whether it is known, without waiting, that a guest write to `host` damages no table.
+    pub(super) fn is_known_free(&self, host: &Range<u64>) -> bool {
+        let Ok(tables) = self.tables.try_read() else { return false };
+        tables.as_ref().is_some_and(|tables| !tables.hits(host))
+    }
+
     /// Refuses a guest write to `host` that would damage a table. The tables are known.
     pub(super) fn check_overlap(&self, host: &Range<u64>) -> Result<()> {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);

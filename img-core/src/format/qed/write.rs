@@ -16,7 +16,7 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken,
+        Attempt, Backing, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
         table_cache::lock_wait,
     },
     storage::Preallocation,
@@ -69,6 +69,21 @@ impl QedLayer {
             fill_after_bytes: 0,
             fill_is_zeroed: false,
         }))
+    }
+
+    /// A write over what is there, from memory alone; any other is for who may wait.
+    fn try_in_place(
+        &self,
+        guest: &Range<u64>,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        self.check_writable()?;
+        let known = steps.len();
+        let over =
+            WriteStep::over_what_is_there(guest, steps, |found| self.map.map_cached(guest.clone(), found))?;
+        let is_free = |step: &WriteStep| self.is_known_free(&step.host_bytes());
+        let can = over == Some(true) && steps[known..].iter().all(is_free);
+        Ok(if can { Attempt::Done(None) } else { Attempt::Blocks })
     }
 
     /// What the tables say of a guest offset.
@@ -215,6 +230,15 @@ impl LayerWriter for QedLayer {
 
     fn prepare_compressed(&self, _guest_offset: u64, _stored_bytes: u32) -> Result<PreparedWrite<'_>> {
         Err(Error::unsupported(self.path(), "a compressed cluster in a qed image"))
+    }
+
+    fn try_prepare_write(
+        &self,
+        guest_bytes: Range<u64>,
+        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        self.try_in_place(&guest_bytes, steps)
     }
 
     fn commit_write(&self, token: WriteToken) -> Result<()> {

@@ -100,6 +100,20 @@ impl Sparse {
         })
     }
 
+    /// Whether [`Self::check_grain_place`] is known, without waiting, to find nothing wrong.
+    pub(super) fn is_known_good_place(&self, host: u64) -> bool {
+        let grain = host..host + self.grain_bytes; // inside a file
+        let Ok(known) = self.metadata.try_read() else { return false };
+        !self.has_unknown_end(&grain) && known.as_ref().is_some_and(|runs| !overlaps(runs, &grain))
+    }
+
+    /// Whether the next grain may begin before the end of one that stands there.
+    fn has_unknown_end(&self, grain: &Range<u64>) -> bool {
+        grain.end > self.opened_bytes
+            && grain.start < self.opened_bytes
+            && !grain.start.is_multiple_of(self.grain_bytes)
+    }
+
     /// Refuses to write guest bytes to a grain that holds metadata, or whose end nobody can tell.
     pub(super) fn check_grain_place(&self, host: u64) -> Result<()> {
         let grain = host..host + self.grain_bytes; // inside a file
@@ -107,9 +121,7 @@ impl Sparse {
             let found = format!("{found} at {host:#x}");
             Err(Error::corrupt(self.storage.path(), "grain table entry", host, expected, found))
         };
-        if grain.end > self.opened_bytes && host < self.opened_bytes && !host.is_multiple_of(self.grain_bytes)
-        {
-            // The next grain may begin before the end of this one.
+        if self.has_unknown_end(&grain) {
             return corrupt("a whole grain inside the file", "a grain that reaches behind its end");
         }
         let known = self.metadata.read().unwrap_or_else(PoisonError::into_inner);

@@ -242,28 +242,31 @@ impl Layer for VmdkLayer {
     }
 
     fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
-        let mut at = guest_bytes.start;
-        let mut index = self.extent_index(at);
-        while at < guest_bytes.end {
+        self.each_part(&guest_bytes, |index, inside| {
             let extent = &self.extents[index];
-            let end = guest_bytes.end.min(extent.end_bytes);
-            let inside = at - extent.start_bytes..end - extent.start_bytes;
-            let writable = self.mode.writes() && !extent.read_only;
             match &extent.kind {
-                Kind::Zero => {
-                    Extent { len_bytes: end - at, place: Place::Zero { reserved: None } }.push_to(extents);
-                }
+                Kind::Sparse(sparse) => return sparse.map(inside, extents),
+                Kind::Zero => zeroes(&inside).push_to(extents),
                 Kind::Flat { file, at_bytes } => {
-                    let host = HostOffset(at_bytes + inside.start); // both below 2^63
-                    let place = Place::Data { file: *file, at: host, writable };
-                    Extent { len_bytes: end - at, place }.push_to(extents);
+                    self.flat_data(extent, *file, *at_bytes, &inside).push_to(extents);
                 }
-                Kind::Sparse(sparse) => sparse.map(inside, extents)?,
             }
-            at = end;
-            index += 1;
-        }
-        Ok(())
+            Ok(())
+        })
+    }
+
+    fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
+        let mut is_known = true;
+        self.each_part(&guest_bytes, |index, inside| {
+            let extent = &self.extents[index];
+            match &extent.kind {
+                Kind::Sparse(sparse) => is_known = is_known && sparse.map_cached(inside, found),
+                Kind::Zero => found(zeroes(&inside)),
+                Kind::Flat { file, at_bytes } => found(self.flat_data(extent, *file, *at_bytes, &inside)),
+            }
+            Ok(())
+        })?;
+        Ok(is_known)
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {
@@ -275,7 +278,19 @@ impl Layer for VmdkLayer {
     }
 }
 
+/// A part of an extent that is nothing.
+fn zeroes(inside: &Range<u64>) -> Extent {
+    Extent { len_bytes: inside.end - inside.start, place: Place::Zero { reserved: None } }
+}
+
 impl VmdkLayer {
+    /// A part of an extent whose bytes stand as they are from `at_bytes` of a file on.
+    fn flat_data(&self, extent: &GuestExtent, file: HostFile, at_bytes: u64, inside: &Range<u64>) -> Extent {
+        let at = HostOffset(at_bytes + inside.start); // both below 2^63
+        let writable = self.mode.writes() && !extent.read_only;
+        Extent { len_bytes: inside.end - inside.start, place: Place::Data { file, at, writable } }
+    }
+
     /// Whether this opening has changed the content id already.
     pub(super) fn is_content_renewed(&self) -> bool {
         self.content_renewed.load(Ordering::Acquire)

@@ -217,6 +217,74 @@ impl Sparse {
         end <= len
     }
 
+    /// Whether the file was known to reach up to `end` when it was last looked at.
+    fn is_known_inside(&self, end: u64) -> bool {
+        end <= self.end_bytes.load(Ordering::Relaxed)
+    }
+
+    /// [`Self::map`] from memory alone; false where that is not enough. Compressed grains are always for who may wait:
+    /// they take a decoder.
+    pub(super) fn map_cached(&self, range: Range<u64>, found: &mut dyn FnMut(Extent)) -> bool {
+        if self.compressed {
+            return false;
+        }
+        let mut at = range.start;
+        while at < range.end {
+            let grain = at / self.grain_bytes;
+            let end = ((grain + 1) * self.grain_bytes).min(range.end);
+            let place = match self.cached_grain(grain) {
+                None => return false,
+                Some(Grain::Unallocated) => Place::Unallocated,
+                Some(Grain::Zero) => Place::Zero { reserved: None },
+                Some(Grain::At(host)) => Place::Data {
+                    file: self.file,
+                    at: HostOffset(host + (at - grain * self.grain_bytes)),
+                    writable: self.writable,
+                },
+            };
+            found(Extent { len_bytes: end - at, place });
+            at = end;
+        }
+        true
+    }
+
+    /// What the tables in memory say of a grain; `None` where they do not, or say what could not be.
+    fn cached_grain(&self, grain: u64) -> Option<Grain> {
+        let (index, within) = (grain / self.table_entries, grain % self.table_entries);
+        let table = match &*self.directory() {
+            Directory::File(at) => match self.cached_word(at + index * self.entry_bytes())? {
+                0 => return Some(Grain::Unallocated),
+                entry => {
+                    let table = self.table_of(entry)?;
+                    let end = table.checked_add(self.table_bytes())?;
+                    self.is_known_inside(end).then_some(table)?
+                }
+            },
+            Directory::Kept(tables) => match tables.get(&index) {
+                None => return Some(Grain::Unallocated),
+                Some(KeptTable::Stored(at)) => *at,
+                // Of a stream, whose grains are compressed.
+                Some(KeptTable::Entries(_)) => return None,
+            },
+        };
+        let entry = self.cached_word(table + within * self.entry_bytes())?;
+        let found = self.grain_of(entry).ok()?;
+        match found {
+            Grain::At(host) if !self.is_known_inside(host.checked_add(1)?) => None,
+            found => Some(found),
+        }
+    }
+
+    /// The entry at byte `at`, where it is in memory.
+    fn cached_word(&self, at: u64) -> Option<u64> {
+        let (slice, within) = self.tables.peek_at(at)?;
+        let bytes = slice.read();
+        Some(match self.entry_bytes() {
+            4 => u64::from(u32::from_le_bytes(*bytes[within..].first_chunk()?)),
+            _ => u64::from_le_bytes(*bytes[within..].first_chunk()?),
+        })
+    }
+
     /// Appends the extents of `range`, which lies inside the extent.
     pub(super) fn map(&self, range: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
         let mut entries = Vec::new();
@@ -316,18 +384,20 @@ impl Sparse {
         if entry == 0 {
             return Ok(None);
         }
-        let table = match self.form {
-            EntryForm::Sectors { .. } => entry * SECTOR_BYTES, // below 2^41
-            EntryForm::SeSparse(bases) => match bases.table(entry, self.table_bytes()) {
-                Some(table) => table,
-                None => return wrong("the number of a grain table"),
-            },
-        };
+        let Some(table) = self.table_of(entry) else { return wrong("the number of a grain table") };
         let end = table.checked_add(self.table_bytes());
         if !end.is_some_and(|end| self.is_inside(end)) {
             return wrong("a table inside the file");
         }
         Ok(Some(table))
+    }
+
+    /// Where the table stands that an entry of the directory, not 0, names.
+    fn table_of(&self, entry: u64) -> Option<u64> {
+        match self.form {
+            EntryForm::Sectors { .. } => Some(entry * SECTOR_BYTES), // below 2^41
+            EntryForm::SeSparse(bases) => bases.table(entry, self.table_bytes()),
+        }
     }
 
     /// What an entry says.
@@ -347,20 +417,23 @@ impl Sparse {
 
     /// [`Self::grain`] with the bare reason.
     pub(super) fn read_entry(&self, entry: u64) -> Result<Grain, BadEntry> {
-        let host = match self.form {
-            EntryForm::Sectors { .. } if entry == 0 => return Ok(Grain::Unallocated),
-            EntryForm::Sectors { zeroed_grains: true } if entry == u64::from(ZEROED_GRAIN) => {
-                return Ok(Grain::Zero);
+        let found = self.grain_of(entry)?;
+        match found {
+            Grain::At(host) if !host.checked_add(1).is_some_and(|end| self.is_inside(end)) => {
+                Err(BadEntry::Outside)
             }
-            EntryForm::Sectors { .. } => entry * SECTOR_BYTES, // below 2^41
-            EntryForm::SeSparse(bases) => match bases.grain(entry) {
-                Some(Grain::At(host)) => host,
-                Some(other) => return Ok(other),
-                None => return Err(BadEntry::Unknown),
-            },
-        };
-        let is_inside = host.checked_add(1).is_some_and(|end| self.is_inside(end));
-        if is_inside { Ok(Grain::At(host)) } else { Err(BadEntry::Outside) }
+            found => Ok(found),
+        }
+    }
+
+    /// [`Self::read_entry`], wherever the file ends.
+    fn grain_of(&self, entry: u64) -> Result<Grain, BadEntry> {
+        Ok(match self.form {
+            EntryForm::Sectors { .. } if entry == 0 => Grain::Unallocated,
+            EntryForm::Sectors { zeroed_grains: true } if entry == u64::from(ZEROED_GRAIN) => Grain::Zero,
+            EntryForm::Sectors { .. } => Grain::At(entry * SECTOR_BYTES), // below 2^41
+            EntryForm::SeSparse(bases) => return bases.grain(entry).ok_or(BadEntry::Unknown),
+        })
     }
 
     /// Where the entry of a grain stands, for messages; 0 when its table is in memory.

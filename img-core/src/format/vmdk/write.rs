@@ -20,8 +20,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteToken, in_flight::GuestRanges,
-        table_cache::lock_wait,
+        Attempt, HostFile, HostOffset, Layer as _, LayerWriter, Place, PreparedWrite, WritePlan, WriteStep,
+        WriteToken, in_flight::GuestRanges, table_cache::lock_wait,
     },
     storage::{Flush, Preallocation},
 };
@@ -265,6 +265,38 @@ impl VmdkLayer {
         Ok(Some(plan(guest.start..guest.start + len, sparse.file, at)))
     }
 
+    /// A write over what is there, from memory alone; any other is for who may wait.
+    fn try_in_place(
+        &self,
+        guest: &Range<u64>,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        if !self.is_content_renewed() {
+            return Ok(Attempt::Blocks);
+        }
+        let (mut at, mut are_good) = (guest.start, true);
+        let over = WriteStep::over_what_is_there(guest, steps, |found| {
+            self.try_map_range(guest.clone(), &mut |extent| {
+                are_good = are_good && self.is_known_good_place(at, extent.place);
+                at += extent.len_bytes;
+                found(extent);
+            })
+        })?;
+        Ok(if over == Some(true) && are_good { Attempt::Done(None) } else { Attempt::Blocks })
+    }
+
+    /// Whether it is known, without waiting, that the grain of which guest byte `guest` stands at `place` holds guest
+    /// data alone.
+    fn is_known_good_place(&self, guest: u64, place: Place) -> bool {
+        let extent = &self.extents[self.extent_index(guest)];
+        match (&extent.kind, place) {
+            (Kind::Sparse(sparse), Place::Data { at: HostOffset(host), .. }) => {
+                sparse.is_known_good_place(host - (guest - extent.start_bytes) % sparse.grain_bytes)
+            }
+            _ => true,
+        }
+    }
+
     fn prepare_grain(&self, guest: u64, stored_bytes: u32) -> Result<(WriteToken, WritePlan, GrainPlace)> {
         let index = self.extent_index(guest);
         let extent = self.writable_extent(index)?;
@@ -354,6 +386,15 @@ impl LayerWriter for VmdkLayer {
     fn prepare_compressed(&self, guest_offset: u64, stored_bytes: u32) -> Result<PreparedWrite<'_>> {
         let (token, plan, place) = self.prepare_grain(guest_offset, stored_bytes)?;
         Ok(PreparedWrite::new(self, token, plan).framed(&place.marker, place.pad_bytes))
+    }
+
+    fn try_prepare_write(
+        &self,
+        guest_bytes: Range<u64>,
+        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        self.try_in_place(&guest_bytes, steps)
     }
 
     fn commit_write(&self, token: WriteToken) -> Result<()> {

@@ -127,7 +127,7 @@ impl VmdkLayer {
     }
 
     /// The parts of a guest range, by extent and in the extent's own offsets.
-    fn each_part(
+    pub(super) fn each_part(
         &self,
         guest: &Range<u64>,
         mut part: impl FnMut(usize, Range<u64>) -> Result<()>,

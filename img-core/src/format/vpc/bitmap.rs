@@ -8,11 +8,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
-    sync::{PoisonError, RwLock, RwLockWriteGuard},
+    sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use super::geometry::SECTOR_BYTES;
-use crate::{Result, storage::Storage};
+use crate::{Result, format::table_cache::lock, storage::Storage};
 
 /// Bitmaps that are kept in memory without need.
 const KEPT_BYTES: usize = 8 << 20;
@@ -21,12 +21,16 @@ const KEPT_BYTES: usize = 8 << 20;
 const DIRTY_BYTES: usize = 4 << 20;
 
 /// The bitmaps of an image.
+///
+/// Lock order: `loading`, `kept`. The second is never held across I/O.
 #[derive(Debug)]
 pub(super) struct SectorBitmaps {
     /// Sectors in a block.
     block_sectors: u32,
     /// Host bytes of a bitmap.
     bitmap_bytes: usize,
+    /// Held by who takes bitmaps from the file: nobody can put an old one beside a newer.
+    loading: Mutex<()>,
     kept: RwLock<Kept>,
 }
 
@@ -52,6 +56,7 @@ impl SectorBitmaps {
         Self {
             block_sectors,
             bitmap_bytes: usize::try_from(bitmap_bytes).expect("at most 512 KiB"),
+            loading: Mutex::default(),
             kept: RwLock::default(),
         }
     }
@@ -65,19 +70,17 @@ impl SectorBitmaps {
         at_bytes: u64,
         sectors: Range<u32>,
     ) -> Result<Run> {
-        {
-            let kept = self.kept.read().unwrap_or_else(PoisonError::into_inner);
-            if let Some(run) = kept.run(block, &sectors) {
-                return Ok(run);
-            }
-        }
-        // Loaded under the lock: nobody can put an old bitmap beside a newer one.
-        let mut kept = self.kept();
-        if let Some(run) = kept.run(block, &sectors) {
+        if let Some(run) = self.known_run(block, sectors.clone()) {
             return Ok(run);
         }
-        self.load(&mut kept, storage, block, at_bytes)?;
+        let _loading = lock(&self.loading);
+        let kept = self.load(storage, block, at_bytes)?;
         Ok(kept.run(block, &sectors).expect("it was kept just now"))
+    }
+
+    /// [`Self::run`] where the bitmap is in memory.
+    pub(super) fn known_run(&self, block: u32, sectors: Range<u32>) -> Option<Run> {
+        self.look().run(block, &sectors)
     }
 
     /// Notes that these sectors are there, in a block whose bitmap stands at `at_bytes`.
@@ -88,10 +91,8 @@ impl SectorBitmaps {
         at_bytes: u64,
         sectors: Range<u32>,
     ) -> Result<()> {
-        let mut kept = self.kept();
-        if kept.run(block, &sectors).is_none() {
-            self.load(&mut kept, storage, block, at_bytes)?;
-        }
+        let _loading = lock(&self.loading);
+        let mut kept = self.load(storage, block, at_bytes)?;
         kept.set(block, sectors, self.block_sectors);
         Ok(())
     }
@@ -113,13 +114,12 @@ impl SectorBitmaps {
 
     /// Whether changed bitmaps should be written soon.
     pub(super) fn wants_writing(&self) -> bool {
-        let kept = self.kept.read().unwrap_or_else(PoisonError::into_inner);
-        kept.dirty.len().saturating_mul(self.bitmap_bytes) >= DIRTY_BYTES
+        self.look().dirty.len().saturating_mul(self.bitmap_bytes) >= DIRTY_BYTES
     }
 
     /// The changed bitmaps with their bytes, by block. They stay changed until [`Self::written`].
     pub(super) fn changed(&self) -> BTreeMap<u32, Box<[u8]>> {
-        let kept = self.kept.read().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.look();
         let full = || vec![0xff; self.bitmap_bytes].into_boxed_slice();
         kept.dirty
             .iter()
@@ -135,28 +135,43 @@ impl SectorBitmaps {
         }
     }
 
+    fn look(&self) -> RwLockReadGuard<'_, Kept> {
+        self.kept.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn kept(&self) -> RwLockWriteGuard<'_, Kept> {
         self.kept.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the bitmap of a block from the file.
-    fn load(&self, kept: &mut Kept, storage: &dyn Storage, block: u32, at_bytes: u64) -> Result<()> {
+    /// Takes the bitmap of a block from the file, unless it is in memory, and gives back the lock under which it
+    /// still is. Called with `loading` held.
+    fn load(&self, storage: &dyn Storage, block: u32, at_bytes: u64) -> Result<RwLockWriteGuard<'_, Kept>> {
+        let kept = self.kept();
+        if kept.is_known(block) {
+            return Ok(kept);
+        }
+        drop(kept);
         let mut bits = vec![0; self.bitmap_bytes].into_boxed_slice();
         storage.read_at(&mut bits, at_bytes)?;
+        let mut kept = self.kept();
         if is_full(&bits, self.block_sectors) {
             kept.set_full(block);
-            return Ok(());
+            return Ok(kept);
         }
         if (kept.partial.len() + 1).saturating_mul(self.bitmap_bytes) > KEPT_BYTES {
-            let Kept { partial, dirty, .. } = kept;
+            let Kept { partial, dirty, .. } = &mut *kept;
             partial.retain(|block, _| dirty.contains(block));
         }
         kept.partial.insert(block, bits);
-        Ok(())
+        Ok(kept)
     }
 }
 
 impl Kept {
+    fn is_known(&self, block: u32) -> bool {
+        self.is_full(block) || self.partial.contains_key(&block)
+    }
+
     fn is_full(&self, block: u32) -> bool {
         self.full.get(block as usize / 64).is_some_and(|word| word >> (block % 64) & 1 == 1)
     }

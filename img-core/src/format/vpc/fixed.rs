@@ -21,8 +21,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, CheckReport, Driver, Extent, Finding, HostFile, HostOffset, Layer, LayerWriter, OpenMode,
-        Place, PreparedWrite, Repair, WritePlan, WriteToken, table_cache::lock,
+        Attempt, Backing, CheckReport, Driver, Extent, Finding, HostFile, HostOffset, Layer, LayerWriter,
+        OpenMode, Place, PreparedWrite, Repair, WritePlan, WriteStep, WriteToken, table_cache::lock,
     },
     storage::{Flush, Preallocation, Storage},
 };
@@ -56,6 +56,14 @@ impl FixedLayer {
         let virtual_size_bytes = AtomicU64::new(footer.virtual_size_bytes(storage.path(), rule)?);
         Ok(Self { storage, mode, rule, virtual_size_bytes, footer: Mutex::new(footer) })
     }
+
+    /// The extent of a range; `None` for an empty one.
+    fn extent(&self, guest_bytes: &Range<u64>) -> Option<Extent> {
+        let len_bytes = guest_bytes.end.checked_sub(guest_bytes.start).filter(|len| *len > 0)?;
+        let writable = self.mode == OpenMode::Write;
+        let place = Place::Data { file: HostFile::IMAGE, at: HostOffset(guest_bytes.start), writable };
+        Some(Extent { len_bytes, place })
+    }
 }
 
 impl Layer for FixedLayer {
@@ -88,13 +96,17 @@ impl Layer for FixedLayer {
     }
 
     fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
-        let Some(len_bytes) = guest_bytes.end.checked_sub(guest_bytes.start).filter(|len| *len > 0) else {
-            return Ok(());
-        };
-        let writable = self.mode == OpenMode::Write;
-        let place = Place::Data { file: HostFile::IMAGE, at: HostOffset(guest_bytes.start), writable };
-        Extent { len_bytes, place }.push_to(extents);
+        if let Some(extent) = self.extent(&guest_bytes) {
+            extent.push_to(extents);
+        }
         Ok(())
+    }
+
+    fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
+        if let Some(extent) = self.extent(&guest_bytes) {
+            found(extent);
+        }
+        Ok(true)
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {
@@ -121,6 +133,17 @@ impl LayerWriter for FixedLayer {
 
     fn prepare_compressed(&self, _guest_offset: u64, _stored_bytes: u32) -> Result<PreparedWrite<'_>> {
         Err(Error::unsupported(self.storage.path(), "writing compressed clusters to a VHD"))
+    }
+
+    fn try_prepare_write(
+        &self,
+        guest_bytes: Range<u64>,
+        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        let at = HostOffset(guest_bytes.start);
+        WriteStep { guest_bytes, file: HostFile::IMAGE, at }.push_to(steps);
+        Ok(Attempt::Done(None))
     }
 
     fn commit_write(&self, _token: WriteToken) -> Result<()> {

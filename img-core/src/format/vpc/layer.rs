@@ -257,6 +257,11 @@ impl Layer for SparseLayer {
         self.map.map_range(&*self.storage, guest_bytes, self.absent(), writable, extents)
     }
 
+    fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
+        let writable = self.mode == OpenMode::Write;
+        self.map.map_cached(guest_bytes, self.absent(), writable, found)
+    }
+
     fn writer(&self) -> Option<&dyn LayerWriter> {
         (self.mode == OpenMode::Write).then_some(self)
     }

@@ -111,17 +111,43 @@ impl BlockMap {
         writable: bool,
         extents: &mut Vec<Extent>,
     ) -> Result<()> {
+        let run = |block, at_bytes, guest: &Range<u64>| self.run(storage, block, at_bytes, guest).map(Some);
+        self.walk(guest, absent, writable, run, &mut |extent| extent.push_to(extents)).map(drop)
+    }
+
+    /// [`Self::map_range`] from memory alone; false where a bitmap is not there.
+    pub(super) fn map_cached(
+        &self,
+        guest: Range<u64>,
+        absent: Place,
+        writable: bool,
+        found: &mut dyn FnMut(Extent),
+    ) -> Result<bool> {
+        let run = |block, _, guest: &Range<u64>| Ok(self.bitmaps.known_run(block, self.sectors_of(guest)));
+        self.walk(guest, absent, writable, run, found)
+    }
+
+    /// Tells the extents of a guest range, until `run` does not know the sectors of a block, which stands at the host
+    /// offset that it is given.
+    fn walk(
+        &self,
+        guest: Range<u64>,
+        absent: Place,
+        writable: bool,
+        run: impl Fn(u32, u64, &Range<u64>) -> Result<Option<Run>>,
+        found: &mut dyn FnMut(Extent),
+    ) -> Result<bool> {
         let mut at = guest.start;
         while at < guest.end {
             let block = self.block_of(at);
             let end = self.guest_of(block).end.min(guest.end);
             let Some(place) = self.place(block) else {
-                Extent { len_bytes: end - at, place: absent }.push_to(extents);
+                found(Extent { len_bytes: end - at, place: absent });
                 at = end;
                 continue;
             };
             while at < end {
-                let run = self.run(storage, block, place, &(at..end))?;
+                let Some(run) = run(block, place, &(at..end))? else { return Ok(false) };
                 // Runs are counted from the start of the sector that `at` is in.
                 let until = (at - at % SECTOR_BYTES + u64::from(run.sectors) * SECTOR_BYTES).min(end);
                 let host = HostOffset(self.data_at(place, at));
@@ -129,11 +155,11 @@ impl BlockMap {
                     true => Place::Data { file: HostFile::IMAGE, at: host, writable },
                     false => absent,
                 };
-                Extent { len_bytes: until - at, place }.push_to(extents);
+                found(Extent { len_bytes: until - at, place });
                 at = until;
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 

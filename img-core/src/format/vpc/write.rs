@@ -10,7 +10,7 @@ use super::{alloc::State, footer::DiskType, geometry::SECTOR_BYTES, layer::Spars
 use crate::{
     Error, Result,
     format::{
-        HostFile, HostOffset, Layer, LayerWriter, PreparedWrite, WritePlan, WriteToken,
+        Attempt, HostFile, HostOffset, Layer, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
         table_cache::lock_wait,
     },
     storage::Preallocation,
@@ -187,6 +187,20 @@ impl LayerWriter for SparseLayer {
 
     fn prepare_compressed(&self, _guest_offset: u64, _stored_bytes: u32) -> Result<PreparedWrite<'_>> {
         Err(Error::unsupported(self.path(), "writing compressed clusters to a VHD"))
+    }
+
+    /// A write over sectors that are there; any other is for who may wait.
+    fn try_prepare_write(
+        &self,
+        guest_bytes: Range<u64>,
+        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        steps: &mut Vec<WriteStep>,
+    ) -> Result<Attempt<Option<WriteToken>>> {
+        self.check_writable()?;
+        let over = WriteStep::over_what_is_there(&guest_bytes, steps, |found| {
+            self.try_map_range(guest_bytes.clone(), found)
+        })?;
+        Ok(if over == Some(true) { Attempt::Done(None) } else { Attempt::Blocks })
     }
 
     fn commit_write(&self, token: WriteToken) -> Result<()> {
