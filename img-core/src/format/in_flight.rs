@@ -16,6 +16,13 @@ impl GuestRanges {
         self.ranges[..after].last().is_some_and(|range| range.end > guest.start)
     }
 
+    /// The part of `guest` before the first of them; none of them holds its first byte.
+    pub(super) fn part_before(&self, guest: &Range<u64>) -> Range<u64> {
+        let behind = self.ranges.partition_point(|range| range.start <= guest.start);
+        let end = self.ranges.get(behind).map_or(guest.end, |next| next.start.min(guest.end));
+        guest.start..end
+    }
+
     /// Adds a range that overlaps none of them.
     pub(super) fn insert(&mut self, guest: &Range<u64>) {
         debug_assert!(!self.overlaps(guest), "{guest:?} is in flight already");
@@ -44,6 +51,9 @@ mod tests {
             [(0..10, false), (0..11, true), (19..20, true), (29..40, true), (30..31, false)]
         {
             assert_eq!(ranges.overlaps(&guest), overlaps, "{guest:?}");
+        }
+        for (guest, part) in [(0..5, 0..5), (0..25, 0..10), (30..40, 30..40)] {
+            assert_eq!(ranges.part_before(&guest), part);
         }
         ranges.remove(&(10..20));
         assert!(!ranges.overlaps(&(0..20)) && ranges.overlaps(&(0..21)));

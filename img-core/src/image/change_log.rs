@@ -70,7 +70,9 @@ impl Image {
     pub(super) fn flush_inside(&self) -> Result<()> {
         let mut begun = None;
         self.noted.note(|log| begun = Some(log.flush_begins()));
-        self.layers[0].writer().map_or(Ok(()), LayerWriter::flush)?;
+        let result = self.layers[0].writer().map_or(Ok(()), LayerWriter::flush);
+        self.gate.progressed();
+        result?;
         self.noted.note(|log| {
             if let Some(begun) = begun {
                 log.flushed(begun);

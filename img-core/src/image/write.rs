@@ -99,10 +99,9 @@ impl Image {
             return Ok(false);
         }
         if !middle.is_empty() {
-            if !self.writer()?.write_zeroes(middle.clone(), may_unmap)? {
+            if !self.zero_mapped(&middle, may_unmap)? {
                 return Ok(false);
             }
-            self.noted.note(|log| log.zeroed(&middle));
         }
         self.after_write()?;
         Ok(true)
@@ -119,7 +118,9 @@ impl Image {
         if middle.is_empty() {
             return Ok(());
         }
-        self.writer()?.discard(middle.clone())?;
+        let result = self.writer()?.discard(middle.clone());
+        self.gate.progressed();
+        result?;
         self.noted.note(|log| log.discarded(&middle));
         self.after_write()
     }
@@ -261,11 +262,18 @@ impl Image {
     }
 
     fn zero_granules(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
-        if self.writer()?.write_zeroes(guest_bytes.clone(), may_unmap)? {
-            self.noted.note(|log| log.zeroed(&guest_bytes));
-            return Ok(());
+        if self.zero_mapped(&guest_bytes, may_unmap)? { Ok(()) } else { self.write_zero_bytes(guest_bytes) }
+    }
+
+    /// Lets the map say that a range of whole granules is zero; false where it cannot.
+    fn zero_mapped(&self, guest_bytes: &Range<u64>, may_unmap: bool) -> Result<bool> {
+        let result = self.writer()?.write_zeroes(guest_bytes.clone(), may_unmap);
+        self.gate.progressed();
+        let is_mapped = result?;
+        if is_mapped {
+            self.noted.note(|log| log.zeroed(guest_bytes));
         }
-        self.write_zero_bytes(guest_bytes)
+        Ok(is_mapped)
     }
 
     fn write_zero_bytes(&self, guest_bytes: Range<u64>) -> Result<()> {

@@ -29,7 +29,7 @@ impl Qcow2Layer {
                 self.path().display()
             )));
         }
-        let (token, at) = self.change_map(guest..guest + cluster, true, |state| {
+        let (token, at) = self.change_map(Some(guest..guest + cluster), true, |state| {
             self.before_allocating(state)?;
             self.table_for_writing(state, geometry.l1_index(guest))?;
             let at = self.allocate_bytes(state, u64::from(stored_bytes))?;

@@ -56,6 +56,8 @@ pub(super) struct Qcow2Layer {
     /// A prepared write, or a drain, has ended.
     pub(super) landed: Condvar,
     pub(super) places: RwLock<Places>,
+    /// How many are zeroing a raw data file: see [`super::zero`].
+    pub(super) zeroing: AtomicU64,
     /// Whether `places` has been filled.
     pub(super) places_known: AtomicBool,
     /// Nothing is written any more: the image turned out to be corrupt.
@@ -140,6 +142,7 @@ impl Qcow2Layer {
             state: Mutex::default(),
             landed: Condvar::new(),
             places: RwLock::new(Places::new(geometry, runtime.overlap)),
+            zeroing: AtomicU64::new(0),
             places_known: AtomicBool::new(false),
             broken: AtomicBool::new(false),
             halted: AtomicBool::new(false),

@@ -5,7 +5,12 @@
 //! of an epoch ([`Epochs::close`]) and is released when no pin of that epoch or an earlier one is left
 //! ([`Epochs::all_gone`]).
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    Condvar, Mutex,
+    atomic::{AtomicU64, Ordering},
+};
+
+use crate::format::table_cache::{lock, lock_wait};
 
 /// Epochs whose pins are counted apart. When the oldest of them is still pinned, an epoch lasts longer.
 const SLOTS: usize = 8;
@@ -15,6 +20,10 @@ const SLOTS: usize = 8;
 pub(super) struct Epochs {
     present: AtomicU64,
     pins: [AtomicU64; SLOTS],
+    /// How many wait for pins to end: without any, ending one takes no lock.
+    waiting: AtomicU64,
+    turn: Mutex<()>,
+    ended: Condvar,
 }
 
 /// A pin; ends when dropped.
@@ -34,18 +43,36 @@ impl Epochs {
             if self.present.load(Ordering::SeqCst) == epoch {
                 return Pin { epochs: self, epoch };
             }
-            self.slot(epoch).fetch_sub(1, Ordering::SeqCst);
+            self.leave(epoch);
         }
     }
 
     /// Ends the present epoch if the next one's counter is free, and names the epoch that every pin taken
-    /// so far belongs to or precedes. Called under the writer lock only.
+    /// so far belongs to or precedes.
     pub(super) fn close(&self) -> u64 {
         let epoch = self.present.load(Ordering::SeqCst);
         if self.slot(epoch + 1).load(Ordering::SeqCst) == 0 {
-            self.present.store(epoch + 1, Ordering::SeqCst);
+            // If somebody else ended it meanwhile, it has ended.
+            let next = epoch + 1;
+            self.present.compare_exchange(epoch, next, Ordering::SeqCst, Ordering::SeqCst).ok();
         }
         epoch
+    }
+
+    /// Waits until every pin taken before the call has ended. The caller holds none.
+    pub(super) fn wait_for_older(&self) {
+        // From here on whoever ends a pin tells.
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut turn = lock(&self.turn);
+        let mut epoch = self.close();
+        while !self.all_gone(epoch) {
+            turn = lock_wait(&self.ended, turn);
+            if self.present.load(Ordering::SeqCst) == epoch {
+                epoch = self.close();
+            }
+        }
+        drop(turn);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// Whether no pin of `epoch` or an earlier one is left.
@@ -60,6 +87,14 @@ impl Epochs {
         (younger..SLOTS).all(|back| self.slot(present.wrapping_sub(back as u64)).load(Ordering::SeqCst) == 0)
     }
 
+    fn leave(&self, epoch: u64) {
+        self.slot(epoch).fetch_sub(1, Ordering::SeqCst);
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            let _turn = lock(&self.turn);
+            self.ended.notify_all();
+        }
+    }
+
     fn slot(&self, epoch: u64) -> &AtomicU64 {
         &self.pins[usize::try_from(epoch % SLOTS as u64).expect("below SLOTS")]
     }
@@ -67,7 +102,7 @@ impl Epochs {
 
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
-        self.epochs.slot(self.epoch).fetch_sub(1, Ordering::SeqCst);
+        self.epochs.leave(self.epoch);
     }
 }
 

@@ -55,6 +55,8 @@ mod layer_tests;
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]
+mod raw_data_tests;
+#[cfg(test)]
 mod snapshot_tests;
 
 use std::{path::Path, sync::Arc};

@@ -51,8 +51,8 @@ impl Qcow2Layer {
         let known = steps.len();
         match self.steps_in_place(guest, steps)? {
             None => return Ok(Attempt::Blocks),
-            Some(true) => return Ok(Attempt::Done(None)),
-            Some(false) => steps.truncate(known),
+            Some(true) if !self.is_zeroing() => return Ok(Attempt::Done(None)),
+            Some(_) => steps.truncate(known),
         }
         let Some(mut state) = self.try_state() else { return Ok(Attempt::Blocks) };
         self.reserve(&mut state, guest, zeroes_below, steps)

@@ -165,7 +165,7 @@ impl Qcow2Layer {
             let end = guest.end.min(table_end);
             let count = (end - at).div_ceil(cluster);
             // No request is in flight.
-            self.change_map(0..0, true, |state| self.preallocate_in_table(state, at, count, how))?;
+            self.change_map(None, true, |state| self.preallocate_in_table(state, at, count, how))?;
             at = end;
         }
         Ok(())

@@ -101,15 +101,17 @@ impl Qcow2Layer {
         self.check_writable()?;
         self.know_places()?;
         let pin = self.epochs.pin();
-        if let Some(plan) = self.in_place(&guest)? {
+        if !self.is_zeroing()
+            && let Some(plan) = self.in_place(&guest)?
+        {
             return Ok((WriteToken(IN_PLACE | pin.into_epoch()), plan));
         }
         drop(pin);
         let first = self.geometry.cluster_start(guest.start);
-        self.change_map(first..first + self.geometry.cluster_bytes(), true, |state| {
-            // Someone else's write may have made it writable meanwhile.
+        self.change_map(Some(first..first + self.geometry.cluster_bytes()), true, |state| {
+            // Someone else's write may have made it writable meanwhile; what is being zeroed is left alone.
             let pin = self.epochs.pin();
-            if let Some(plan) = self.in_place(&guest)? {
+            if let Some(plan) = self.in_place(&state.in_flight.part_before(&guest))? {
                 return Ok((WriteToken(IN_PLACE | pin.into_epoch()), plan));
             }
             drop(pin);
@@ -117,18 +119,18 @@ impl Qcow2Layer {
         })
     }
 
-    /// Makes a change that concerns `clusters` (guest bytes) with the state held: none of them in flight, and no drain
-    /// due. `change` undoes itself when it fails, and may be called again when it failed because of a drain.
+    /// Makes a change that concerns `clusters` (guest bytes; `None` where the caller has them in flight) with the state
+    /// held: none of them in flight, and no drain due. `change` undoes itself when it fails, and may be called again when it failed because of a drain.
     /// With `allocates` a drain is due as well when much space waits to be used again.
     pub(super) fn change_map<T>(
         &self,
-        clusters: Range<u64>,
+        clusters: Option<Range<u64>>,
         allocates: bool,
         mut change: impl FnMut(&mut State) -> Result<T>,
     ) -> Result<T> {
         let mut state = self.state();
         loop {
-            if state.is_in_flight(clusters.clone()) {
+            if clusters.as_ref().is_some_and(|clusters| state.in_flight.overlaps(clusters)) {
                 state = lock_wait(&self.landed, state);
             } else if self.is_drain_due(&state, allocates) {
                 self.drain_when(state, |state| self.is_drain_due(state, allocates))?;

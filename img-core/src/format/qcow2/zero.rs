@@ -8,8 +8,13 @@
 //!
 //! Version 2 has no zero clusters: there zeroes are said by "unallocated" where no backing file shows
 //! through, and not at all otherwise.
+//!
+//! A raw data file reads as the guest does, so its bytes are zeroed too, and no write may come between them and
+//! the map. [`Zeroing`] keeps the clusters: (1) it is counted, and writes in place, which ask nobody, look for
+//! what is in flight from then on; (2) the clusters are in flight; (3) writes in place that began before have
+//! ended. Whoever pins an epoch and then finds the count at zero is seen by step 3.
 
-use std::ops::Range;
+use std::{ops::Range, sync::atomic::Ordering};
 
 use super::{
     alloc::State,
@@ -17,7 +22,10 @@ use super::{
     layer::Qcow2Layer,
     write::{bitmap, mask},
 };
-use crate::{Result, format::Layer};
+use crate::{
+    Result,
+    format::{Layer, table_cache::lock_wait},
+};
 
 /// What is done to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,21 +38,62 @@ enum Change {
     Forget,
 }
 
+/// Clusters that are being zeroed in the raw data file and in the map, and that nobody writes meanwhile.
+#[must_use]
+struct Zeroing<'a> {
+    layer: &'a Qcow2Layer,
+    clusters: Range<u64>,
+}
+
+impl<'a> Zeroing<'a> {
+    /// Waits for the writes to `clusters` (whole ones, guest bytes) that have begun. The caller holds no lease.
+    fn begin(layer: &'a Qcow2Layer, clusters: Range<u64>) -> Self {
+        // (1)
+        layer.zeroing.fetch_add(1, Ordering::SeqCst);
+        // (2)
+        let mut state = layer.state();
+        while state.in_flight.overlaps(&clusters) {
+            state = lock_wait(&layer.landed, state);
+        }
+        state.in_flight.insert(&clusters);
+        drop(state);
+        // (3)
+        layer.epochs.wait_for_older();
+        Self { layer, clusters }
+    }
+}
+
+impl Drop for Zeroing<'_> {
+    fn drop(&mut self) {
+        self.layer.state().in_flight.remove(&self.clusters);
+        self.layer.zeroing.fetch_sub(1, Ordering::SeqCst);
+        self.layer.landed.notify_all();
+    }
+}
+
 impl Qcow2Layer {
+    /// Whether writes in place have to look for what is in flight: see [`Zeroing`]. Asked under a pin.
+    pub(super) fn is_zeroing(&self) -> bool {
+        self.zeroing.load(Ordering::SeqCst) > 0
+    }
+
     pub(super) fn zero(&self, guest: Range<u64>, may_unmap: bool) -> Result<bool> {
         self.check_writable()?;
         if self.geometry.version < 3 {
             if self.backing().is_some() || !may_unmap {
                 return Ok(false);
             }
-            self.change(guest, Change::Discard)?;
+            self.change(guest, Change::Discard, false)?;
             return Ok(true);
         }
         if self.has_compressed_edge(&guest)? {
             return Ok(false);
         }
-        self.zero_raw_data(&guest, may_unmap)?;
-        self.change(guest, Change::Zero { may_unmap })?;
+        if self.is_raw_data() {
+            self.zero_raw_data(guest, may_unmap, Change::Zero { may_unmap })?;
+        } else {
+            self.change(guest, Change::Zero { may_unmap }, false)?;
+        }
         Ok(true)
     }
 
@@ -65,15 +114,14 @@ impl Qcow2Layer {
             return Ok(());
         }
         if self.is_raw_data() {
-            self.zero_raw_data(&(start..end), true)?;
-            return self.change(start..end, Change::Zero { may_unmap: false });
+            return self.zero_raw_data(start..end, true, Change::Zero { may_unmap: false });
         }
-        self.change(start..end, Change::Discard)
+        self.change(start..end, Change::Discard, false)
     }
 
     /// Makes clusters unallocated, whatever they were; for a disk that shrinks.
     pub(super) fn forget_range(&self, guest: Range<u64>) -> Result<()> {
-        self.change(guest, Change::Forget)
+        self.change(guest, Change::Forget, false)
     }
 
     /// Whether the external data file must read as the guest does.
@@ -81,11 +129,14 @@ impl Qcow2Layer {
         self.geometry.external_data && self.header().autoclear & super::feature::autoclear::RAW_DATA != 0
     }
 
-    fn zero_raw_data(&self, guest: &Range<u64>, may_unmap: bool) -> Result<()> {
-        match &self.data_file {
-            Some(data) if self.is_raw_data() => data.write_zeroes(guest.clone(), may_unmap),
-            _ => Ok(()),
-        }
+    /// Zeroes the bytes of the raw data file, then the map: a crash between the two leaves zeroes.
+    fn zero_raw_data(&self, guest: Range<u64>, may_unmap: bool, change: Change) -> Result<()> {
+        let cluster = self.geometry.cluster_bytes();
+        let data = self.data_file.as_ref().expect("opened for writing");
+        let clusters = self.geometry.cluster_start(guest.start)..guest.end.next_multiple_of(cluster);
+        let _zeroing = Zeroing::begin(self, clusters);
+        data.write_zeroes(guest.clone(), may_unmap)?;
+        self.change(guest, change, true)
     }
 
     /// Whether a cluster that the range covers in part is compressed, and so cannot become zero in part.
@@ -106,7 +157,8 @@ impl Qcow2Layer {
         Ok(false)
     }
 
-    fn change(&self, guest: Range<u64>, change: Change) -> Result<()> {
+    /// Changes the map, and waits for writes to each part of it unless the caller has it `in_flight`.
+    fn change(&self, guest: Range<u64>, change: Change, in_flight: bool) -> Result<()> {
         let geometry = self.geometry;
         self.know_places()?;
         let end = if guest.end >= self.virtual_size_bytes() {
@@ -118,7 +170,8 @@ impl Qcow2Layer {
         while at < end {
             let table_end = (geometry.l1_index(at) + 1).saturating_mul(geometry.l2_span_bytes());
             let part = at..end.min(table_end);
-            self.change_map(part.clone(), false, |state| self.change_in_table(state, part.clone(), change))?;
+            let clusters = (!in_flight).then(|| part.clone());
+            self.change_map(clusters, false, |state| self.change_in_table(state, part.clone(), change))?;
             at = end.min(table_end);
         }
         Ok(())

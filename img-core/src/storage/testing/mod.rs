@@ -16,3 +16,5 @@ pub use crash_states::{CrashState, CrashStates};
 pub use fail::FailAt;
 pub use gate::{Gate, Gated};
 pub use interpose::{Operation, Request};
+#[cfg(test)]
+pub(crate) use random::Random;
