@@ -126,3 +126,32 @@ fn map() {
     twins.line("qemu-img map cmp 2>&1");
     twins.agree();
 }
+
+/// A cluster with subclusters has its place as a whole, which shows where some of them hold nothing.
+#[test]
+fn map_of_subclusters() {
+    let mut twins = Twins::new(&[
+        "qemu-img create -q -f qcow2 -o extended_l2=on a 600M",
+        "qemu-io -c 'write -P 1 4k 2k' -c 'write 128k 64k' -c 'write -z 140k 4k' -c 'write 262k 3k' a >/dev/null",
+        "qemu-io -c 'write 300M 70k' -c 'write 599M 1k' -c 'discard 301M 1M' a >/dev/null",
+        "qemu-img create -q -f qcow2 -o extended_l2=on over 1G -b a -F qcow2",
+        "qemu-io -c 'write 6k 2k' -c 'write 250k 30k' -c 'write 614399k 3k' -c 'write 700M 5k' over >/dev/null",
+        "qemu-img create -q -f qcow2 short 256k && qemu-io -c 'write 64k 64k' short >/dev/null",
+        "qemu-img create -q -f qcow2 -o extended_l2=on longer -b short -F qcow2 1M",
+        "qemu-io -c 'write 4k 2k' -c 'write 66k 3k' -c 'write 262k 3k' -c 'write 254k 1k' longer >/dev/null",
+        "qemu-img create -q -f qcow2 -o extended_l2=on,data_file=d.data d 1M",
+        "qemu-io -c 'write 66k 3k' -c 'write 400k 1k' d >/dev/null",
+        "qemu-img create -q -f qcow2 -o extended_l2=on,preallocation=metadata pm 1M",
+        "qemu-io -c 'write 66k 3k' -c 'write 400k 1k' pm >/dev/null",
+    ])
+    .without_files();
+    for name in ["a", "over", "longer", "d", "pm"] {
+        for options in ["", "-s 5k -l 260k", "-s 255k -l 1M", "-s 299M", "-s 599M -l 150M"] {
+            twins.line(&format!("qemu-img map {options} {name}"));
+            twins.line(&format!("qemu-img map --output=json {options} {name}"));
+        }
+        twins.line(&format!("qemu-img check {name}"));
+        twins.line(&format!("qemu-img check --output=json {name}"));
+    }
+    twins.agree();
+}

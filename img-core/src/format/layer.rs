@@ -5,7 +5,8 @@ use std::{fmt, ops::Range, path::Path, sync::Arc};
 use serde_json::Value;
 
 use super::{
-    Bitmaps, Codec, Extent, HostFile, LayerWriter, MeasureRequest, Measured, OptionDescription, OptionSet,
+    Bitmaps, Codec, Extent, HostFile, HostOffset, LayerWriter, MeasureRequest, Measured, OptionDescription,
+    OptionSet,
 };
 use crate::{Error, Result, storage::Storage};
 
@@ -260,6 +261,13 @@ pub trait Layer: Send + Sync + fmt::Debug {
     fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
         let (_, _) = (guest_bytes, found);
         Ok(false)
+    }
+
+    /// The space that is kept behind guest bytes of which the layer says nothing (subclusters of a cluster that others
+    /// of its subclusters made it allocate): where that of the first byte stands, if it has any, and for how many
+    /// bytes that answer goes on, at least one. `guest_bytes` is not empty, and unallocated.
+    fn kept_behind(&self, guest_bytes: Range<u64>) -> Result<(u64, Option<(HostFile, HostOffset)>)> {
+        Ok((guest_bytes.end - guest_bytes.start, None))
     }
 
     /// The side that changes the map; `None` when opened without write access.

@@ -98,10 +98,8 @@ impl Image {
         if !head.is_empty() || !tail.is_empty() {
             return Ok(false);
         }
-        if !middle.is_empty() {
-            if !self.zero_mapped(&middle, may_unmap)? {
-                return Ok(false);
-            }
+        if !middle.is_empty() && !self.zero_mapped(&middle, may_unmap)? {
+            return Ok(false);
         }
         self.after_write()?;
         Ok(true)

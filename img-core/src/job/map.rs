@@ -50,7 +50,7 @@ pub fn map(
 /// is no byte at all; none after an error.
 pub fn entries(image: &Image, start_bytes: u64, length_bytes: Option<u64>) -> Entries<'_> {
     let end = length_bytes.map_or(u64::MAX, |length| start_bytes.saturating_add(length));
-    Entries { image, walk: Some(Walk::new(image, 0, start_bytes, end)) }
+    Entries { image, walk: Some(Walk::new(image, 0, start_bytes, end).showing_kept()) }
 }
 
 /// See [`entries`]. Each step may do I/O on tables, and ask the host for holes; what was found is true for the moment

@@ -100,6 +100,7 @@ pub(super) struct Walk<'a> {
     /// Which input of the job it is, for errors.
     input: usize,
     top_only: bool,
+    shows_kept: bool,
     at: u64,
     end: u64,
     window_bytes: u64,
@@ -121,6 +122,7 @@ impl<'a> Walk<'a> {
             image,
             input,
             top_only: false,
+            shows_kept: false,
             at: start,
             end: end.min(image.virtual_size_bytes()),
             window_bytes,
@@ -136,6 +138,12 @@ impl<'a> Walk<'a> {
     /// Looks at the top layer only: what it leaves to others is neither data nor zero.
     pub(super) fn top_only(mut self) -> Self {
         self.top_only = true;
+        self
+    }
+
+    /// Asks where space is kept behind what nobody allocates.
+    pub(super) fn showing_kept(mut self) -> Self {
+        self.shows_kept = true;
         self
     }
 
@@ -263,25 +271,25 @@ impl<'a> Walk<'a> {
     /// Cuts `status` where the host, or the end of a layer, says something new.
     fn refine(&mut self, status: Status) -> Result<(Status, Option<Status>)> {
         match status.place {
-            Place::Unallocated => Ok(self.refine_unallocated(status)),
+            Place::Unallocated => self.refine_unallocated(status),
             Place::Data { file, at, .. } => self.refine_data(status, file, at.0),
-            Place::Zero { reserved: None } => Ok(self.refine_zero(status)),
+            Place::Zero { reserved: None } => self.refine_zero(status),
             Place::Zero { .. } | Place::Encoded { .. } => Ok((status, None)),
         }
     }
 
     /// The image says zero, in the name of the layer, for what lies behind the end of a short layer. There the
     /// layer above has the last word.
-    fn refine_zero(&self, status: Status) -> (Status, Option<Status>) {
+    fn refine_zero(&self, status: Status) -> Result<(Status, Option<Status>)> {
         let layer_end = self.image.layers()[status.depth].virtual_size_bytes();
         if status.start >= layer_end {
             return self.refine_unallocated(Status { place: Place::Unallocated, present: false, ..status });
         }
-        status.cut(layer_end - status.start)
+        Ok(status.cut(layer_end - status.start))
     }
 
     /// Where all layers are silent, the one without a layer below it that long has the last word.
-    fn refine_unallocated(&self, status: Status) -> (Status, Option<Status>) {
+    fn refine_unallocated(&self, status: Status) -> Result<(Status, Option<Status>)> {
         let layers = self.image.layers();
         let below = |depth: usize| layers.get(depth + 1).map_or(0, |layer| layer.virtual_size_bytes());
         let depth = if self.top_only {
@@ -290,10 +298,26 @@ impl<'a> Walk<'a> {
             (0..layers.len()).find(|depth| below(*depth) <= status.start).unwrap_or(0)
         };
         let next_cut = (0..layers.len()).map(below).filter(|size| *size > status.start).min();
-        let (mut head, rest) = status.cut(next_cut.map_or(u64::MAX, |cut| cut - status.start));
+        let mut len = next_cut.map_or(status.len, |cut| (cut - status.start).min(status.len));
+        let mut kept = None;
+        let zero = below(depth) <= status.start;
+        if self.shows_kept && zero && status.start < layers[depth].virtual_size_bytes() {
+            let layer = &layers[depth];
+            let end = (status.start + len).min(layer.virtual_size_bytes());
+            (len, kept) = layer.kept_behind(status.start..end).map_err(|error| Error::Job {
+                step: JobStep::Map,
+                input: self.input,
+                at_bytes: status.start,
+                source: Box::new(error),
+            })?;
+        }
+        let (mut head, rest) = status.cut(len);
         head.depth = depth;
-        head.zero = below(depth) <= status.start;
-        (head, rest)
+        head.zero = zero;
+        if kept.is_some() {
+            head.place = Place::Zero { reserved: kept };
+        }
+        Ok((head, rest))
     }
 
     fn refine_data(&mut self, status: Status, file: HostFile, at: u64) -> Result<(Status, Option<Status>)> {

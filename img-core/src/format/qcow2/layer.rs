@@ -27,8 +27,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, Bitmaps, CheckReport, Codec, Driver, Extent, Finding, HostFile, Layer, LayerWriter,
-        LeaseToken, OpenContext, OpenMode, Repair, Snapshots,
+        Backing, Bitmaps, CheckReport, Codec, Driver, Extent, Finding, HostFile, HostOffset, Layer,
+        LayerWriter, LeaseToken, OpenContext, OpenMode, Repair, Snapshots,
         table_cache::{SliceCache, lock},
     },
     storage::{Flush, Storage},
@@ -424,6 +424,15 @@ impl Layer for Qcow2Layer {
     fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
         let _pin = self.epochs.pin();
         self.map.map_cached(self.root(), guest_bytes, found)
+    }
+
+    fn kept_behind(&self, guest_bytes: Range<u64>) -> Result<(u64, Option<(HostFile, HostOffset)>)> {
+        if !self.geometry.extended_l2 {
+            return Ok((guest_bytes.end - guest_bytes.start, None));
+        }
+        let _pin = self.epochs.pin();
+        let (end, kept) = self.guard(self.map.kept_behind(self.root(), &guest_bytes))?;
+        Ok((end - guest_bytes.start, kept))
     }
 
     fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {

@@ -204,6 +204,33 @@ impl TableMap {
         Ok(true)
     }
 
+    /// Where the space behind the first byte of `guest` stands, whose subcluster is not allocated although its cluster
+    /// may be, and the end of what that answer holds for.
+    pub(super) fn kept_behind(
+        &self,
+        root: Root,
+        guest: &Range<u64>,
+    ) -> Result<(u64, Option<(HostFile, HostOffset)>)> {
+        let geometry = self.geometry;
+        let mut at = guest.start;
+        while at < guest.end {
+            let start = geometry.cluster_start(at);
+            let Some(found) = self.l2_entry(root, at)? else {
+                at = end_of_table(geometry, geometry.l1_index(at)).min(guest.end);
+                continue;
+            };
+            let end = (start + geometry.cluster_bytes()).min(guest.end);
+            if let Cluster::Subclusters { at: Some(host), .. } = self.checked(found, start)? {
+                if at > guest.start {
+                    break;
+                }
+                return Ok((end, Some((self.data_file(), HostOffset(host + geometry.in_cluster(at))))));
+            }
+            at = end;
+        }
+        Ok((at, None))
+    }
+
     /// [`Self::l1_entry`] from the cache alone.
     pub(super) fn cached_l1_entry(&self, root: Root, l1_index: u64) -> Option<L1Entry> {
         if l1_index >= root.l1_entries {
