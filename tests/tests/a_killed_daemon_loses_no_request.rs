@@ -8,97 +8,12 @@ use img_tests::{
     command::{img, qemu_img},
     daemon::Daemon,
     guest::{
-        Answer, Ask, GuestQueue, SharedRam,
-        model::{DiskModel, next_ask},
+        Ask, SharedRam,
+        busy::{BusyGuest, QUEUES, SLOTS},
         vhost::{FrontEnd, Inflight, Wishes},
     },
     number_from_environment,
-    pattern::Random,
 };
-
-const SLOTS: u16 = 32;
-const SIZE: u16 = 128;
-const SECTORS: u64 = 32 << 11;
-const QUEUES: u16 = 2;
-
-/// Parts of the disk of each queue: one request each at a time, so that none overlaps another.
-const PARTS: u64 = 24;
-const PART_SECTORS: u64 = SECTORS / (QUEUES as u64 * PARTS);
-
-/// A request that is not answered.
-struct Asked {
-    token: u64,
-    ask: Ask,
-}
-
-/// A guest that always has requests under way.
-struct Guest {
-    queues: Vec<GuestQueue>,
-    /// By queue and part.
-    asked: Vec<Vec<Option<Asked>>>,
-    model: DiskModel,
-    random: Random,
-    answers: u64,
-}
-
-impl Guest {
-    fn new(ram: &SharedRam, seed: u64) -> Self {
-        Self {
-            queues: (0..QUEUES).map(|index| GuestQueue::new(ram, index, SIZE, SLOTS, true)).collect(),
-            asked: (0..QUEUES).map(|_| (0..PARTS).map(|_| None).collect()).collect(),
-            model: DiskModel::new(usize::try_from(SECTORS).expect("small")),
-            random: Random::new(seed),
-            answers: 0,
-        }
-    }
-
-    fn under_way(&self) -> usize {
-        self.queues.iter().map(GuestQueue::pending).sum()
-    }
-
-    /// Asks for something in each part where nothing is under way.
-    fn ask(&mut self) {
-        for (number, (queue, asked)) in (0u64..).zip(self.queues.iter_mut().zip(&mut self.asked)) {
-            for (index, slot) in (0u64..).zip(asked) {
-                if slot.is_none() {
-                    let first = (number * PARTS + index) * PART_SECTORS;
-                    let ask = next_ask(&mut self.random, first, PART_SECTORS);
-                    *slot = Some(Asked { token: queue.submit(&ask), ask });
-                }
-            }
-            queue.publish();
-        }
-    }
-
-    /// Takes the answers that are there.
-    fn take(&mut self) {
-        for number in 0..self.queues.len() {
-            while let Some(answer) = self.queues[number].answer() {
-                self.answered(number, &answer);
-            }
-        }
-    }
-
-    /// Waits until all that is under way is answered.
-    fn settle(&mut self) {
-        for number in 0..self.queues.len() {
-            while self.queues[number].pending() > 0 {
-                let answer = self.queues[number].wait();
-                self.answered(number, &answer);
-            }
-        }
-    }
-
-    fn answered(&mut self, number: usize, answer: &Answer) {
-        let is_it =
-            |slot: &&mut Option<Asked>| slot.as_ref().is_some_and(|asked| asked.token == answer.token);
-        let slot = self.asked[number].iter_mut().find(is_it).expect("a request is answered once");
-        let Asked { ask, .. } = slot.take().expect("it was found");
-        self.model.apply(&ask);
-        self.model.check_answer(&ask, answer);
-        self.answers += 1;
-    }
-}
 
 /// One kind of disk.
 struct Disk {
@@ -116,7 +31,7 @@ fn killed_under_load(disk: &Disk, seed: u64) {
     let directory = directory.path();
     img(directory, ["create", "-q"].iter().chain(disk.create).chain(&["disk", "32M"])).output().success();
     let ram = SharedRam::for_queues(QUEUES, SLOTS);
-    let mut guest = Guest::new(&ram, seed);
+    let mut guest = BusyGuest::new(&ram, seed);
     let socket = directory.join("socket");
     let mut inflight: Option<Inflight> = None;
     let mut done_again = 0;
@@ -142,10 +57,7 @@ fn killed_under_load(disk: &Disk, seed: u64) {
     let front_end = FrontEnd::start(&socket, &ram, &guest.queues, inflight, Wishes::default());
     guest.settle();
     assert_eq!(guest.queues[0].ask(&Ask::Flush).status, 0);
-    for sector in (0..SECTORS).step_by(512) {
-        let data = guest.queues[1].read(sector, 512);
-        guest.model.check(sector, &data);
-    }
+    guest.check_all();
     drop(front_end);
     let ended = daemon.terminate();
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);

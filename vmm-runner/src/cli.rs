@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use vmm_runner::{
     console::ConsoleConfig,
-    drive::DriveConfig,
+    drive::DiskConfig,
     machine::{CpuConfig, MemoryConfig},
 };
 
@@ -82,10 +82,10 @@ pub(crate) struct RunOptions {
     #[arg(value_name = "DISK")]
     pub(crate) disks: Vec<String>,
 
-    /// A disk with options: path=FILE[,format=..][,read-only][,cache=MODE][,queues=N][,serial=TEXT]. A comma in a
-    /// value is written twice.
+    /// A disk with options: path=FILE[,format=..][,read-only][,cache=MODE][,queues=N][,serial=TEXT], or one that a
+    /// vhost-user-blk backend serves: vhost-user=SOCKET[,queues=N]. A comma in a value is written twice.
     #[arg(long, value_name = "SPEC")]
-    pub(crate) disk: Vec<DriveConfig>,
+    pub(crate) disk: Vec<DiskConfig>,
 
     /// Writes go to temporary overlays, which are gone afterwards.
     #[arg(long)]

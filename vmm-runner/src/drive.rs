@@ -16,7 +16,10 @@ use img_core::{
     job::create::{CreateImage, create},
 };
 
-use crate::{Error, Result, virtio::Block};
+use crate::{
+    Error, Result,
+    virtio::{Block, Tell, VhostUserBlock, VirtioDevice},
+};
 
 /// What overlays are made in.
 const OVERLAY_FORMAT: &str = "qcow2";
@@ -82,10 +85,7 @@ impl FromStr for DriveConfig {
                     config.cache =
                         mode.ok_or("cache is none, writeback, writethrough, directsync or unsafe")?;
                 }
-                "queues" => {
-                    let count = needed()?.parse().ok().filter(|count| (1..=64).contains(count));
-                    config.queues = Some(count.ok_or("queues is a number from 1 to 64")?);
-                }
+                "queues" => config.queues = Some(parse_queues(needed()?)?),
                 "serial" => config.serial = Some(needed()?.to_owned()),
                 _ => return Err(format!("a disk has no option '{name}'")),
             }
@@ -95,6 +95,17 @@ impl FromStr for DriveConfig {
         }
         Ok(config)
     }
+}
+
+/// A number of queues.
+fn parse_queues(text: &str) -> std::result::Result<u16, String> {
+    let count = text.parse().ok().filter(|count| (1..=64).contains(count));
+    count.ok_or_else(|| "queues is a number from 1 to 64".to_owned())
+}
+
+/// Queues of a disk where the user says nothing: one for each processor.
+fn usual_queues(cpus: u32) -> u16 {
+    u16::try_from(cpus.min(64)).unwrap_or(1)
 }
 
 /// The parts of a list; two commas stand for one.
@@ -181,7 +192,7 @@ impl Drive {
     /// When an option cannot be.
     pub fn device(&self, index: usize, cpus: u32) -> Result<Block> {
         let options = DeviceOptions {
-            queues: self.config.queues.unwrap_or_else(|| u16::try_from(cpus.min(64)).unwrap_or(1)),
+            queues: self.config.queues.unwrap_or_else(|| usual_queues(cpus)),
             serial: self.config.serial.clone().unwrap_or_else(|| format!("disk{index}")),
             ..DeviceOptions::default()
         };
@@ -200,6 +211,86 @@ impl Drive {
     #[must_use]
     pub fn name(&self) -> PathBuf {
         PathBuf::from(&self.config.path)
+    }
+}
+
+/// A disk that another process serves, as `--disk` says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VhostUserConfig {
+    /// Where the backend listens.
+    pub socket: PathBuf,
+    /// Queues; one for each processor where nothing is said, and no more than the backend has.
+    pub queues: Option<u16>,
+}
+
+/// A disk of the guest, as `--disk` says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskConfig {
+    /// An image that this process opens.
+    Image(DriveConfig),
+    /// What a vhost-user-blk backend serves.
+    VhostUser(VhostUserConfig),
+}
+
+impl FromStr for DiskConfig {
+    type Err = String;
+
+    /// `vhost-user=SOCKET[,queues=N]`, or as [`DriveConfig`].
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let parts = split_at_commas(text);
+        let Some(socket) = parts[0].strip_prefix("vhost-user=") else {
+            return text.parse().map(Self::Image);
+        };
+        if socket.is_empty() {
+            return Err("a vhost-user disk needs vhost-user=SOCKET".to_owned());
+        }
+        let mut config = VhostUserConfig { socket: PathBuf::from(socket), queues: None };
+        for part in &parts[1..] {
+            match part.split_once('=') {
+                Some(("queues", count)) => config.queues = Some(parse_queues(count)?),
+                _ => {
+                    return Err(format!(
+                        "a vhost-user disk has no option '{part}': its backend says the rest"
+                    ));
+                }
+            }
+        }
+        Ok(Self::VhostUser(config))
+    }
+}
+
+/// A disk of the guest that is there. It stays so over resets of the machine.
+#[derive(Clone, Debug)]
+pub enum GuestDisk {
+    /// An open image.
+    Image(Drive),
+    /// A backend, which is connected to for each machine anew.
+    VhostUser(VhostUserConfig),
+}
+
+impl GuestDisk {
+    /// The image, where this process has it.
+    #[must_use]
+    pub fn drive(&self) -> Option<&Drive> {
+        match self {
+            Self::Image(drive) => Some(drive),
+            Self::VhostUser(_) => None,
+        }
+    }
+
+    /// The device through which a guest with that many processors sees it; `tell` gets what people should know of it
+    /// later.
+    ///
+    /// # Errors
+    /// As [`Drive::device`] and [`VhostUserBlock::connect`].
+    pub fn device(&self, index: usize, cpus: u32, tell: Tell) -> Result<Box<dyn VirtioDevice>> {
+        Ok(match self {
+            Self::Image(drive) => Box::new(drive.device(index, cpus)?),
+            Self::VhostUser(config) => {
+                let queues = config.queues.unwrap_or_else(|| usual_queues(cpus));
+                Box::new(VhostUserBlock::connect(&config.socket, queues, tell)?)
+            }
+        })
     }
 }
 
@@ -233,6 +324,20 @@ mod tests {
         for bad in
             ["", "format=raw", "d,cache=fast", "d,queues=0", "d,colour=red", "d,read-only=maybe", "d,serial"]
         {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_disk_of_a_backend_has_a_socket_and_queues() {
+        let parse = |text: &str| text.parse::<DiskConfig>();
+        let backend = |socket: &str, queues| {
+            Ok(DiskConfig::VhostUser(VhostUserConfig { socket: PathBuf::from(socket), queues }))
+        };
+        assert_eq!(parse("vhost-user=a,,b"), backend("a,b", None));
+        assert_eq!(parse("vhost-user=s,queues=4"), backend("s", Some(4)));
+        assert_eq!(parse("path=vhost-user=s"), Ok(DiskConfig::Image(DriveConfig::new("vhost-user=s"))));
+        for bad in ["vhost-user=", "vhost-user=s,queues=65", "vhost-user=s,path=d", "path=d,vhost-user=s"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

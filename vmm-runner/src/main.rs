@@ -18,7 +18,7 @@ use vmm_runner::{
     Error, Result,
     boot::from_image::BootDisk,
     console::OpenConsole,
-    drive::{Drive, DriveConfig, close_all},
+    drive::{DiskConfig, Drive, DriveConfig, GuestDisk, close_all},
     machine::{End, Machine, MachineConfig},
     stats::Timeline,
     virtio::Entropy,
@@ -33,28 +33,44 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // A standard error that is gone leaves nobody to tell.
-            drop(writeln!(io::stderr(), "vmm-runner: {error}"));
+            tell(&error.to_string());
             ExitCode::FAILURE
         }
     }
 }
 
+/// A line for the person at the terminal.
+fn tell(text: &str) {
+    // A standard error that is gone leaves nobody to tell.
+    drop(writeln!(io::stderr(), "vmm-runner: {text}"));
+}
+
 fn run(options: &RunOptions) -> Result<()> {
     let timeline = Timeline::default();
     let scratch = tempfile::tempdir().map_err(Error::host("a temporary directory"))?;
-    let drives = open_drives(options, scratch.path())?;
-    let result =
-        if options.list_boot { list_boot(&drives) } else { run_machines(options, &drives, &timeline) };
+    let disks = open_disks(options, scratch.path())?;
+    let drives: Vec<Drive> = disks.iter().filter_map(GuestDisk::drive).cloned().collect();
+    let result = if options.list_boot {
+        list_boot(&drives)
+    } else {
+        run_machines(options, &disks, &drives, &timeline)
+    };
     // What the guest flushed is safe whatever happened; this marks the images clean.
     result.and(close_all(drives))
 }
 
 /// Opens the disks in the order in which the guest sees them.
-fn open_drives(options: &RunOptions, scratch: &Path) -> Result<Vec<Drive>> {
-    let named = options.disks.iter().map(|path| DriveConfig::new(path)).chain(options.disk.iter().cloned());
-    let mut drives = Vec::new();
-    for (index, config) in named.enumerate() {
+fn open_disks(options: &RunOptions, scratch: &Path) -> Result<Vec<GuestDisk>> {
+    let named = options.disks.iter().map(|path| DiskConfig::Image(DriveConfig::new(path)));
+    let mut disks = Vec::new();
+    for (index, config) in named.chain(options.disk.iter().cloned()).enumerate() {
+        let config = match config {
+            DiskConfig::Image(config) => config,
+            DiskConfig::VhostUser(config) => {
+                disks.push(GuestDisk::VhostUser(config));
+                continue;
+            }
+        };
         let drive = match &options.overlay {
             Some(overlay) if index == 0 => Drive::open_on_overlay(config, overlay)?,
             _ if options.snapshot && !config.read_only => {
@@ -62,17 +78,20 @@ fn open_drives(options: &RunOptions, scratch: &Path) -> Result<Vec<Drive>> {
             }
             _ => Drive::open(config)?,
         };
-        drives.push(drive);
+        disks.push(GuestDisk::Image(drive));
     }
-    if options.overlay.is_some() && drives.is_empty() {
+    if options.overlay.is_some() && disks.first().and_then(GuestDisk::drive).is_none() {
         return Err(Error::Invalid("--overlay needs a disk".to_owned()));
     }
-    Ok(drives)
+    if options.snapshot && disks.iter().any(|disk| disk.drive().is_none()) {
+        return Err(Error::Invalid("--snapshot needs images: a vhost-user disk has no overlay".to_owned()));
+    }
+    Ok(disks)
 }
 
 /// Prints what the first disk can boot.
 fn list_boot(drives: &[Drive]) -> Result<()> {
-    let drive = drives.first().ok_or_else(|| Error::Invalid("--list-boot needs a disk".to_owned()))?;
+    let drive = drives.first().ok_or_else(|| Error::Invalid("--list-boot needs an image".to_owned()))?;
     let disk = BootDisk::look(&drive.disk().image())?;
     let mut text = String::new();
     for entry in disk.entries() {
@@ -98,14 +117,22 @@ fn list_boot(drives: &[Drive]) -> Result<()> {
 }
 
 /// One machine after the other, until one does not reset.
-fn run_machines(options: &RunOptions, drives: &[Drive], timeline: &Timeline) -> Result<()> {
+fn run_machines(
+    options: &RunOptions,
+    disks: &[GuestDisk],
+    drives: &[Drive],
+    timeline: &Timeline,
+) -> Result<()> {
     let mut console = OpenConsole::open(&options.serial)?;
     loop {
         let boot = what_to_boot(options, drives)?;
-        let config = MachineConfig { cpus: options.cpus.clone(), memory: options.memory };
+        let mut memory = options.memory;
+        // Backends map it.
+        memory.is_shared |= disks.len() > drives.len();
+        let config = MachineConfig { cpus: options.cpus.clone(), memory };
         let mut machine = Machine::new(config, timeline.watching(console.writer()))?;
-        for (index, drive) in drives.iter().enumerate() {
-            machine.add_device(Box::new(drive.device(index, options.cpus.count)?))?;
+        for (index, disk) in disks.iter().enumerate() {
+            machine.add_device(disk.device(index, options.cpus.count, Arc::new(tell))?)?;
         }
         if options.rng {
             machine.add_device(Box::new(Entropy::default()))?;

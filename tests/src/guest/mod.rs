@@ -3,6 +3,7 @@
 //! [`GuestQueue`] speaks to one queue through rings in shared memory and two descriptors, whoever is on the other
 //! side: a queue thread of this process, or a daemon.
 
+pub mod busy;
 pub mod model;
 pub mod vhost;
 

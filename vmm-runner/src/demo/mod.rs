@@ -26,6 +26,7 @@ use vmm_runner::{
     Error, Result,
     drive::{Drive, DriveConfig},
     machine::{End, Entry, Machine, MachineConfig, MemoryConfig},
+    virtio::VirtioDevice,
 };
 
 /// The size of the demonstration's disk.
@@ -165,6 +166,12 @@ impl ImageFile {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
+    fn drive(&self) -> Result<Drive> {
+        let mut config = DriveConfig::new(&self.path.to_string_lossy());
+        config.format = Some(self.format.clone());
+        Drive::open(config)
+    }
+
     fn open(&self, mode: OpenMode) -> Result<Image> {
         Ok(Image::open(&self.name()?, &OpenOptions::new(mode).format(&self.format))?)
     }
@@ -299,16 +306,21 @@ impl Write for Screen {
     }
 }
 
-/// Boots the guest and returns how often it left to this program.
+/// Boots the guest on an image and returns how often it left to this program.
 fn boot(top: &ImageFile, sum: u32) -> Result<u64> {
+    let drive = top.drive()?;
+    let result = boot_on(Box::new(drive.device(0, 1)?), false, sum);
+    drive.close()?;
+    result
+}
+
+/// Boots the guest on a disk. With `is_shared` another process can map its memory.
+fn boot_on(disk: Box<dyn VirtioDevice>, is_shared: bool, sum: u32) -> Result<u64> {
     let screen = Screen::default();
-    let memory = MemoryConfig { size_bytes: guest::RAM_BYTES, ..MemoryConfig::default() };
+    let memory = MemoryConfig { size_bytes: guest::RAM_BYTES, is_shared, ..MemoryConfig::default() };
     let mut machine =
         Machine::new(MachineConfig { memory, ..MachineConfig::default() }, Box::new(screen.clone()))?;
-    let mut config = DriveConfig::new(&top.path.to_string_lossy());
-    config.format = Some(top.format.clone());
-    let drive = Drive::open(config)?;
-    machine.add_device(Box::new(drive.device(0, 1)?))?;
+    machine.add_device(disk)?;
     let code_at = GuestAddress(guest::LOAD_ADDRESS);
     machine
         .memory()
@@ -316,7 +328,6 @@ fn boot(top: &ImageFile, sum: u32) -> Result<u64> {
         .map_err(|error| Error::Invalid(format!("the guest does not fit into its memory: {error}")))?;
     let exits = Arc::clone(machine.exits());
     let end = machine.run_from(Entry::Pvh { entry: code_at })?;
-    drive.close()?;
     let said = String::from_utf8_lossy(&screen.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned();
     if end != End::PowerOff || said != guest::farewell(sum) {
         return Err(Error::Guest(format!("{end:?} after {said:?}; expected {:?}", guest::farewell(sum))));
@@ -354,6 +365,38 @@ mod tests {
         let block = guest::WRITE_AT / guest::BLOCK_BYTES;
         assert_eq!(written[..4], block.wrapping_mul(guest::PATTERN).to_le_bytes());
         assert_eq!(written[4..8], block.wrapping_mul(guest::PATTERN).wrapping_add(1).to_le_bytes());
+    }
+
+    /// The backend serves from threads of this process, through a socket and shared memory as if from another.
+    #[test]
+    fn the_guest_runs_on_a_disk_that_a_backend_serves() {
+        use blk_backend::{
+            vhost_user::Server,
+            virtio::{Device, DeviceOptions},
+        };
+        use vmm_runner::virtio::VhostUserBlock;
+
+        let dir = tempfile::tempdir().expect("a directory");
+        let options =
+            DemoOptions { base_format: "raw".to_owned(), format: "qcow2".to_owned(), depth: 2, dir: None };
+        let layers = make_chain(&options, dir.path()).expect("space");
+        let expected = write_layers(&layers).expect("space");
+        let top = layers.last().expect("a base at least");
+        let drive = top.drive().expect("it is there");
+        let device = Device::new(drive.disk(), &DeviceOptions::default()).expect("a device");
+        let socket = dir.path().join("socket");
+        let server = Server::start(device, &socket, Arc::new(|_| {})).expect("a socket");
+        // Twice: the backend takes one front end after the other.
+        for _ in 0..2 {
+            let disk = VhostUserBlock::connect(&socket, 1, Arc::new(|_| {})).expect("the backend");
+            match boot_on(Box::new(disk), true, guest::sum(&expected[..guest::READ_BYTES as usize])) {
+                Err(Error::OpenKvm(_)) if !Path::new("/dev/kvm").exists() => return,
+                booted => assert!(booted.expect("it boots") > 0),
+            }
+        }
+        server.stop();
+        drive.close().expect("space");
+        verify(top, expected, false).expect("what the guest wrote");
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod block;
 mod pci;
 mod queue;
 mod rng;
+mod vhost_user;
 
 use std::{fmt, sync::Arc};
 
@@ -13,6 +14,7 @@ pub use block::Block;
 pub use pci::{TransportSlot, VirtioPci};
 pub use queue::QueueThread;
 pub use rng::Entropy;
+pub use vhost_user::{Tell, VhostUserBlock};
 
 use crate::{Result, machine::GuestMemory};
 
