@@ -10,6 +10,7 @@ use crate::{
     context::Context,
     error::{Failure, reason},
     output::complain,
+    progress::Style,
     snapshot_param::Wanted,
 };
 
@@ -31,6 +32,35 @@ pub(crate) struct ShareArgs {
     /// Open the image even while another process writes to it
     #[arg(short = 'U', long)]
     pub(crate) force_share: bool,
+}
+
+/// Whether and how a long command tells how far it is.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ProgressArgs {
+    /// Show how far it is: as one line that is overwritten, or, with =json, as one JSON object a line:
+    /// event ("progress" or "finished"), done and total (bytes; steps where no bytes are moved), percent, elapsed_ms
+    #[arg(short, long, value_name = "STYLE", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "line")]
+    progress: Option<String>,
+}
+
+impl ProgressArgs {
+    /// # Errors
+    /// When there is no such style.
+    pub(crate) fn style(&self, quiet: bool) -> Result<Style, Failure> {
+        match self.progress.as_deref() {
+            None => Ok(Style::Hidden),
+            Some("line" | "json") if quiet => Ok(Style::Hidden),
+            Some("line") => Ok(Style::Percent),
+            Some("json") => Ok(Style::Json),
+            Some(other) => Err(Failure::usage(format!("--progress expects nothing or 'json' not '{other}'"))),
+        }
+    }
+
+    /// Whether it was asked for.
+    pub(crate) fn is_given(&self) -> bool {
+        self.progress.is_some()
+    }
 }
 
 /// How a report is laid out.

@@ -5,8 +5,8 @@ use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser};
 
 use crate::{
     command::{
-        bench, bitmap, check, commit, compare, completions, convert, create, dd, info, man, map, measure,
-        rebase, resize, snapshot,
+        amend, bench, bitmap, check, commit, compare, completions, convert, create, dd, info, man, map,
+        measure, rebase, resize, snapshot,
     },
     context::Context,
     error::{Failure, Outcome},
@@ -68,6 +68,7 @@ macro_rules! command {
 
 /// All of them, in the order of the help.
 const COMMANDS: &[Command] = &[
+    command!(amend),
     command!(bench),
     command!(bitmap),
     command!(check),
@@ -85,9 +86,6 @@ const COMMANDS: &[Command] = &[
     command!(completions),
     command!(man),
 ];
-
-/// The reference's commands that are not here yet.
-pub(crate) const MISSING_COMMANDS: &[&str] = &["amend"];
 
 impl Command {
     /// The command called `name`.

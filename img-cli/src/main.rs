@@ -75,10 +75,6 @@ fn run(words: &[String], context: &Context) -> u8 {
         context.report(None, &Failure::usage("Not enough arguments"));
         return 1;
     };
-    if cli::MISSING_COMMANDS.contains(&name.as_str()) {
-        context.error(&format!("The command '{name}' is not supported yet"));
-        return 1;
-    }
     let Some(command) = Command::find(name) else {
         context.report(None, &Failure::usage(format!("Command not found: {name}")));
         return 1;

@@ -52,6 +52,15 @@ pub(crate) fn print_help(driver: &dyn Driver, on_file: bool, context: &Context) 
     } else {
         out.line(format_args!("Supported {} options:", driver.name()));
     }
+    print_descriptions(&options, context);
+    if !on_file {
+        out.line("\nThe protocol level may support further options.");
+        out.line("Specify the target filename to include those options.");
+    }
+}
+
+/// Prints a line for each option.
+pub(crate) fn print_descriptions(options: &[OptionDescription], context: &Context) {
     for option in options {
         let kind = match option.kind {
             OptionKind::Text => "str",
@@ -60,11 +69,7 @@ pub(crate) fn print_help(driver: &dyn Driver, on_file: bool, context: &Context) 
             OptionKind::Switch => "bool (on/off)",
         };
         let name = format!("{}=<{kind}>", option.name);
-        out.line(format_args!("  {name:<22} - {}", option.help));
-    }
-    if !on_file {
-        out.line("\nThe protocol level may support further options.");
-        out.line("Specify the target filename to include those options.");
+        context.out.line(format_args!("  {name:<22} - {}", option.help));
     }
 }
 

@@ -11,12 +11,12 @@ use img_core::{
 };
 
 use crate::{
-    args::{FileArg, FormatArgs, Opening, cache_mode, print_warnings},
+    args::{FileArg, FormatArgs, Opening, ProgressArgs, cache_mode, print_warnings},
     context::Context,
     error::{Failure, Outcome},
     names,
     object::ObjectArgs,
-    progress::{Reporter, Style},
+    progress::Reporter,
     size,
 };
 
@@ -28,9 +28,8 @@ pub(crate) struct Args {
     #[arg(short, long)]
     quiet: bool,
 
-    /// Show how far it is
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
 
     #[command(flatten)]
     formats: FormatArgs,
@@ -77,8 +76,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
             cache_mode(text).ok_or_else(|| Failure::new(format!("Invalid cache option: {text}")))?
         }
     };
-    let style = if args.progress && !args.quiet { Style::Percent } else { Style::Hidden };
-    let reporter = Reporter::start(style, 1.0, context)?;
+    let reporter = Reporter::start(args.progress.style(args.quiet)?, 1.0, context)?;
     reporter.begin();
     let outcome = run_commit(args, file, cache, rate_bytes, &reporter, context);
     if outcome.is_ok() {

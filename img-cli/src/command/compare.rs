@@ -9,11 +9,11 @@ use img_core::{
 };
 
 use crate::{
-    args::{Opening, ShareArgs, source_cache},
+    args::{Opening, ProgressArgs, ShareArgs, source_cache},
     context::Context,
     error::{Failure, Outcome, reason},
     object::ObjectArgs,
-    progress::{Reporter, Style},
+    progress::Reporter,
 };
 
 /// The exit code when an image cannot be opened, or the command line makes no sense.
@@ -34,9 +34,8 @@ pub(crate) struct Args {
     #[arg(short, long)]
     quiet: bool,
 
-    /// Show how far it is
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
 
     /// The format of the first image; found by looking at it when absent
     #[arg(short = 'f', long, value_name = "FMT")]
@@ -83,12 +82,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let [a, b] = args.files.as_slice() else {
         return Err(Failure::usage("Expecting two image file names"));
     };
-    let style = match (args.progress, args.quiet) {
-        (true, false) => Style::Percent,
-        _ => Style::Hidden,
-    };
     let cache = source_cache(args.cache.as_deref()).map_err(|failure| failure.with_code(TROUBLE))?;
-    let reporter = Reporter::start(style, 2.0, context)?;
+    let reporter = Reporter::start(args.progress.style(args.quiet)?, 2.0, context)?;
     let outcome = run_compare(args, cache, a, b, &reporter, context);
     reporter.finish();
     outcome.map_err(|failure| reporter.interrupted().unwrap_or(failure))

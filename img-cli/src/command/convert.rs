@@ -12,7 +12,7 @@ use img_core::{
 };
 
 use crate::{
-    args::{Opening, ShareArgs, cache_mode, source_cache},
+    args::{Opening, ProgressArgs, ShareArgs, cache_mode, source_cache},
     command::create,
     context::Context,
     created::Created,
@@ -55,11 +55,8 @@ pub(crate) struct Args {
     #[arg(short = 'l', long, value_name = "SNAPSHOT", alias = "source-snapshot")]
     snapshot: Option<String>,
 
-    /// Show how far it is: as one line that is overwritten, or, with =json, as one JSON object a line:
-    /// event ("progress" or "finished"), done and total (bytes), percent, elapsed_ms
-    #[arg(short, long, value_name = "STYLE", num_args = 0..=1, require_equals = true)]
-    #[arg(default_missing_value = "line")]
-    progress: Option<String>,
+    #[command(flatten)]
+    progress: ProgressArgs,
 
     /// The format of the target
     #[arg(short = 'O', long, value_name = "TGT_FMT", alias = "target-format")]
@@ -241,13 +238,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
 
 fn style(args: &Args, context: &Context) -> Result<Style, Failure> {
     use std::io::IsTerminal as _;
-    match args.progress.as_deref() {
-        Some("line" | "json") if args.quiet => Ok(Style::Hidden),
-        Some("line") => Ok(Style::Percent),
-        Some("json") => Ok(Style::Json),
-        Some(other) => Err(Failure::usage(format!("--progress expects nothing or 'json' not '{other}'"))),
-        None if !args.quiet && !context.is_reference() && std::io::stderr().is_terminal() => Ok(Style::Bar),
-        None => Ok(Style::Hidden),
+    let wants_bar = !args.progress.is_given() && !args.quiet && !context.is_reference();
+    if wants_bar && std::io::stderr().is_terminal() {
+        Ok(Style::Bar)
+    } else {
+        args.progress.style(args.quiet)
     }
 }
 

@@ -5,6 +5,7 @@
 //! The first line of each `Args`' comment is its line in the list of commands.
 //! None knows anything about a format.
 
+pub(crate) mod amend;
 pub(crate) mod bench;
 pub(crate) mod bitmap;
 pub(crate) mod check;

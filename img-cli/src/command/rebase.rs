@@ -8,12 +8,12 @@ use img_core::{
 };
 
 use crate::{
-    args::{FileArg, FormatArgs, Opening, ShareArgs, cache_mode, source_cache},
+    args::{FileArg, FormatArgs, Opening, ProgressArgs, ShareArgs, cache_mode, source_cache},
     context::Context,
     error::{Failure, Outcome, words},
     names,
     object::ObjectArgs,
-    progress::{Reporter, Style},
+    progress::Reporter,
 };
 
 /// Give an overlay another backing file
@@ -22,15 +22,13 @@ use crate::{
 /// first. With -u only the name changes, which is right for a backing file that was moved or converted.
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "img rebase [OPTIONS] -b BACKING_FILENAME FILENAME", after_help = EXAMPLES)]
-#[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
 pub(crate) struct Args {
     /// Print nothing
     #[arg(short, long)]
     quiet: bool,
 
-    /// Show how far it is
-    #[arg(short, long)]
-    progress: bool,
+    #[command(flatten)]
+    progress: ProgressArgs,
 
     #[command(flatten)]
     formats: FormatArgs,
@@ -81,8 +79,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     if !args.backing_unsafe && args.backing.is_none() {
         return Err(Failure::usage("Must specify backing file (-b) or use unsafe mode (-u)"));
     }
-    let style = if args.progress && !args.quiet { Style::Percent } else { Style::Hidden };
-    let reporter = Reporter::start(style, 1.0, context)?;
+    let reporter = Reporter::start(args.progress.style(args.quiet)?, 1.0, context)?;
     reporter.begin();
     let outcome = run_rebase(args, file, &reporter, context);
     if outcome.is_ok() {

@@ -31,6 +31,11 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// and `backing_file` and `backing_fmt` where [`Self::has_backing`].
     fn create_options(&self) -> &'static [OptionDescription];
 
+    /// The options that [`LayerWriter::amend`] changes in an image that exists; none where the format has none.
+    fn amend_options(&self) -> &'static [OptionDescription] {
+        &[]
+    }
+
     /// Makes a new image on `storage`, which is empty and writable.
     fn create(&self, storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()>;
 

@@ -33,4 +33,4 @@ pub use measure::{MeasureRequest, MeasureSource, Measured};
 pub use options::{
     FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,
 };
-pub use write::{Attempt, Frame, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken};
+pub use write::{Amended, Attempt, Frame, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken};

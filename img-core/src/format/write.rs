@@ -2,7 +2,7 @@
 
 use std::{fmt, ops::Range};
 
-use super::{Backing, Extent, HostFile, HostOffset, Place};
+use super::{Backing, Extent, HostFile, HostOffset, OptionSet, Place};
 use crate::{Error, Result, storage::Preallocation};
 
 /// Where prepared guest bytes will live, and what must be written there before the commit.
@@ -20,6 +20,18 @@ pub struct WritePlan {
     pub fill_after_bytes: u64,
     /// The bytes to fill read as zeroes on the host already: a fill with zeroes may be left out.
     pub fill_is_zeroed: bool,
+}
+
+/// What is left to be done after a step of [`LayerWriter::amend`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Amended {
+    /// Nothing.
+    Complete,
+    /// The disk has to get this size, in bytes, and the next step follows.
+    Resize(u64),
+    /// The layer writes nothing any more and is dropped without being closed; the next step is one of the image
+    /// opened anew.
+    OpenAgain,
 }
 
 /// Names a prepared write inside its layer. Made and understood by the layer only.
@@ -266,6 +278,18 @@ pub trait LayerWriter: Send + Sync {
     fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
         let _ = backing;
         Err(Error::Invalid("Operation not supported".to_owned()))
+    }
+
+    /// Goes a step towards an image that has the options `wanted`, whose names are those of
+    /// [`Driver::amend_options`](super::Driver::amend_options), and makes it durable. All of `wanted` is judged before
+    /// the first change. No request is in flight. `progress` is told how much is done of all that is left, this step
+    /// included.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], in the reference's words, when an option cannot be changed so.
+    fn amend(&self, wanted: &OptionSet, progress: &mut dyn FnMut(u64, u64)) -> Result<Amended> {
+        let (_, _) = (wanted, progress);
+        Err(Error::Invalid("the format has no options that can be changed".to_owned()))
     }
 
     /// Makes the layer silent all over, so that the layers below show through, and gives its space back. No

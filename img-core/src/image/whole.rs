@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::Image;
 use crate::{
     Error, Result,
-    format::{Extent, HostFile, LayerWriter, Place, Snapshots},
+    format::{Amended, Extent, HostFile, LayerWriter, OptionSet, Place, Snapshots},
     storage::Preallocation,
 };
 
@@ -75,6 +75,26 @@ impl Image {
         }
         let is_data = |extent: &Extent| !matches!(extent.place, Place::Zero { .. } | Place::Unallocated);
         Ok(extents.iter().any(is_data))
+    }
+
+    /// Goes on towards a top layer that has the options `wanted` as far as it can be gone with the image open;
+    /// true when the image has to be dropped, not closed, and opened again for the rest.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`]; [`Error::Invalid`], in the reference's words, when an option cannot be changed so.
+    pub fn amend(&self, wanted: &OptionSet, progress: &mut dyn FnMut(u64, u64)) -> Result<bool> {
+        loop {
+            let amended = {
+                let _alone = self.gate.drain();
+                self.decoded.begin_generation();
+                self.writer()?.amend(wanted, progress)?
+            };
+            match amended {
+                Amended::Complete => return Ok(false),
+                Amended::OpenAgain => return Ok(true),
+                Amended::Resize(bytes) => self.resize(bytes, Preallocation::Off)?,
+            }
+        }
     }
 
     /// Makes the top layer silent all over, so that the disk reads as the layers below, with all requests drained;

@@ -4,6 +4,7 @@
 //! come out the same at any number of threads goes through `ordered`. `zeroes` finds zeroes in memory,
 //! `compress` makes compressed clusters, `throttle` slows down. Nothing here knows a format or a command line.
 
+pub mod amend;
 pub mod bench;
 pub mod bitmaps;
 pub mod commit;

@@ -6,6 +6,7 @@
 //! go, `flush` the order that keeps every crash harmless, `snapshot`, `bitmap`, `create`, `check` the rest.
 
 mod alloc;
+mod amend;
 mod backing;
 mod bitmap;
 mod bitmap_store;
@@ -20,6 +21,7 @@ mod create_write;
 mod details;
 mod details_luks;
 mod entry;
+mod expand;
 mod extension;
 mod feature;
 mod flush;
@@ -35,6 +37,7 @@ mod overlap;
 mod places;
 mod plane;
 mod refcount;
+mod refcount_width;
 mod resize;
 mod runtime;
 mod snapshot;
@@ -79,6 +82,10 @@ impl Driver for Qcow2 {
 
     fn create_options(&self) -> &'static [OptionDescription] {
         options::CREATE_OPTIONS
+    }
+
+    fn amend_options(&self) -> &'static [OptionDescription] {
+        options::AMEND_OPTIONS
     }
 
     fn create(&self, storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()> {

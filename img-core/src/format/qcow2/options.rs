@@ -1,4 +1,4 @@
-//! The options of a new qcow2 image, in the order in which `create` reports them.
+//! The options of a new qcow2 image, in the order in which `create` reports them, and of one that exists.
 
 use crate::format::{
     OptionDescription,
@@ -41,4 +41,25 @@ pub(super) static CREATE_OPTIONS: &[OptionDescription] = &[
     OptionDescription::new("data_file_raw", Switch, "The external data file must stay valid as a raw image"),
     OptionDescription::new("lazy_refcounts", Switch, "Postpone refcount updates").or("off"),
     OptionDescription::new("refcount_bits", Number, "Width of a reference count entry in bits").or("16"),
+];
+
+/// See [`Driver::amend_options`](crate::format::Driver::amend_options).
+pub(super) static AMEND_OPTIONS: &[OptionDescription] = &[
+    OptionDescription::new("backing_file", Text, "File name of a base image"),
+    OptionDescription::new("backing_fmt", Text, "Image format of the base image"),
+    OptionDescription::new("compat", Text, "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    OptionDescription::new("data_file", Text, "File name of an external data file"),
+    OptionDescription::new("data_file_raw", Switch, "The external data file must stay valid as a raw image"),
+    OptionDescription::new("encrypt.iter-time", Number, "Time to spend in PBKDF in milliseconds"),
+    OptionDescription::new("encrypt.keyslot", Number, "Select a single keyslot to modify explicitly"),
+    OptionDescription::new(
+        "encrypt.new-secret",
+        Text,
+        "New secret to set in the matching keyslots. Empty string to erase",
+    ),
+    OptionDescription::new("encrypt.old-secret", Text, "Select all keyslots that match this password"),
+    OptionDescription::new("encrypt.state", Text, "Select new state of affected keyslots (active/inactive)"),
+    OptionDescription::new("lazy_refcounts", Switch, "Postpone refcount updates"),
+    OptionDescription::new("refcount_bits", Number, "Width of a reference count entry in bits"),
+    OptionDescription::new("size", Size, "Virtual disk size"),
 ];

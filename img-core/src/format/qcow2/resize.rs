@@ -205,7 +205,7 @@ impl Qcow2Layer {
         Ok(())
     }
 
-    fn set_aside(&self, host: Range<u64>, how: Preallocation) -> Result<()> {
+    pub(super) fn set_aside(&self, host: Range<u64>, how: Preallocation) -> Result<()> {
         let file = self.image_file();
         let old_end = file.len_bytes()?;
         if host.start < old_end {

@@ -104,7 +104,7 @@ impl Qcow2Layer {
     }
 
     /// Tables are changed in the file itself: none may stand where another structure does.
-    fn check_structures(&self) -> Result<()> {
+    pub(super) fn check_structures(&self) -> Result<()> {
         self.know_places()?;
         let cluster = self.geometry.cluster_bytes();
         let header = self.header().clone();
@@ -119,7 +119,7 @@ impl Qcow2Layer {
     }
 
     /// Refuses an L2 table, active or not, that stands where another structure does.
-    fn check_l2_place(&self, offset: u64) -> Result<()> {
+    pub(super) fn check_l2_place(&self, offset: u64) -> Result<()> {
         let host = offset..offset + self.geometry.cluster_bytes();
         match self.check_overlap(&host, Some(Kind::ActiveL2)) {
             Err(Error::Overlap { structure, .. }) if structure == Kind::InactiveL2.name() => Ok(()),

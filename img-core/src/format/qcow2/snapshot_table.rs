@@ -16,6 +16,8 @@ pub(super) const MAX_TABLE_BYTES: usize = 64 << 20;
 const MAX_EXTRA_BYTES: usize = 1024;
 /// Extra data of an entry of ours: large VM state size, disk size, instruction count.
 const EXTRA_BYTES: u32 = 24;
+/// Extra data that version 3 demands: large VM state size, disk size.
+const VERSION_3_EXTRA_BYTES: usize = 16;
 /// The table is read in pieces of this size.
 const PIECE_BYTES: usize = 64 << 10;
 /// Longer ids and names are cut, as the reference's buffers do.
@@ -84,6 +86,21 @@ impl Snapshot {
             virtual_size_bytes: new.virtual_size_bytes,
         };
         Self { l1_offset: new.l1_offset, l1_entries: new.l1_entries, info, raw }
+    }
+
+    /// The same with the extra data that version 3 demands, where it has less.
+    pub(super) fn with_extra_data(&self) -> Self {
+        let sizes = Sizes::of(&self.raw);
+        if sizes.extra >= VERSION_3_EXTRA_BYTES {
+            return self.clone();
+        }
+        let mut raw = self.raw[..FIXED_BYTES].to_vec();
+        raw[36..40].copy_from_slice(&EXTRA_BYTES.to_be_bytes());
+        raw.extend(self.info.vm_state_bytes.to_be_bytes());
+        raw.extend(self.info.virtual_size_bytes.to_be_bytes());
+        raw.extend(self.info.icount.unwrap_or(u64::MAX).to_be_bytes());
+        raw.extend(&self.raw[FIXED_BYTES + sizes.extra..]);
+        Self { raw, ..self.clone() }
     }
 
     /// Reads one entry from the start of `bytes`, as it stands.

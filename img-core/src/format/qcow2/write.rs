@@ -18,8 +18,8 @@ use super::{
 use crate::{
     Result,
     format::{
-        Attempt, Backing, HostOffset, Layer, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
-        table_cache::lock_wait,
+        Amended, Attempt, Backing, HostOffset, Layer, LayerWriter, OptionSet, PreparedWrite, WritePlan,
+        WriteStep, WriteToken, table_cache::lock_wait,
     },
     storage::Preallocation,
 };
@@ -535,6 +535,10 @@ impl LayerWriter for Qcow2Layer {
 
     fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
         self.guard(self.record_backing(backing))
+    }
+
+    fn amend(&self, wanted: &OptionSet, progress: &mut dyn FnMut(u64, u64)) -> Result<Amended> {
+        self.guard(self.amend_options(wanted, progress))
     }
 
     fn make_empty(&self) -> Result<bool> {
