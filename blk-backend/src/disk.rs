@@ -14,6 +14,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use img_core::{
@@ -25,7 +26,7 @@ use img_core::{
     text,
 };
 
-use crate::engine::{Flight, LaneSnapshot, Mailbox, Workers};
+use crate::engine::{EngineInUse, Flight, LaneSnapshot, Mailbox, ThreadClock, Workers};
 
 /// Threads that may wait for tables, copies, decoders and flushes at the same time, unless told otherwise.
 const DEFAULT_WORKERS: usize = 16;
@@ -93,9 +94,33 @@ pub struct Disk {
 
 #[derive(Debug, Default)]
 struct Lanes {
-    present: Vec<Arc<Mailbox>>,
-    /// What lanes that are gone have counted.
+    present: Vec<PresentLane>,
+    /// What lanes that are gone have counted, ...
     gone: LaneSnapshot,
+    /// ... and spent.
+    gone_cpu: Duration,
+    /// How many there ever were.
+    made: u64,
+}
+
+/// A lane whose thread lives.
+#[derive(Debug)]
+struct PresentLane {
+    mailbox: Arc<Mailbox>,
+    number: u64,
+    engine: EngineInUse,
+    clock: ThreadClock,
+}
+
+/// What can be told of a lane that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaneReport {
+    /// Counts the lanes of the disk, those that are gone included.
+    pub number: u64,
+    /// What it stands on.
+    pub engine: EngineInUse,
+    /// CPU time of its thread.
+    pub cpu: Duration,
 }
 
 impl fmt::Debug for Disk {
@@ -171,7 +196,7 @@ impl Disk {
     pub fn pause(&self) {
         self.paused.fetch_add(1, SeqCst);
         let mut quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
-        while self.lanes().present.iter().any(|lane| lane.is_active()) {
+        while self.lanes().present.iter().any(|lane| lane.mailbox.is_active()) {
             quiet = self.quieter.wait(quiet).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -179,7 +204,7 @@ impl Disk {
     /// Takes one [`pause`](Self::pause) back; requests go on when it was the last.
     pub fn resume(&self) {
         if self.paused.fetch_sub(1, SeqCst) == 1 {
-            self.lanes().present.iter().for_each(|lane| lane.ring());
+            self.lanes().present.iter().for_each(|lane| lane.mailbox.ring());
         }
     }
 
@@ -320,8 +345,26 @@ impl Disk {
     pub fn stats(&self) -> LaneSnapshot {
         let lanes = self.lanes();
         let mut sum = lanes.gone.clone();
-        lanes.present.iter().for_each(|lane| sum.add(&lane.snapshot()));
+        lanes.present.iter().for_each(|lane| sum.add(&lane.mailbox.snapshot()));
         sum
+    }
+
+    /// The lanes that are there.
+    #[must_use]
+    pub fn lane_reports(&self) -> Vec<LaneReport> {
+        let report = |lane: &PresentLane| LaneReport {
+            number: lane.number,
+            engine: lane.engine.clone(),
+            cpu: lane.clock.spent(),
+        };
+        self.lanes().present.iter().map(report).collect()
+    }
+
+    /// CPU time of the threads of all lanes, present and gone. Workers are not among them.
+    #[must_use]
+    pub fn lanes_cpu(&self) -> Duration {
+        let lanes = self.lanes();
+        lanes.gone_cpu + lanes.present.iter().map(|lane| lane.clock.spent()).sum::<Duration>()
     }
 
     /// Makes everything durable and marks the image clean. Requests that come afterwards wait for ever: the
@@ -355,13 +398,26 @@ impl Disk {
         self.generation.load(SeqCst)
     }
 
-    pub(crate) fn add_lane(&self, lane: &Arc<Mailbox>) {
-        self.lanes().present.push(Arc::clone(lane));
+    /// A lane of the calling thread.
+    pub(crate) fn add_lane(&self, lane: &Arc<Mailbox>, engine: EngineInUse) {
+        let mut lanes = self.lanes();
+        let number = lanes.made;
+        lanes.made += 1;
+        lanes.present.push(PresentLane {
+            mailbox: Arc::clone(lane),
+            number,
+            engine,
+            clock: ThreadClock::start(),
+        });
     }
 
     pub(crate) fn remove_lane(&self, lane: &Arc<Mailbox>) {
         let mut lanes = self.lanes();
-        lanes.present.retain(|present| !Arc::ptr_eq(present, lane));
+        let Some(at) = lanes.present.iter().position(|present| Arc::ptr_eq(&present.mailbox, lane)) else {
+            return;
+        };
+        let gone = lanes.present.remove(at);
+        lanes.gone_cpu += gone.clock.spent();
         lanes.gone.add(&lane.snapshot());
     }
 

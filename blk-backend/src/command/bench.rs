@@ -10,7 +10,7 @@ use std::{
 
 use blk_backend::{
     bench::{Job, Limit, Pattern, compare, run as run_job, to_json, write_table},
-    engine::LaneOptions,
+    engine::{LaneOptions, Poll},
 };
 use serde_json::Value;
 
@@ -102,7 +102,7 @@ fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<(), Failure> {
         seed: args.seed,
     };
     let disk = args.disk.open(&mut |text| super::warn(text))?;
-    let lane = LaneOptions { poll: Duration::from_micros(args.poll), ..LaneOptions::default() };
+    let lane = LaneOptions { poll: Poll::For(Duration::from_micros(args.poll)), ..LaneOptions::default() };
     let result = run_job(&disk, &job, &lane).map_err(Failure::new);
     let closed = disk.close();
     let result = result?;

@@ -9,6 +9,7 @@ use std::{
 pub(crate) mod bench;
 pub(crate) mod control_options;
 pub(crate) mod disk_options;
+pub(crate) mod engine_options;
 pub(crate) mod host;
 pub(crate) mod nbd;
 pub(crate) mod sandbox_options;

@@ -1,15 +1,15 @@
 //! `blk-backend nbd`: one image over the NBD protocol.
 
-use std::{io::Write, process::ExitCode, sync::Arc, time::Duration};
+use std::{io::Write, process::ExitCode, sync::Arc};
 
 use blk_backend::{
     control::Daemon,
-    engine::LaneOptions,
     nbd::{Export, ExportOptions, ListenAddress, Log, Server, ServerOptions},
 };
 
 use super::{
-    Failure, control_options::ControlArgs, disk_options::DiskArgs, sandbox_options::SandboxArgs, signals,
+    Failure, control_options::ControlArgs, disk_options::DiskArgs, engine_options::EngineArgs,
+    sandbox_options::SandboxArgs, signals,
 };
 
 /// Serve an image to NBD clients
@@ -38,9 +38,8 @@ pub(crate) struct Args {
     /// Let other hosts write: anybody who reaches the address can
     #[arg(long)]
     allow_remote_writes: bool,
-    /// Look for work this long before sleeping
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
-    poll: u64,
+    #[command(flatten)]
+    engine: EngineArgs,
     /// Name of the disk, and id of its export, for QMP and metrics
     #[arg(long, value_name = "NAME", default_value = "disk0")]
     node_name: String,
@@ -56,11 +55,12 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     let disk = args.disk.open(&mut |text| super::warn(text))?;
     let options = ServerOptions {
         max_connections: args.max_connections.max(1),
-        lane: LaneOptions { poll: Duration::from_micros(args.poll), ..LaneOptions::default() },
+        lane: args.engine.lane_options(),
         allow_remote_writes: args.allow_remote_writes,
     };
     let sockets = args.control.socket_paths().chain(args.listen.path());
     args.sandbox.enter([&*disk], sockets)?;
+    args.engine.announce()?;
     let log: Log = Arc::new(super::warn);
     let daemon = Daemon::new(options.clone(), Arc::clone(&log))?;
     daemon.add_node(&args.node_name, &disk, args.disk.cache)?;

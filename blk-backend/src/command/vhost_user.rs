@@ -1,6 +1,6 @@
 //! `blk-backend vhost-user`: images as virtio block devices for virtual machine monitors.
 
-use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
+use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc};
 
 use blk_backend::{
     control::{Daemon, ExportKind},
@@ -13,7 +13,8 @@ use clap::Parser;
 use img_core::format::split_list;
 
 use super::{
-    Failure, control_options::ControlArgs, disk_options::DiskArgs, sandbox_options::SandboxArgs, signals,
+    Failure, control_options::ControlArgs, disk_options::DiskArgs, engine_options::EngineArgs,
+    sandbox_options::SandboxArgs, signals,
 };
 
 /// Serve images as virtio block devices over vhost-user sockets
@@ -54,9 +55,8 @@ pub(crate) struct DeviceArgs {
     /// Name of the disk, and id of its export, for QMP and metrics; disk0, disk1, ... where it is not given
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
-    /// Look for requests this long before sleeping
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
-    poll: u64,
+    #[command(flatten)]
+    engine: EngineArgs,
 }
 
 /// `NAME=VALUE,…` read by the same definitions as the options, so that both know the same.
@@ -104,6 +104,9 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     let disks = daemon.disks();
     let sockets = devices.iter().map(|(_, _, socket)| socket.as_path());
     args.sandbox.enter(disks.iter().map(|(_, disk)| &**disk), args.control.socket_paths().chain(sockets))?;
+    for args in std::iter::once(&args.device).chain(&args.more) {
+        args.engine.announce()?;
+    }
     let told: Told = log;
     let mut servers = Vec::new();
     for (device, listening, socket) in devices {
@@ -124,7 +127,8 @@ fn open(args: &DeviceArgs) -> Result<(Arc<Disk>, Arc<Device>), Failure> {
         queues: args.queues,
         serial: args.serial.clone(),
         block_bytes: args.block_size,
-        poll: Duration::from_micros(args.poll),
+        poll: args.engine.poll,
+        engine: args.engine.engine,
     };
     let device = Device::new(&disk, &options).map_err(Failure::new)?;
     Ok((disk, device))

@@ -156,6 +156,7 @@ fn text(daemon: &Daemon) -> String {
             page.value(name, &format!("disk=\"{disk}\""), number(counted));
         }
     }
+    lanes(&mut page, daemon);
     if let Some(server) = daemon.server() {
         let counts = server.counts();
         page.plain("blk_nbd_connections", "gauge", "NBD connections.", counts.connections);
@@ -169,6 +170,24 @@ fn text(daemon: &Daemon) -> String {
         page.plain("process_resident_memory_bytes", "gauge", "Resident memory size in bytes.", bytes);
     }
     page.0
+}
+
+/// The lanes that are there, and what lanes spend.
+fn lanes(page: &mut Page, daemon: &Daemon) {
+    let disks: Vec<_> = daemon.disks().into_iter().map(|(name, disk)| (escaped(&name), disk)).collect();
+    const LANE: &str = "blk_lane_cpu_seconds_total";
+    page.family(LANE, "counter", "CPU time of the thread of a lane that is there.");
+    for (disk, lane) in
+        disks.iter().flat_map(|(name, disk)| disk.lane_reports().into_iter().map(move |lane| (name, lane)))
+    {
+        let labels = format!("disk=\"{disk}\",lane=\"{}\",engine=\"{}\"", lane.number, lane.engine.name());
+        page.value(LANE, &labels, lane.cpu.as_secs_f64());
+    }
+    const ALL: &str = "blk_lanes_cpu_seconds_total";
+    page.family(ALL, "counter", "CPU time of the threads of all lanes, those that are gone included.");
+    for (name, disk) in &disks {
+        page.value(ALL, &format!("disk=\"{name}\""), disk.lanes_cpu().as_secs_f64());
+    }
 }
 
 fn operations(page: &mut Page, disks: &[(String, LaneSnapshot)]) {

@@ -33,6 +33,18 @@ impl EngineChoice {
     }
 }
 
+/// What a failure to make a ring means, in words.
+pub(super) fn why_no_ring(error: &io::Error) -> String {
+    let why = match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "a filter of system calls, a security module or kernel.io_uring_disabled forbids it"
+        }
+        Some(libc::ENOSYS) => "the kernel has none, or a filter of system calls hides it",
+        _ => return error.to_string(),
+    };
+    format!("{why}: {error}")
+}
+
 /// Which engine a lane uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EngineInUse {
@@ -43,6 +55,17 @@ pub enum EngineInUse {
         /// Why not `io_uring`; `None` when threads were asked for.
         why: Option<String>,
     },
+}
+
+impl EngineInUse {
+    /// As in [`EngineChoice::from_name`].
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Ring => "io_uring",
+            Self::Threads { .. } => "threads",
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -69,7 +92,7 @@ impl Backend {
         match choice {
             EngineChoice::Threads => threads(None),
             EngineChoice::Ring => ring(depth),
-            EngineChoice::Auto => ring(depth).or_else(|error| threads(Some(error.to_string()))),
+            EngineChoice::Auto => ring(depth).or_else(|error| threads(Some(why_no_ring(&error)))),
         }
     }
 

@@ -17,6 +17,7 @@ use super::{
     backend::{Backend, EngineChoice, EngineInUse},
     course::Direct,
     mailbox::{Content, Finished, LaneWaker, Mailbox},
+    poll::{Poll, Poller},
     ring::{Answer, BELL},
     slot::{Slots, Stage},
     transfer::{Progress, Transfers},
@@ -32,14 +33,14 @@ pub struct LaneOptions {
     /// Requests that may be under way at once; more are refused as [`Submitted::Full`].
     pub depth: u32,
     /// How long [`Lane::run_once`] looks for work before it sleeps.
-    pub poll: Duration,
+    pub poll: Poll,
     /// Which engine.
     pub engine: EngineChoice,
 }
 
 impl Default for LaneOptions {
     fn default() -> Self {
-        Self { depth: 256, poll: Duration::ZERO, engine: EngineChoice::Auto }
+        Self { depth: 256, poll: Poll::Off, engine: EngineChoice::Auto }
     }
 }
 
@@ -52,6 +53,15 @@ pub enum Wait {
     Event,
     /// Until there is an event, or that moment.
     Until(Instant),
+}
+
+/// Why a caller of [`Lane::run_once_with`] is asked for work of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// In passing: it will be asked again.
+    Passing,
+    /// For the last time before the lane sleeps. Work that comes later has to end that sleep.
+    Last,
 }
 
 /// What happened.
@@ -101,7 +111,7 @@ pub struct Lane {
     pub(super) backend: Backend,
     pub(super) engine: EngineInUse,
     pub(super) direct: Option<Direct>,
-    pub(super) poll: Duration,
+    poller: Poller,
     /// One look at the clock serves a batch.
     pub(super) now: Option<Instant>,
     _stays_on_its_thread: PhantomData<*mut ()>,
@@ -117,7 +127,7 @@ impl Lane {
         let depth = options.depth.max(1);
         let (backend, engine) = Backend::new(options.engine, depth, &mailbox)?;
         let image = disk.image();
-        disk.add_lane(&mailbox);
+        disk.add_lane(&mailbox, engine.clone());
         Ok(Self {
             generation: disk.generation(),
             direct: Direct::of(&image),
@@ -134,7 +144,7 @@ impl Lane {
             backend,
             engine,
             mailbox,
-            poll: options.poll,
+            poller: Poller::new(options.poll),
             now: None,
             _stays_on_its_thread: PhantomData,
         })
@@ -212,26 +222,30 @@ impl Lane {
     /// # Errors
     /// When the system refuses to wait; requests are still under way then.
     pub fn run_once(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
-        self.run_once_with(wait, || false, events)
+        self.run_once_with(wait, |_| false, events)
     }
 
     /// [`Self::run_once`] for a caller with work of its own that makes no event (a ring in shared memory): while
-    /// the lane polls before it sleeps, and once more before it does, it asks `has_work`, and returns when there
-    /// is some.
+    /// the lane polls before it sleeps, and once more before it does, it asks `has_work` and, when there is some,
+    /// returns.
     ///
     /// # Errors
     /// As [`Self::run_once`].
     pub fn run_once_with(
         &mut self,
         wait: Wait,
-        mut has_work: impl FnMut() -> bool,
+        mut has_work: impl FnMut(Look) -> bool,
         events: &mut Vec<Event>,
     ) -> io::Result<()> {
         self.look_around();
-        if wait == Wait::No || !self.events.is_empty() || has_work() {
+        if wait == Wait::No || !self.events.is_empty() || has_work(Look::Passing) {
             self.exchange(None)?;
-        } else if self.poll.is_zero() || !self.polls_to_success(wait, &mut has_work)? {
-            self.sleep(wait)?;
+        } else if !self.polls_to_success(wait, &mut has_work)? {
+            if has_work(Look::Last) {
+                self.exchange(None)?;
+            } else {
+                self.sleep(wait)?;
+            }
         }
         self.look_around();
         events.append(&mut self.events);
@@ -299,14 +313,18 @@ impl Lane {
     }
 
     /// Looks for work for a while. Whether there is some.
-    fn polls_to_success(&mut self, wait: Wait, has_work: &mut impl FnMut() -> bool) -> io::Result<bool> {
+    fn polls_to_success(&mut self, wait: Wait, has_work: &mut impl FnMut(Look) -> bool) -> io::Result<bool> {
+        let span = self.poller.span();
+        if span.is_zero() {
+            return Ok(false);
+        }
         self.exchange(None)?;
-        let mut until = Instant::now() + self.poll;
+        let mut until = Instant::now() + span;
         if let Wait::Until(moment) = wait {
             until = until.min(moment);
         }
         loop {
-            if !self.events.is_empty() || has_work() {
+            if !self.events.is_empty() || has_work(Look::Passing) {
                 self.mailbox.stats.poll_hits.add(1);
                 return Ok(true);
             }
@@ -329,8 +347,12 @@ impl Lane {
             return self.exchange(None);
         }
         self.mailbox.stats.sleeps.add(1);
+        let began = self.poller.adapts().then(Instant::now);
         let slept = self.exchange(Some(timeout));
         self.mailbox.awake();
+        if let Some(began) = began {
+            self.poller.slept(began.elapsed());
+        }
         slept
     }
 

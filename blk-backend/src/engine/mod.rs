@@ -7,16 +7,19 @@
 //! - `worker`: threads for what may wait: tables that are not in memory, copies, decoders, flushes, discards.
 //! - `flight`: changes under way, by guest cluster; who would run into one is parked there as a value.
 //! - `mailbox`: how workers, and everybody else, reach a lane that may be asleep.
+//! - `poll`: how long a lane looks for work before it sleeps.
 //! - `memory`: the one place that touches the bytes of a guest.
-//! - `stats`: what a lane counts.
+//! - `stats`: what a lane counts; `clock`: what it spends.
 
 mod backend;
+mod clock;
 mod course;
 mod epoll;
 mod flight;
 mod lane;
 mod mailbox;
 mod memory;
+mod poll;
 mod ring;
 mod slot;
 mod stats;
@@ -26,10 +29,12 @@ mod transfer;
 mod worker;
 
 pub use backend::{EngineChoice, EngineInUse};
-pub use lane::{Event, Lane, LaneOptions, Wait};
+pub use lane::{Event, Lane, LaneOptions, Look, Wait};
 pub use mailbox::LaneWaker;
+pub use poll::Poll;
 pub use stats::{Histogram, LaneSnapshot, OpKind, OpStats};
 
+pub(crate) use clock::ThreadClock;
 pub(crate) use flight::Flight;
 pub(crate) use mailbox::Mailbox;
 pub(crate) use worker::Workers;
@@ -37,7 +42,7 @@ pub(crate) use worker::Workers;
 /// Whether this process may use an `io_uring` as lanes need it.
 ///
 /// # Errors
-/// Why not: the kernel is too old, or somebody forbids it.
-pub fn ring_support() -> std::io::Result<()> {
-    ring::Ring::new(1).map(drop)
+/// Why not, in words: the kernel is too old, or somebody forbids it.
+pub fn ring_support() -> Result<(), String> {
+    ring::Ring::new(1).map(drop).map_err(|error| backend::why_no_ring(&error))
 }

@@ -6,7 +6,6 @@ use std::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
-    time::Duration,
 };
 
 use zerocopy::IntoBytes;
@@ -16,7 +15,10 @@ use super::{
     config::{CONFIG_BYTES, ConfigValues, WRITEBACK_AT_BYTES},
     features::Features,
 };
-use crate::disk::{Disk, DiskEvent};
+use crate::{
+    disk::{Disk, DiskEvent},
+    engine::{EngineChoice, LaneOptions, Poll},
+};
 
 /// Bytes of the device's id (5.2.6).
 pub const ID_BYTES: usize = 20;
@@ -37,12 +39,20 @@ pub struct DeviceOptions {
     /// The guest's block size; a power of two, 512 to 4096.
     pub block_bytes: u32,
     /// How long a queue looks for new requests before it sleeps.
-    pub poll: Duration,
+    pub poll: Poll,
+    /// What its queues stand on.
+    pub engine: EngineChoice,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { queues: 1, serial: String::from("blk-backend"), block_bytes: 512, poll: Duration::ZERO }
+        Self {
+            queues: 1,
+            serial: String::from("blk-backend"),
+            block_bytes: 512,
+            poll: Poll::Off,
+            engine: EngineChoice::Auto,
+        }
     }
 }
 
@@ -91,7 +101,8 @@ pub struct Device {
     queues: u16,
     id: [u8; ID_BYTES],
     block_bytes: u32,
-    poll: Duration,
+    poll: Poll,
+    engine: EngineChoice,
     /// As the disk told last; a request never waits for it.
     size_bytes: AtomicU64,
     negotiated: AtomicU64,
@@ -133,6 +144,7 @@ impl Device {
             id,
             block_bytes: options.block_bytes,
             poll: options.poll,
+            engine: options.engine,
             size_bytes: AtomicU64::new(disk.size_bytes()),
             negotiated: AtomicU64::new(0),
             writeback: AtomicBool::new(!disk.writes_through()),
@@ -178,10 +190,9 @@ impl Device {
         self.queues
     }
 
-    /// How long a queue looks for new requests before it sleeps.
-    #[must_use]
-    pub fn poll(&self) -> Duration {
-        self.poll
+    /// How the lanes of its queues are made: for so many requests at once.
+    pub(crate) fn lane_options(&self, depth: u32) -> LaneOptions {
+        LaneOptions { depth, poll: self.poll, engine: self.engine }
     }
 
     /// What is offered to drivers.

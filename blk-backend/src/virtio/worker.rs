@@ -32,7 +32,7 @@ use super::{
     setup::{MAX_QUEUE_SIZE, QueueError, QueueSetup, QueueState},
 };
 use crate::{
-    engine::{Event, Lane, LaneOptions, Wait},
+    engine::{Event, Lane, Look, Wait},
     request::{Errno, Op, Request, Segments, Submitted, iovec},
 };
 
@@ -133,7 +133,7 @@ impl Worker {
         let event_idx = setup.features.has(Features::EVENT_IDX);
         // One more for the queue's own flush.
         let depth = u32::from(rings.size) + 1;
-        let mut lane = Lane::new(device.disk(), &LaneOptions { depth, ..LaneOptions::default() })?;
+        let mut lane = Lane::new(device.disk(), &device.lane_options(depth))?;
         if let Some(kick) = &setup.kick {
             lane.watch(kick.as_fd(), KICK)?;
         }
@@ -324,34 +324,20 @@ impl Worker {
             // What waits for room in the lane gets it by an event, and orders wake the lane.
             return self.lane.run_once(Wait::Event, events);
         }
-        if self.polls_to_success(events)? {
-            return Ok(());
-        }
         let wait = match self.kick {
             Some(_) => Wait::Event,
             None => Wait::Until(Instant::now() + POLL_INTERVAL),
         };
-        // Kicks are wanted only while asleep. What became available before they are is seen by the same call.
         let Self { lane, available, ram, .. } = self;
-        lane.run_once_with(wait, || available.enable_notification(&**ram).unwrap_or(true), events)
-    }
-
-    /// Looks at the lane and at the available ring for a while.
-    fn polls_to_success(&mut self, events: &mut Vec<Event>) -> io::Result<bool> {
-        let poll = self.device.poll();
-        if poll.is_zero() {
-            return Ok(false);
-        }
-        let until = Instant::now() + poll;
-        while Instant::now() < until {
-            self.lane.run_once(Wait::No, events)?;
-            let idx = self.available.avail_idx(&*self.ram, Ordering::Relaxed);
-            if !events.is_empty() || idx.is_ok_and(|idx| idx.0 != self.available.next_avail()) {
-                return Ok(true);
+        let has_work = |look| match look {
+            Look::Passing => {
+                let idx = available.avail_idx(&**ram, Ordering::Relaxed);
+                idx.is_ok_and(|idx| idx.0 != available.next_avail())
             }
-            std::hint::spin_loop();
-        }
-        Ok(false)
+            // Kicks are wanted only while asleep. What became available before they are is seen by the same call.
+            Look::Last => available.enable_notification(&**ram).unwrap_or(true),
+        };
+        lane.run_once_with(wait, has_work, events)
     }
 
     /// Begins the request at `head`. Its answer comes with [`Self::finish`], now or later.

@@ -1,7 +1,7 @@
 //! A front end for tests: it owns the memory of its requests, and sees the answers.
 #![allow(unsafe_code)]
 
-use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 use img_core::{
     format::{Backing, OptionSet, registry},
@@ -11,7 +11,7 @@ use img_core::{
 
 use crate::{
     disk::{Disk, DiskOptions},
-    engine::{EngineChoice, Event, Lane, LaneOptions, Wait, ring_support},
+    engine::{EngineChoice, Event, Lane, LaneOptions, Poll, Wait, ring_support},
     request::{Errno, Op, Request, Segments, Submitted, iovec},
 };
 
@@ -77,7 +77,7 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) fn new(disk: &Arc<Disk>, engine: EngineChoice) -> Self {
-        Self::with(disk, &LaneOptions { depth: 16, poll: Duration::ZERO, engine })
+        Self::with(disk, &LaneOptions { depth: 16, poll: Poll::Off, engine })
     }
 
     pub(super) fn with(disk: &Arc<Disk>, options: &LaneOptions) -> Self {

@@ -7,7 +7,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use img_core::{
@@ -23,7 +23,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::client::{Client, engines, fresh_disk};
 use crate::{
     disk::{Disk, DiskOptions},
-    engine::{Event, Wait},
+    engine::{Event, LaneOptions, Poll, Wait},
     request::Op,
 };
 
@@ -205,5 +205,50 @@ fn size_and_snapshots_change_under_load_and_observers_are_told() {
             disk.image().check(img_core::format::Repair::Nothing, &mut |finding| panic!("{finding:?}"));
         let report = report.expect("it can be checked");
         assert_eq!((report.corruptions, report.leaks), (0, 0));
+    }
+}
+
+#[test]
+fn a_disk_knows_its_lanes_and_what_they_spend() {
+    for engine in engines() {
+        let (_dir, disk) = fresh_disk("raw", MIB);
+        let before = disk.lanes_cpu();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut client = Client::new(&disk, engine);
+                for _ in 0..50 {
+                    assert_eq!(client.read(0, 65536), Ok(vec![0; 65536]));
+                }
+                let [lane] = &disk.lane_reports()[..] else { panic!("one lane") };
+                let in_use = client.lane.engine();
+                assert_eq!((lane.number, &lane.engine), (0, in_use));
+                assert!(lane.cpu > before, "{lane:?}");
+            });
+        });
+        assert_eq!(disk.lane_reports(), [], "the lane is gone");
+        let spent = disk.lanes_cpu();
+        assert!(spent > before);
+        let client = Client::new(&disk, engine);
+        assert_eq!(disk.lane_reports()[0].number, 1);
+        drop(client);
+        assert!(disk.lanes_cpu() >= spent, "what was spent stays");
+    }
+}
+
+#[test]
+fn a_lane_that_polls_finds_work_before_it_sleeps() {
+    for engine in engines() {
+        let (_dir, disk) = fresh_disk("raw", MIB);
+        let long = Poll::For(Duration::from_secs(60));
+        let mut client = Client::with(&disk, &LaneOptions { depth: 16, poll: long, engine });
+        let waker = client.lane.waker();
+        thread::scope(|scope| {
+            // It polls by now, or will: either way it does not sleep.
+            scope.spawn(|| waker.wake());
+            while client.others.is_empty() {
+                client.run(Wait::Event);
+            }
+        });
+        assert_eq!((client.others.as_slice(), disk.stats().sleeps), (&[Event::Woken][..], 0));
     }
 }

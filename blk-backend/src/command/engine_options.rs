@@ -1,0 +1,46 @@
+//! The options that say what moves a guest's bytes, and how eagerly it looks for work.
+
+use blk_backend::engine::{EngineChoice, LaneOptions, Poll, ring_support};
+
+use super::Failure;
+
+/// Engine
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct EngineArgs {
+    /// What moves the bytes: io_uring, threads, or auto, which is io_uring where the host allows it
+    #[arg(long, value_name = "auto|io_uring|threads", default_value = "auto", value_parser = engine)]
+    pub(crate) engine: EngineChoice,
+    /// Look for work before sleeping: off, for N microseconds, or adaptive[:N], as long as it pays and up to N
+    #[arg(long, value_name = "off|N|adaptive[:N]", default_value = "off")]
+    pub(crate) poll: Poll,
+}
+
+impl EngineArgs {
+    /// The lanes that were chosen.
+    pub(crate) fn lane_options(self) -> LaneOptions {
+        LaneOptions { poll: self.poll, engine: self.engine, ..LaneOptions::default() }
+    }
+
+    /// Tells when threads take the place of `io_uring`, and why. Called where lanes will be made: behind the fences.
+    ///
+    /// # Errors
+    /// When `io_uring` was asked for and there is none.
+    pub(crate) fn announce(self) -> Result<(), Failure> {
+        let why = match self.engine {
+            EngineChoice::Threads => return Ok(()),
+            EngineChoice::Auto | EngineChoice::Ring => match ring_support() {
+                Ok(()) => return Ok(()),
+                Err(why) => why,
+            },
+        };
+        if self.engine == EngineChoice::Ring {
+            return Err(Failure::new(format_args!("there is no io_uring to use: {why}")));
+        }
+        super::warn(&format!("threads serve the requests, as there is no io_uring to use: {why}"));
+        Ok(())
+    }
+}
+
+fn engine(name: &str) -> Result<EngineChoice, String> {
+    EngineChoice::from_name(name).ok_or_else(|| "expected auto, io_uring or threads".to_owned())
+}
