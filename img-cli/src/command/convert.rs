@@ -1,4 +1,6 @@
-//! `img convert`: copy disks into a new image, or into one that exists.
+//! `img convert`: copy disks into a new image, into one that exists, or into a pipe.
+
+mod pipe;
 
 use clap::ValueHint;
 use img_core::{
@@ -7,10 +9,11 @@ use img_core::{
     image::{CacheMode, Image},
     job::{
         bitmaps,
-        convert::{ConvertOptions, convert},
+        convert::{ConvertOptions, Salvaged, convert},
     },
 };
 
+use self::pipe::PipeTarget;
 use crate::{
     args::{Opening, ProgressArgs, ShareArgs, cache_mode, source_cache},
     command::create,
@@ -185,7 +188,8 @@ Examples:
   img convert -O qcow2 disk.raw disk.qcow2
   img convert -c -O qcow2 -o compression_type=zstd --level 9 disk.raw disk.qcow2
   img convert -l before-upgrade disk.qcow2 old.raw
-  img convert -p -n disk.qcow2 /dev/vg/lv";
+  img convert -p -n disk.qcow2 /dev/vg/lv
+  img convert -O vmdk -o subformat=streamOptimized disk.qcow2 - | ssh host 'cat >disk.vmdk'";
 
 /// Runs the command.
 pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
@@ -209,6 +213,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     };
     if snapshot.is_some() && sources.len() > 1 {
         return Err(Failure::new("No support for concatenating multiple snapshot"));
+    }
+    if let Some(pipe) = PipeTarget::find(target, context) {
+        pipe.check(args)?;
     }
     let cache = source_cache(args.source_cache.as_deref())?;
     let reporter = Reporter::start(style(args, context)?, 1.0, context)?;
@@ -303,6 +310,9 @@ impl Job<'_> {
             .iter()
             .try_fold(0u64, |sum, source| sum.checked_add(source.virtual_size_bytes()))
             .ok_or_else(|| Failure::new("The sources are larger than any disk together"))?;
+        if let Some(pipe) = PipeTarget::find(self.target, self.context) {
+            return self.to_pipe(pipe, &sources, total_bytes);
+        }
         let cache = self.target_cache()?;
         let has_backing = if self.args.no_create {
             self.args.backing.is_some()
@@ -442,8 +452,8 @@ impl Job<'_> {
         Ok(())
     }
 
-    fn copy(&self, sources: &[Image], target: &Image, has_backing: bool) -> Result<(), Failure> {
-        let options = ConvertOptions {
+    fn options(&self, has_backing: bool) -> ConvertOptions {
+        ConvertOptions {
             sparse_bytes: self.numbers.sparse_bytes.unwrap_or(4096),
             compress: self.args.compress,
             level: self.numbers.level,
@@ -454,18 +464,24 @@ impl Job<'_> {
             target_has_backing: has_backing,
             salvage: self.args.salvage,
             rate_bytes: self.numbers.rate_bytes.filter(|rate| *rate > 0),
-        };
-        let salvaged = |lost: img_core::job::convert::Salvaged, error: &Error| {
-            if self.args.quiet {
-                return;
-            }
-            // One line a sector: as short as the reference's, for which damage is an I/O error, too.
-            let (at, why) = (lost.offset_bytes, system_reason(error));
-            self.context.warning(&match lost.step {
-                JobStep::Map => format!("error while reading block status at offset {at}: {why}"),
-                _ => format!("error while reading offset {at}: {why}"),
-            });
-        };
+        }
+    }
+
+    fn tell_salvaged(&self, lost: Salvaged, error: &Error) {
+        if self.args.quiet {
+            return;
+        }
+        // One line a sector: as short as the reference's, for which damage is an I/O error, too.
+        let (at, why) = (lost.offset_bytes, system_reason(error));
+        self.context.warning(&match lost.step {
+            JobStep::Map => format!("error while reading block status at offset {at}: {why}"),
+            _ => format!("error while reading offset {at}: {why}"),
+        });
+    }
+
+    fn copy(&self, sources: &[Image], target: &Image, has_backing: bool) -> Result<(), Failure> {
+        let options = self.options(has_backing);
+        let salvaged = |lost: Salvaged, error: &Error| self.tell_salvaged(lost, error);
         convert(sources, target, &options, &salvaged, self.reporter).map_err(|error| match error {
             // A format that can, on an image that cannot: one with an external data file.
             Error::Unsupported { .. } if self.args.compress => {

@@ -27,3 +27,16 @@ pub(super) fn file_preallocation(options: &OptionSet) -> Result<Preallocation> {
         Some(other) => Err(Error::Invalid(format!("invalid parameter value: {other}"))),
     }
 }
+
+/// Refuses the options of a new file where there is none: a pipe takes no space and has no attributes.
+pub(super) fn refuse_file_options(options: &OptionSet) -> Result<()> {
+    let is_asked = |(name, value): &(&str, &str)| match *name {
+        "preallocation" => *value != "off",
+        "nocow" | "extent_size_hint" | "backing_file" | "backing_fmt" | "data_file" | "data_file_raw" => true,
+        _ => false,
+    };
+    match options.iter().find(is_asked) {
+        None => Ok(()),
+        Some((name, _)) => Err(Error::Invalid(format!("the option '{name}' has no meaning for a pipe"))),
+    }
+}

@@ -5,8 +5,8 @@ use std::{fmt, ops::Range, path::Path, sync::Arc};
 use serde_json::Value;
 
 use super::{
-    Bitmaps, Codec, Extent, HostFile, HostOffset, LayerWriter, MeasureRequest, Measured, OptionDescription,
-    OptionSet,
+    Bitmaps, Codec, Extent, FrontRequest, FrontWriter, HostFile, HostOffset, LayerWriter, MeasureRequest,
+    Measured, OptionDescription, OptionSet,
 };
 use crate::{Error, Result, storage::Storage};
 
@@ -59,6 +59,18 @@ pub trait Driver: Send + Sync + fmt::Debug {
         let _ = request;
         let name = self.name();
         Err(Error::Invalid(format!("Block driver '{name}' does not support size measurement")))
+    }
+
+    /// Lays a new image out front to back, for a pipe.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the format cannot be written so, or refuses an option.
+    fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {
+        let _ = request;
+        let name = self.name();
+        Err(Error::Invalid(format!(
+            "{name} images cannot be written to a pipe: they are not laid out front to back"
+        )))
     }
 
     /// What this driver does and the reference's driver of that name refuses: whoever stands in for the reference

@@ -7,6 +7,7 @@
 
 mod dirty;
 mod extent;
+mod front;
 mod host_file;
 mod in_flight;
 mod layer;
@@ -24,7 +25,8 @@ pub mod vpc;
 
 pub use dirty::{BitmapInfo, Bitmaps, DirtyMap, MAX_MAP_BYTES, NewBitmap};
 pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
-use host_file::{file_preallocation, first_block};
+pub use front::{FrontRequest, FrontWriter, LookAhead};
+use host_file::{file_preallocation, first_block, refuse_file_options};
 pub use layer::{
     Backing, Beyond, CheckReport, CompressedWrites, CreateRequest, Driver, Finding, Layer, Lease, LeaseToken,
     OpenContext, OpenFile, OpenMode, Repair, SnapshotInfo, Snapshots,

@@ -23,6 +23,7 @@ mod memory;
 #[cfg(test)]
 mod model_tests;
 mod offload;
+mod pipe;
 mod space;
 mod sys;
 pub mod testing;
@@ -30,6 +31,7 @@ pub(crate) mod transfer;
 
 pub use file::{FileOptions, FileStorage};
 pub use memory::MemoryStorage;
+pub use pipe::Pipe;
 
 /// How the host page cache is used, by the reference's names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,7 +7,7 @@
 //! 3. the header, behind which everything it names is durable: a file with a header is a whole image;
 //! 4. flush.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use super::{
     create_layout::{Layout, Run, too_large},
@@ -34,8 +34,8 @@ enum Mode {
 
 /// The options of a new image, checked.
 #[derive(Debug)]
-struct Plan {
-    header: Header,
+pub(super) struct Plan {
+    pub(super) header: Header,
     mode: Mode,
 }
 
@@ -48,7 +48,7 @@ const SLICE_BYTES: u64 = 4096;
 /// [`Error::Invalid`] in the reference's words for options that are refused; [`Error::Unsupported`] for
 /// encryption.
 pub(super) fn create(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<()> {
-    let mut plan = Plan::parse(storage, request)?;
+    let mut plan = Plan::parse(storage.path(), request)?;
     let size = request.virtual_size_bytes;
     let geometry = plan.header.geometry;
     let l1_entries = geometry.l1_entries_for(size);
@@ -98,9 +98,9 @@ pub(super) fn create(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) ->
 
 impl Plan {
     /// Reads the options and makes the reference's checks, in its order.
-    fn parse(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) -> Result<Self> {
+    pub(super) fn parse(file: &Path, request: &CreateRequest<'_>) -> Result<Self> {
         let options = request.options;
-        refuse_encryption(storage, options)?;
+        refuse_encryption(file, options)?;
         let version = choice(options, "compat", "version", &[("0.10", 2), ("v2", 2), ("1.1", 3), ("v3", 3)])?;
         let modes = [
             ("off", Mode::Off),
@@ -187,14 +187,14 @@ impl Plan {
 }
 
 /// Options that ask for encryption are refused by their names.
-fn refuse_encryption(storage: &Arc<dyn Storage>, options: &OptionSet) -> Result<()> {
+fn refuse_encryption(file: &Path, options: &OptionSet) -> Result<()> {
     let name = options.iter().map(|(name, _)| name).find(|name| name.starts_with("encrypt."));
     let name = match name {
         None if options.switch("encryption")? == Some(true) => Some("encryption"),
         name => name,
     };
     match name {
-        Some(name) => Err(Error::unsupported(storage.path(), format_args!("the option '{name}'"))),
+        Some(name) => Err(Error::unsupported(file, format_args!("the option '{name}'"))),
         None => Ok(()),
     }
 }
@@ -311,8 +311,6 @@ fn write(storage: &dyn Storage, plan: &Plan, layout: &Layout, tables: &Tables) -
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
     use crate::format::{
         Backing,

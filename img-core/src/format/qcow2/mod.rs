@@ -3,7 +3,7 @@
 //! Guest clusters are found through two levels of tables (L1, L2); host clusters are counted in refcount
 //! blocks found through the refcount table. Rooms: `header` and `entry` are the bytes on disk, `geometry`
 //! the sizes that follow, `map` the question where a byte lives, `alloc` and `refcount` where new bytes
-//! go, `flush` the order that keeps every crash harmless, `snapshot`, `bitmap`, `create`, `check` the rest.
+//! go, `flush` the order that keeps every crash harmless, `front` images in pipes, `snapshot`, `bitmap`, `create`, `check` the rest.
 
 mod alloc;
 mod amend;
@@ -25,6 +25,8 @@ mod expand;
 mod extension;
 mod feature;
 mod flush;
+mod front;
+mod front_places;
 mod geometry;
 mod head;
 mod header;
@@ -64,7 +66,10 @@ mod snapshot_tests;
 
 use std::{path::Path, sync::Arc};
 
-use super::{CreateRequest, Driver, Layer, MeasureRequest, Measured, OpenContext, OptionDescription};
+use super::{
+    CreateRequest, Driver, FrontRequest, FrontWriter, Layer, MeasureRequest, Measured, OpenContext,
+    OptionDescription,
+};
 use crate::{Result, storage::Storage};
 
 /// The qcow2 format.
@@ -94,6 +99,10 @@ impl Driver for Qcow2 {
 
     fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>> {
         Ok(Arc::new(layer::Qcow2Layer::open(storage, context)?))
+    }
+
+    fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {
+        Ok(Box::new(front::Qcow2Front::new(request)?))
     }
 
     fn has_backing(&self) -> bool {

@@ -2,16 +2,17 @@
 //!
 //! There is nothing to parse: the map is one extent, the whole file. Holes are the storage's affair. A
 //! window of the file can be picked with the runtime options `offset` and `size`.
-//! `layer` answers, `write` changes.
+//! `layer` answers, `write` changes, `front` writes to pipes.
 
+pub(super) mod front;
 mod layer;
 mod write;
 
 use std::{path::Path, sync::Arc};
 
 use super::{
-    CreateRequest, Driver, Layer, MeasureRequest, Measured, OpenContext, OptionDescription, OptionKind,
-    file_preallocation, first_block,
+    CreateRequest, Driver, FrontRequest, FrontWriter, Layer, MeasureRequest, Measured, OpenContext,
+    OptionDescription, OptionKind, file_preallocation, first_block,
 };
 use crate::{
     Error, Result,
@@ -69,6 +70,10 @@ impl Driver for Raw {
 
     fn can_check(&self) -> bool {
         false
+    }
+
+    fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {
+        Ok(Box::new(front::RawFront::new(request)?))
     }
 
     /// Every byte has its place, written or not.

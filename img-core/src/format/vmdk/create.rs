@@ -22,16 +22,16 @@ use crate::{
 };
 
 /// Grains of a new image.
-const GRAIN_SECTORS: u64 = 128;
+pub(super) const GRAIN_SECTORS: u64 = 128;
 
 /// Entries of its tables.
-const TABLE_ENTRIES: u64 = 512;
+pub(super) const TABLE_ENTRIES: u64 = 512;
 
 /// Sectors of a table.
 const TABLE_SECTORS: u64 = TABLE_ENTRIES * 4 / SECTOR_BYTES;
 
 /// Room for an embedded descriptor.
-const DESCRIPTOR_SECTORS: u64 = 20;
+pub(super) const DESCRIPTOR_SECTORS: u64 = 20;
 
 /// Where the redundant directory of a new extent begins: behind header and descriptor.
 const REDUNDANT_DIRECTORY_SECTOR: u64 = 1 + DESCRIPTOR_SECTORS;
@@ -157,10 +157,29 @@ pub(super) fn create(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) ->
     let text = descriptor(&wishes, size, parent, &lines);
     let bytes = text::to_bytes(&text);
     let is_embedded = !wishes.subformat.flat && !wishes.subformat.split;
-    if is_embedded && bytes.len() as u64 > DESCRIPTOR_SECTORS * SECTOR_BYTES {
-        return Err(Error::Invalid("The descriptor does not fit into its 20 sectors".to_owned()));
+    if is_embedded {
+        check_embedded(&text)?;
     }
     storage.write_at(&bytes, if is_embedded { SECTOR_BYTES } else { 0 })
+}
+
+/// The descriptor of a new streamOptimized image without a parent whose only extent is `line`, and whether its
+/// grains may be marked as zeroes.
+///
+/// # Errors
+/// As [`create`].
+pub(super) fn stream_descriptor(options: &OptionSet, size: u64, line: &str) -> Result<(String, bool)> {
+    let wishes = Wishes::read(options, false)?;
+    let text = descriptor(&wishes, size, None, line);
+    check_embedded(&text)?;
+    Ok((text, wishes.zeroed_grains))
+}
+
+fn check_embedded(descriptor: &str) -> Result<()> {
+    if text::to_bytes(descriptor).len() as u64 > DESCRIPTOR_SECTORS * SECTOR_BYTES {
+        return Err(Error::Invalid("The descriptor does not fit into its 20 sectors".to_owned()));
+    }
+    Ok(())
 }
 
 /// The extents of a disk of that size. There is always one.

@@ -3,7 +3,7 @@
 //! A text, the `descriptor`, names extents: files of plain bytes, or sparse ones, whose two levels of tables
 //! (`sparse`; headers in `header`, `cowd`, `sesparse`) say where each grain is. `open` decides which files are
 //! opened, `layer` answers, `write`, `alloc` and `zero` change and hold the crash order, `stream` reads and
-//! writes the kind that is made front to back, `create`, `check` and `details` do the rest.
+//! writes the kind that is made front to back (`front` into pipes), `create`, `check` and `details` do the rest.
 
 mod alloc;
 mod check;
@@ -11,6 +11,7 @@ mod cowd;
 mod create;
 mod descriptor;
 mod details;
+mod front;
 mod header;
 mod layer;
 mod open;
@@ -31,7 +32,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{CreateRequest, Driver, Layer, OpenContext, OptionDescription};
+use super::{CreateRequest, Driver, FrontRequest, FrontWriter, Layer, OpenContext, OptionDescription};
 use crate::{Result, storage::Storage};
 
 /// The VMDK format.
@@ -58,6 +59,10 @@ impl Driver for Vmdk {
 
     fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>> {
         Ok(Arc::new(open::open(storage, context)?))
+    }
+
+    fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {
+        Ok(Box::new(front::StreamFront::new(request)?))
     }
 
     fn has_backing(&self) -> bool {

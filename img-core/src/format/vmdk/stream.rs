@@ -35,7 +35,7 @@ use crate::{
 const TAIL_BYTES: u64 = 3 * SECTOR_BYTES;
 
 /// Where the first grain of a new stream stands.
-const STREAM_OVERHEAD_SECTORS: u64 = 128;
+pub(super) const STREAM_OVERHEAD_SECTORS: u64 = 128;
 
 /// Tables that are kept in memory for a stream whose footer is lost: 256 MiB, a disk of 4 TiB.
 const MAX_SCANNED_TABLES: usize = 1 << 17;

@@ -22,7 +22,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, CreateRequest, OpenMode, OptionDescription, OptionKind, file_preallocation, first_block,
+        Backing, CreateRequest, OpenMode, OptionDescription, OptionKind, OptionSet, file_preallocation,
+        first_block,
     },
     storage::{Preallocation, Storage},
 };
@@ -60,18 +61,11 @@ pub(super) fn create(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) ->
     options.take("preallocation");
     options.check_names(&[CREATE_OPTIONS])?;
     let force_size = options.switch("force_size")?.unwrap_or(false);
-    let disk_type = match (options.get("subformat"), &request.backing) {
-        (None | Some("dynamic"), None) => DiskType::Dynamic,
-        (None | Some("dynamic"), Some(_)) => DiskType::Differencing,
-        (Some("fixed"), None) => DiskType::Fixed,
-        (Some("fixed"), Some(_)) => {
+    let disk_type = type_without_parent(&options)?;
+    if let Some(backing) = &request.backing {
+        if disk_type == DiskType::Fixed {
             return Err(Error::Invalid("A fixed VHD cannot have a backing file".to_owned()));
         }
-        (Some(other), _) => {
-            return Err(Error::Invalid(format!("Parameter 'subformat' does not accept value '{other}'")));
-        }
-    };
-    if let Some(backing) = &request.backing {
         return differencing(&**storage, request, backing, force_size);
     }
     let footer = new_footer(disk_type, request.virtual_size_bytes, force_size)?;
@@ -83,8 +77,21 @@ pub(super) fn create(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) ->
     }
 }
 
+/// What the options call for where there is no parent.
+pub(super) fn type_without_parent(options: &OptionSet) -> Result<DiskType> {
+    match options.get("subformat") {
+        None | Some("dynamic") => Ok(DiskType::Dynamic),
+        Some("fixed") => Ok(DiskType::Fixed),
+        Some(other) => Err(Error::Invalid(format!("Parameter 'subformat' does not accept value '{other}'"))),
+    }
+}
+
 /// The footer of a new disk of at least that size.
-fn new_footer(disk_type: DiskType, virtual_size_bytes: u64, force_size: bool) -> Result<RawFooter> {
+pub(super) fn new_footer(
+    disk_type: DiskType,
+    virtual_size_bytes: u64,
+    force_size: bool,
+) -> Result<RawFooter> {
     let asked = virtual_size_bytes.div_ceil(SECTOR_BYTES);
     let chs = if force_size { Chs::MAX } else { Chs::holding(asked) };
     let sectors = if chs == Chs::MAX { asked } else { chs.span_sectors() };

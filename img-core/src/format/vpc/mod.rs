@@ -5,7 +5,7 @@
 //! blocks that are there, each with a bitmap of its sectors in front; a differencing disk is a dynamic one whose
 //! other sectors are its parent's. Rooms: `footer`, `header`, `locator` are the bytes on disk, `geometry` the
 //! size that follows, `map` and `bitmap` the question where a byte lives, `alloc`, `write` and `flush` what
-//! changes and in which order, `parent` the identity of the disk below, `fixed`, `resize`, `create`, `check`
+//! changes and in which order, `front` disks in pipes, `parent` the identity of the disk below, `fixed`, `resize`, `create`, `check`
 //! the rest.
 
 mod alloc;
@@ -16,6 +16,7 @@ mod details;
 mod fixed;
 mod flush;
 mod footer;
+mod front;
 mod geometry;
 mod header;
 mod layer;
@@ -33,7 +34,10 @@ use std::{path::Path, sync::Arc};
 
 use footer::{COOKIE, Copies, DiskType, SizeRule};
 
-use super::{Beyond, CreateRequest, Driver, Layer, OpenContext, OptionDescription, OptionSet};
+use super::{
+    Beyond, CreateRequest, Driver, FrontRequest, FrontWriter, Layer, OpenContext, OptionDescription,
+    OptionSet,
+};
 use crate::{Error, Result, storage::Storage};
 
 /// The VHD format, by the reference's name.
@@ -83,6 +87,10 @@ impl Driver for Vpc {
 
     fn can_check(&self) -> bool {
         true
+    }
+
+    fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {
+        front::new(request)
     }
 
     fn beyond_reference(&self) -> Beyond {

@@ -43,7 +43,7 @@ const MAX_CLUSTER_BYTES: usize = 2 << 20;
 const MAX_THREAD_BUFFER_BYTES: usize = 2 * MAX_CLUSTER_BYTES + MAX_CLUSTER_BYTES / 16;
 
 /// One less than there may be elsewhere, for the bound below.
-const MAX_CONVERT_THREADS: usize = MAX_THREADS - 1;
+pub(super) const MAX_CONVERT_THREADS: usize = MAX_THREADS - 1;
 
 pub(super) const MAX_BUFFER_BYTES: usize = MAX_CONVERT_THREADS * MAX_THREAD_BUFFER_BYTES;
 const _: () = assert!(MAX_BUFFER_BYTES < 64 << 20);

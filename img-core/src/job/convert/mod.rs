@@ -3,9 +3,11 @@
 //! One walk over the sources' maps makes a `plan`; threads take pieces of it, read (`source`), find zeroes
 //! (`pieces`), compress, wait for their turn to reserve places in the `target` in guest order, and move their
 //! bytes and commit beside each other. The result is the same file at any number of threads; with
-//! `out_of_order` nobody waits. `offload` lets the host copy. Start at [`convert`].
+//! `out_of_order` nobody waits. `offload` lets the host copy; `front` writes into pipes. Start at
+//! [`convert`].
 
 mod copy;
+mod front;
 mod offload;
 mod pieces;
 mod plan;
@@ -13,7 +15,11 @@ mod source;
 mod target;
 
 #[cfg(test)]
+mod front_tests;
+#[cfg(test)]
 mod tests;
+
+pub use front::convert_to_pipe;
 
 use std::ops::Range;
 
