@@ -110,9 +110,11 @@ impl Ring {
         Ok(Some(RingFile(self.files - 1)))
     }
 
-    /// Gives the places of all files of images to others. No transfer is under way. The kernel keeps a file until its
-    /// place is taken.
+    /// Takes all files of images out of the table. No transfer is under way.
     pub(super) fn forget_files(&mut self) {
+        let nothing = vec![-1; self.files as usize];
+        // A place that could not be emptied keeps its file until another takes it, or the ring goes.
+        self.ring.submitter().register_files_update(0, &nothing).ok();
         self.files = 0;
     }
 
@@ -316,6 +318,14 @@ fn restrict(ring: &IoUring) -> io::Result<()> {
     rules.push(Restriction::register_op(FILES_UPDATE));
     rules.push(Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()));
     ring.submitter().register_restrictions(&mut rules)
+}
+
+/// The kernel takes a ring apart some time after it was closed, the process may be gone by then. Files, and the locks on
+/// them, are not to be kept for so long.
+impl Drop for Ring {
+    fn drop(&mut self) {
+        self.forget_files();
+    }
 }
 
 #[cfg(test)]
