@@ -1,14 +1,20 @@
 //! Starting, holding and ending the processors of a machine.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
+
+/// How often processors that are slow to leave the guest are kicked: a call of the host that one of them waits in may
+/// have begun just behind the kick.
+const KICK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Why a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +37,8 @@ struct State {
     held: usize,
     /// Processors there are.
     processors: usize,
+    /// Their threads, by number, as they begin.
+    threads: BTreeMap<u32, i32>,
 }
 
 /// What the processors of one machine obey. A processor looks at [`Self::is_quiet`] after each exit and waits here
@@ -51,13 +59,17 @@ impl RunControl {
         !self.wants.load(Ordering::Acquire)
     }
 
-    /// Waits while the machine is paused. Returns false when it has ended. Called by processors.
+    /// Waits while the machine is paused, after `held` was called. Returns false when it has ended. Called by
+    /// processors.
     #[must_use]
-    pub fn may_run(&self) -> bool {
+    pub fn may_run(&self, held: impl FnOnce()) -> bool {
         if self.is_quiet() {
             return true;
         }
         let mut state = self.lock();
+        if state.is_paused {
+            held();
+        }
         state.held += 1;
         self.changed.notify_all();
         while state.is_paused && state.end.is_none() {
@@ -85,10 +97,14 @@ impl RunControl {
             state.is_paused = true;
             self.wants.store(true, Ordering::Release);
         }
-        self.kick();
-        let mut state = self.lock();
-        while state.held < state.processors && state.end.is_none() {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        loop {
+            self.kick();
+            let state = self.lock();
+            let runs = |state: &mut State| state.held < state.processors && state.end.is_none();
+            let waited = self.changed.wait_timeout_while(state, KICK_AGAIN, runs);
+            if !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
+                return;
+            }
         }
     }
 
@@ -132,6 +148,17 @@ impl RunControl {
         if !self.is_quiet() {
             self.kick();
         }
+    }
+
+    /// A processor's thread has begun.
+    pub(super) fn begins(&self, processor: u32, thread: i32) {
+        self.lock().threads.insert(processor, thread);
+    }
+
+    /// Number and thread id of each processor that has begun.
+    #[must_use]
+    pub fn threads(&self) -> Vec<(u32, i32)> {
+        self.lock().threads.iter().map(|(processor, thread)| (*processor, *thread)).collect()
     }
 
     /// Says how many processors will come to [`Self::may_run`].

@@ -4,6 +4,7 @@ mod acpi;
 mod control;
 mod cpuid;
 mod firmware;
+mod handle;
 mod interrupts;
 pub mod layout;
 mod memory;
@@ -20,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use acpi::{AcpiTables, MAX_CPUS, RESET_PORT, RESET_VALUE, tables as acpi_tables};
 pub use control::{End, RunControl};
 pub use firmware::Firmware;
+pub use handle::MachineHandle;
 pub(crate) use interrupts::new_eventfd;
 pub use interrupts::{Interrupts, Message, MessageInterrupt};
 pub use layout::{HIGH_RAM_START, LOW_RAM_LIMIT};
@@ -125,6 +127,8 @@ pub struct Machine {
     disks: Vec<u8>,
     /// What firmware is mapped from.
     firmware: Option<MmapRegion>,
+    /// By slot.
+    devices: Vec<Arc<VirtioPci>>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -189,6 +193,7 @@ impl Machine {
             power_button,
             disks: Vec::new(),
             firmware: None,
+            devices: Vec::new(),
         })
     }
 
@@ -211,8 +216,15 @@ impl Machine {
             device,
         )?;
         self.next_bar += BAR_STEP;
-        self.pci.insert(slot, 0, transport)?;
+        self.pci.insert(slot, 0, Arc::<VirtioPci>::clone(&transport))?;
+        self.devices.push(transport);
         Ok(slot)
+    }
+
+    /// What other threads hold the machine by, once all devices are in it.
+    #[must_use]
+    pub fn handle(&self) -> MachineHandle {
+        MachineHandle::new(self)
     }
 
     /// The serial port, for who types.
@@ -237,12 +249,6 @@ impl Machine {
     #[must_use]
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
-    }
-
-    /// Writing to it presses the power button.
-    #[must_use]
-    pub fn power_button(&self) -> &Arc<EventFd> {
-        &self.power_button
     }
 
     /// Loads what the boot starts from and lets the processors run until the machine ends.

@@ -123,6 +123,17 @@ impl VirtioDevice for Block {
         self.device.reset();
     }
 
+    fn pause(&self) {
+        for queue in &self.queues {
+            // One that has ended by itself has broken the device, and touches nothing.
+            queue.pause().ok();
+        }
+    }
+
+    fn resume(&self) {
+        self.queues.iter().for_each(QueueThread::resume);
+    }
+
     fn set_config_notifier(&mut self, notifier: Arc<dyn ConfigNotifier>) {
         *self.notifier.lock().unwrap_or_else(PoisonError::into_inner) = Some(notifier);
     }

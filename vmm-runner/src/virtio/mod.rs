@@ -78,6 +78,12 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Stops all work. Returns when no more of the guest's memory is touched.
     fn reset(&mut self);
 
+    /// Returns when the device touches nothing of the guest any more, until [`Self::resume`]. Processors are held.
+    fn pause(&self);
+
+    /// Goes on.
+    fn resume(&self);
+
     /// Where the device tells of changes; given once, before the guest runs.
     fn set_config_notifier(&mut self, notifier: Arc<dyn ConfigNotifier>) {
         // Most configurations never change.

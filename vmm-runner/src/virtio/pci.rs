@@ -7,7 +7,7 @@ use std::{
     ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
 };
 
@@ -126,8 +126,6 @@ struct State {
     driver_features: u64,
     status: u8,
     config_vector: u16,
-    /// Counts changes of the configuration, so that a driver can tell a torn read.
-    generation: u8,
     /// Where doorbells are registered.
     doorbells_at: Option<u64>,
 }
@@ -136,7 +134,51 @@ struct State {
 pub struct VirtioPci {
     slot: TransportSlot,
     state: Mutex<State>,
+    news: Arc<News>,
+}
+
+/// What a device tells from its own threads. It takes no lock that a processor holds while it waits for the device.
+#[derive(Debug, Default)]
+struct News {
     isr: AtomicU8,
+    needs_reset: AtomicBool,
+    /// Counts changes of the configuration, so that a driver can tell a torn read.
+    generation: AtomicU8,
+    /// What is signalled, while a driver runs that gave a vector.
+    event: Mutex<Option<Arc<EventFd>>>,
+}
+
+impl News {
+    fn raise(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
+        if let Some(event) = &*self.event.lock().unwrap_or_else(PoisonError::into_inner) {
+            // An eventfd's counter that is full is an interrupt that is pending already.
+            drop(event.write(1));
+        }
+    }
+
+    fn set_event(&self, event: Option<Arc<EventFd>>) {
+        *self.event.lock().unwrap_or_else(PoisonError::into_inner) = event;
+    }
+
+    /// What a failed call into KVM means to the guest: the device needs a reset.
+    fn told(&self, result: Result<()>) {
+        if result.is_err() {
+            self.needs_reset.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl ConfigNotifier for News {
+    fn config_changed(&self) {
+        self.raise();
+    }
+
+    fn needs_reset(&self) {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        self.raise();
+    }
 }
 
 impl fmt::Debug for VirtioPci {
@@ -201,16 +243,25 @@ impl VirtioPci {
             driver_features: 0,
             status: 0,
             config_vector: NO_VECTOR,
-            generation: 0,
             doorbells_at: None,
         };
-        let transport = Arc::new(Self { slot, state: Mutex::new(state), isr: AtomicU8::new(0) });
-        let weak = Arc::downgrade(&transport);
+        let news = Arc::<News>::default();
+        let transport = Arc::new(Self { slot, state: Mutex::new(state), news: Arc::clone(&news) });
         let mut state = transport.lock();
-        state.device.set_config_notifier(Arc::new(Notifier(weak)));
+        state.device.set_config_notifier(news);
         transport.place_doorbells(&mut state)?;
         drop(state);
         Ok(transport)
+    }
+
+    /// Returns when the device touches nothing of the guest any more. Processors are held.
+    pub(crate) fn pause(&self) {
+        self.lock().device.pause();
+    }
+
+    /// Lets the device go on.
+    pub(crate) fn resume(&self) {
+        self.lock().device.resume();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -246,13 +297,6 @@ impl VirtioPci {
         Ok(())
     }
 
-    /// What a failed call into KVM means to the guest: the device needs a reset.
-    fn told(state: &mut State, result: Result<()>) {
-        if result.is_err() {
-            state.status |= STATUS_NEEDS_RESET;
-        }
-    }
-
     fn read_common(&self, state: &State, offset: u64, data: &mut [u8]) {
         let queue = state.queues.get(usize::from(state.queue_select));
         let half = |value: u64, select: u32| match select {
@@ -268,8 +312,11 @@ impl VirtioPci {
             12 => half(state.driver_features, state.driver_features_select),
             16 => u64::from(state.config_vector),
             18 => state.queues.len() as u64,
+            20 if self.news.needs_reset.load(Ordering::SeqCst) => {
+                u64::from(state.status | STATUS_NEEDS_RESET)
+            }
             20 => u64::from(state.status),
-            21 => u64::from(state.generation),
+            21 => u64::from(self.news.generation.load(Ordering::SeqCst)),
             22 => u64::from(state.queue_select),
             24 => of_queue(|queue| u64::from(queue.size)),
             26 => queue.map_or(u64::from(NO_VECTOR), |queue| u64::from(queue.vector)),
@@ -303,7 +350,10 @@ impl VirtioPci {
             (12, 4) if state.status & STATUS_FEATURES_OK == 0 => {
                 put_half(&mut state.driver_features, state.driver_features_select, word);
             }
-            (16, 2) => state.config_vector = known_vector(state, short),
+            (16, 2) => {
+                state.config_vector = known_vector(state, short);
+                self.choose_event(state);
+            }
             (20, 1) => self.write_status(state, byte),
             (22, 2) => state.queue_select = short,
             (24.., _) => Self::write_queue(state, offset, data.len(), (short, word, value)),
@@ -343,14 +393,22 @@ impl VirtioPci {
         }
     }
 
+    /// A driver that runs is told of changes by the vector that it gave.
+    fn choose_event(&self, state: &State) {
+        let vector = state.msix.vector(state.config_vector).filter(|_| state.status & STATUS_DRIVER_OK != 0);
+        self.news.set_event(vector.map(|vector| Arc::clone(vector.event())));
+    }
+
     fn write_status(&self, state: &mut State, status: u8) {
         if status == 0 {
+            self.news.set_event(None);
             state.device.reset();
             state.queues.iter_mut().for_each(Queue::reset);
             state.status = 0;
             state.driver_features = 0;
             state.config_vector = NO_VECTOR;
-            self.isr.store(0, Ordering::SeqCst);
+            self.news.needs_reset.store(false, Ordering::SeqCst);
+            self.news.isr.store(0, Ordering::SeqCst);
             return;
         }
         let news = status & !state.status;
@@ -362,8 +420,10 @@ impl VirtioPci {
             }
         }
         if news & STATUS_DRIVER_OK != 0 && state.status & STATUS_FEATURES_OK != 0 {
-            let result = self.activate(state);
-            Self::told(state, result);
+            self.news.told(self.activate(state));
+        }
+        if news & STATUS_DRIVER_OK != 0 {
+            self.choose_event(state);
         }
     }
 
@@ -396,7 +456,7 @@ impl VirtioPci {
                     self.read_common(state, offset, data);
                 } else if inside(&ISR) {
                     // Reading clears it.
-                    data[0] = self.isr.swap(0, Ordering::SeqCst);
+                    data[0] = self.news.isr.swap(0, Ordering::SeqCst);
                 } else if inside(&DEVICE) {
                     state.device.read_config(offset - DEVICE.start, data);
                 } else if inside(&MSIX_TABLE) {
@@ -419,8 +479,7 @@ impl VirtioPci {
                         drop(queue.kick.write(1));
                     }
                 } else if inside(&MSIX_TABLE) {
-                    let result = state.msix.write(offset - MSIX_TABLE.start, data);
-                    Self::told(state, result);
+                    self.news.told(state.msix.write(offset - MSIX_TABLE.start, data));
                 }
             }
         }
@@ -478,11 +537,9 @@ impl PciFunction for VirtioPci {
         let control = u16::from_le_bytes([state.space.byte(at), state.space.byte(at + 1)]);
         let bits = control & (MSIX_ENABLE | MSIX_MASK_ALL);
         if bits != state.msix.control() {
-            let result = state.msix.set_control(bits);
-            Self::told(&mut state, result);
+            self.news.told(state.msix.set_control(bits));
         }
-        let result = self.place_doorbells(&mut state);
-        Self::told(&mut state, result);
+        self.news.told(self.place_doorbells(&mut state));
     }
 
     fn decoded(&self) -> Vec<(usize, Range<u64>)> {
@@ -502,40 +559,6 @@ impl PciFunction for VirtioPci {
 impl Drop for VirtioPci {
     fn drop(&mut self) {
         self.lock().device.reset();
-    }
-}
-
-struct Notifier(std::sync::Weak<VirtioPci>);
-
-impl fmt::Debug for Notifier {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Notifier")
-    }
-}
-
-impl Notifier {
-    fn raise(&self, change: impl FnOnce(&mut State)) {
-        let Some(transport) = self.0.upgrade() else { return };
-        let mut state = transport.lock();
-        change(&mut state);
-        state.generation = state.generation.wrapping_add(1);
-        transport.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
-        if state.status & STATUS_DRIVER_OK != 0
-            && let Some(vector) = state.msix.vector(state.config_vector)
-        {
-            // An eventfd's counter that is full is an interrupt that is pending already.
-            drop(vector.event().write(1));
-        }
-    }
-}
-
-impl ConfigNotifier for Notifier {
-    fn config_changed(&self) {
-        self.raise(|_| {});
-    }
-
-    fn needs_reset(&self) {
-        self.raise(|state| state.status |= STATUS_NEEDS_RESET);
     }
 }
 

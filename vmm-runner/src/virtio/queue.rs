@@ -2,7 +2,7 @@
 
 use std::{
     os::fd::AsRawFd,
-    sync::Arc,
+    sync::{Arc, Condvar, Mutex, PoisonError},
     thread::{self, JoinHandle},
 };
 
@@ -24,6 +24,7 @@ pub(super) type Serve = Box<dyn FnMut(DescriptorChain<&GuestMemory>) -> u32 + Se
 #[derive(Debug)]
 pub struct QueueThread {
     stop: Arc<EventFd>,
+    gate: Arc<Gate>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -40,19 +41,53 @@ impl QueueThread {
     ) -> Result<Self> {
         let mut queue = rings(memory, &setup)?;
         let stop = Arc::new(new_eventfd()?);
-        let (memory, stopped) = (Arc::clone(memory), Arc::clone(&stop));
+        let gate = Arc::<Gate>::default();
+        let (memory, stopped, open) = (Arc::clone(memory), Arc::clone(&stop), Arc::clone(&gate));
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
                 while wait(&setup.kick, &stopped) {
                     // Rings that are broken end the work on this queue, until the driver resets the device.
-                    if !run(&mut queue, &memory, &setup, &mut serve) {
+                    if !open.pass(|| run(&mut queue, &memory, &setup, &mut serve)) {
                         break;
                     }
                 }
             })
             .map_err(Error::host("a thread for a queue"))?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { stop, gate, thread: Some(thread) })
+    }
+
+    /// Returns when nothing is served any more, until [`Self::resume`].
+    pub(super) fn pause(&self) {
+        self.gate.set_closed(true);
+    }
+
+    /// Goes on.
+    pub(super) fn resume(&self) {
+        self.gate.set_closed(false);
+    }
+}
+
+/// What the thread passes before it serves.
+#[derive(Debug, Default)]
+struct Gate {
+    is_closed: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    /// Waits until it is open, and keeps others from closing it meanwhile.
+    fn pass<T>(&self, work: impl FnOnce() -> T) -> T {
+        let mut is_closed = self.is_closed.lock().unwrap_or_else(PoisonError::into_inner);
+        while *is_closed {
+            is_closed = self.opened.wait(is_closed).unwrap_or_else(PoisonError::into_inner);
+        }
+        work()
+    }
+
+    fn set_closed(&self, is_closed: bool) {
+        *self.is_closed.lock().unwrap_or_else(PoisonError::into_inner) = is_closed;
+        self.opened.notify_all();
     }
 }
 
@@ -60,6 +95,7 @@ impl Drop for QueueThread {
     fn drop(&mut self) {
         // The counter cannot be full: it is written once.
         drop(self.stop.write(1));
+        self.gate.set_closed(false);
         if let Some(thread) = self.thread.take() {
             // One that panicked has said so.
             drop(thread.join());

@@ -68,4 +68,12 @@ impl VirtioDevice for Entropy {
     fn reset(&mut self) {
         self.thread = None;
     }
+
+    fn pause(&self) {
+        self.thread.iter().for_each(QueueThread::pause);
+    }
+
+    fn resume(&self) {
+        self.thread.iter().for_each(QueueThread::resume);
+    }
 }

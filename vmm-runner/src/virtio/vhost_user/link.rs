@@ -275,13 +275,20 @@ impl Link {
         self.frontend.set_inflight_fd(description, file.as_raw_fd()).map_err(during("SET_INFLIGHT_FD"))
     }
 
-    /// Stops `queues`. When it returns without an error the backend has ended all that was under way.
-    pub(super) fn stop(&mut self, queues: &[ActiveQueue]) -> Result<(), LinkError> {
+    /// Stops `queues` until they are started again. When it returns without an error the backend has ended all that
+    /// was under way.
+    pub(super) fn hold(&mut self, queues: &[ActiveQueue]) -> Result<(), LinkError> {
         for queue in queues {
             let index = usize::from(queue.index);
             self.frontend.set_vring_enable(index, false).map_err(during("SET_VRING_ENABLE"))?;
             self.frontend.get_vring_base(index).map_err(during("GET_VRING_BASE"))?;
         }
+        Ok(())
+    }
+
+    /// Stops `queues` for good, as [`Self::hold`].
+    pub(super) fn stop(&mut self, queues: &[ActiveQueue]) -> Result<(), LinkError> {
+        self.hold(queues)?;
         if self.protocol.contains(VhostUserProtocolFeatures::RESET_DEVICE) {
             self.frontend.reset_device().map_err(during("RESET_DEVICE"))?;
         }

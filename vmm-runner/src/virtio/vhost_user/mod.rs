@@ -76,6 +76,8 @@ struct State {
     config: [u8; CONFIG_BYTES],
     /// What the driver chose, for backends to come.
     writeback: Option<u8>,
+    /// No backend works on the queues.
+    is_paused: bool,
 }
 
 /// What the device and its watching thread share.
@@ -141,7 +143,14 @@ impl VhostUserBlock {
         let queues = u16::try_from(link.queues).unwrap_or(u16::MAX).min(queues).max(1);
         let config = link.config().map_err(failed)?;
         let offered = if queues > 1 { link.offered } else { link.offered.without(Features::MQ) };
-        let state = State { link: Some(link), active: None, inflight: None, config, writeback: None };
+        let state = State {
+            link: Some(link),
+            active: None,
+            inflight: None,
+            config,
+            writeback: None,
+            is_paused: false,
+        };
         let shared = Arc::new(Shared {
             path: path.to_owned(),
             queues,
@@ -235,6 +244,32 @@ impl VirtioDevice for VhostUserBlock {
             && let Err(error) = link.stop(&active.queues)
         {
             // A backend that does not stop loses the connection, and with it the memory.
+            link.shut_down();
+            self.shared.tell(&error.to_string());
+        }
+    }
+
+    fn pause(&self) {
+        let mut state = self.shared.lock();
+        state.is_paused = true;
+        let State { link, active, .. } = &mut *state;
+        if let (Some(active), Some(link)) = (active, link)
+            && let Err(error) = link.hold(&active.queues)
+        {
+            // A backend that does not stop loses the connection, and with it the memory.
+            link.shut_down();
+            self.shared.tell(&error.to_string());
+        }
+    }
+
+    fn resume(&self) {
+        let mut state = self.shared.lock();
+        state.is_paused = false;
+        let State { link, active, inflight, .. } = &mut *state;
+        if let (Some(active), Some(link)) = (active, link)
+            && let Err(error) = link.start(active, &self.shared.broken, inflight)
+        {
+            // The next one is told.
             link.shut_down();
             self.shared.tell(&error.to_string());
         }

@@ -148,11 +148,11 @@ fn go_on(shared: &Shared, mut link: Link) -> std::result::Result<(), LinkError> 
             link.write_config(WRITEBACK_AT_BYTES, value)?;
         }
         let config = shared.adapted(link.config()?);
-        let State { active, inflight, .. } = &mut *state;
+        let State { active, inflight, is_paused, .. } = &mut *state;
         let is_lost = inflight.is_none() && active.as_ref().is_some_and(Active::has_requests);
         if is_lost {
             *active = None;
-        } else if let Some(active) = active {
+        } else if let (Some(active), false) = (active, *is_paused) {
             link.start(active, &shared.broken, inflight).inspect_err(|_| link.shut_down())?;
         }
         state.link = Some(link);
