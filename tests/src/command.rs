@@ -193,6 +193,17 @@ pub fn blk_backend_binary() -> &'static Path {
     BINARY.get_or_init(|| env::var_os("BLK_BACKEND_BINARY").map_or_else(build, PathBuf::from))
 }
 
+/// The `vmm-runner` of this build: `$VMM_RUNNER_BINARY`, or the one cargo makes in the profile of the running test.
+///
+/// # Panics
+/// When it cannot be built.
+#[must_use]
+pub fn vmm_runner_binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    let build = || build("vmm-runner", "vmm-runner");
+    BINARY.get_or_init(|| env::var_os("VMM_RUNNER_BINARY").map_or_else(build, PathBuf::from))
+}
+
 /// Builds a program next to the running test, `target/PROFILE/deps/TEST`, where `cargo test --workspace` has
 /// usually built it already.
 fn build(package: &str, program: &str) -> PathBuf {

@@ -3,7 +3,8 @@
 //! The promises themselves are the files of `tests/tests/`, one each, named as a sentence. Here is what they
 //! run with: the built `img` and the reference tools ([`command`]), recognisable guest data ([`pattern`]),
 //! hand-made images whose every byte is under control ([`craft`]), the same command lines in two
-//! directories ([`twin`]), a guest that drives a virtio device ([`guest`]).
+//! directories ([`twin`]), a guest that drives a virtio device ([`guest`]), and one
+//! in a virtual machine ([`vm`]).
 
 pub mod command;
 pub mod craft;
@@ -15,9 +16,11 @@ pub mod hostile;
 pub mod memory;
 pub mod nbd;
 pub mod pattern;
+pub mod qmp;
 pub mod queue;
 pub mod scenario;
 pub mod twin;
+pub mod vm;
 pub mod vmdk;
 
 use std::path::Path;

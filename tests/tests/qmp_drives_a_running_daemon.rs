@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{Read, Write},
     os::unix::{fs::PermissionsExt, net::UnixStream},
     path::Path,
 };
@@ -12,67 +12,9 @@ use img_tests::{
     command::qemu_img,
     daemon::Daemon,
     nbd::{self, Client, Framing},
+    qmp::{Monitor, conforms},
 };
 use serde_json::{Value, json};
-
-/// A client of the control socket.
-struct Monitor {
-    lines: BufReader<UnixStream>,
-    events: Vec<Value>,
-}
-
-impl Monitor {
-    fn connect(directory: &Path) -> Self {
-        let stream = UnixStream::connect(directory.join("qmp")).unwrap();
-        let mut monitor = Self { lines: BufReader::new(stream), events: Vec::new() };
-        let greeting = monitor.line();
-        assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "{greeting}");
-        assert_eq!(greeting["QMP"]["capabilities"], json!([]));
-        monitor
-    }
-
-    fn negotiated(directory: &Path) -> Self {
-        let mut monitor = Self::connect(directory);
-        monitor.success("qmp_capabilities", json!({}));
-        monitor
-    }
-
-    fn line(&mut self) -> Value {
-        let mut line = String::new();
-        assert_ne!(self.lines.read_line(&mut line).unwrap(), 0, "the daemon hung up");
-        serde_json::from_str(&line).unwrap()
-    }
-
-    /// The reply to a text; events that come before are kept.
-    fn say(&mut self, text: &str) -> Value {
-        self.lines.get_mut().write_all(text.as_bytes()).unwrap();
-        loop {
-            let value = self.line();
-            if value.get("event").is_none() {
-                return value;
-            }
-            self.events.push(value);
-        }
-    }
-
-    fn call(&mut self, name: &str, arguments: Value) -> Value {
-        self.say(&json!({"execute": name, "arguments": arguments}).to_string())
-    }
-
-    #[track_caller]
-    fn success(&mut self, name: &str, arguments: Value) -> Value {
-        let mut reply = self.call(name, arguments);
-        assert!(reply.get("return").is_some(), "{name}: {reply}");
-        reply["return"].take()
-    }
-
-    #[track_caller]
-    fn failure(&mut self, name: &str, arguments: Value) -> String {
-        let reply = self.call(name, arguments);
-        assert_eq!(reply["error"]["class"], "GenericError", "{reply}");
-        reply["error"]["desc"].as_str().unwrap().to_owned()
-    }
-}
 
 fn serve(directory: &Path, more: &[&str]) -> Daemon {
     qemu_img(directory, ["create", "-q", "-f", "qcow2", "disk", "8M"]).output().success();
@@ -80,46 +22,11 @@ fn serve(directory: &Path, more: &[&str]) -> Daemon {
     Daemon::start(directory, base.iter().chain(more))
 }
 
-/// Whether a value is of a type of the schema.
-fn conforms(value: &Value, name: &str, schema: &[Value]) -> Result<(), String> {
-    let of = schema.iter().find(|entry| entry["name"] == *name).ok_or(format!("no type {name}"))?;
-    let wrong = || Err(format!("{value} is no {of}"));
-    match of["meta-type"].as_str().unwrap() {
-        "builtin" => match of["json-type"].as_str().unwrap() {
-            "string" if value.is_string() => Ok(()),
-            "int" if value.is_i64() || value.is_u64() => Ok(()),
-            "boolean" if value.is_boolean() => Ok(()),
-            "value" => Ok(()),
-            _ => wrong(),
-        },
-        "enum" if of["values"].as_array().unwrap().contains(value) => Ok(()),
-        "array" => {
-            let Some(values) = value.as_array() else { return wrong() };
-            let element = of["element-type"].as_str().unwrap();
-            values.iter().try_for_each(|value| conforms(value, element, schema))
-        }
-        "object" => {
-            let Some(object) = value.as_object() else { return wrong() };
-            let members = of["members"].as_array().unwrap();
-            for member in members {
-                match object.get(member["name"].as_str().unwrap()) {
-                    Some(value) => conforms(value, member["type"].as_str().unwrap(), schema)?,
-                    None if member.get("default").is_some() => {}
-                    None => return wrong(),
-                }
-            }
-            let known = |key: &str| members.iter().any(|member| member["name"] == *key);
-            if object.keys().all(|key| known(key)) { Ok(()) } else { wrong() }
-        }
-        _ => wrong(),
-    }
-}
-
 #[test]
 fn replies_are_of_the_types_that_the_schema_tells() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = serve(directory.path(), &[]);
-    let mut monitor = Monitor::negotiated(directory.path());
+    let mut monitor = Monitor::negotiated(&directory.path().join("qmp"));
     let schema = monitor.success("query-qmp-schema", json!({}));
     let schema = schema.as_array().unwrap();
     let told: Vec<&str> = schema
@@ -157,7 +64,7 @@ fn errors_are_the_references() {
     let _daemon = serve(directory.path(), &[]);
     qemu_img(directory.path(), ["create", "-q", "-f", "qcow2", "theirs", "8M"]).output().success();
     let mut theirs = Reference::start(directory.path());
-    let mut ours = Monitor::connect(directory.path());
+    let mut ours = Monitor::connect(&directory.path().join("qmp"));
     let texts = [
         r#"{"execute": "query-version"}"#,
         r#"{"execute": "qmp_capabilities", "id": {"any": [1]}}"#,
@@ -232,7 +139,7 @@ impl Reference {
             .spawn()
             .unwrap();
         let (stream, _) = listener.accept().unwrap();
-        let mut monitor = Monitor { lines: BufReader::new(stream), events: Vec::new() };
+        let mut monitor = Monitor::over(stream);
         monitor.line();
         Self { child, monitor }
     }
@@ -249,7 +156,7 @@ impl Drop for Reference {
 fn a_disk_grows_under_a_client() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = serve(directory.path(), &[]);
-    let mut monitor = Monitor::negotiated(directory.path());
+    let mut monitor = Monitor::negotiated(&directory.path().join("qmp"));
     let mut client = Client::connect(&directory.path().join("socket"), "", Framing::Structured, &[]).unwrap();
     let data = vec![7; 4096];
     let past_the_end = |client: &mut Client| {
@@ -270,8 +177,8 @@ fn a_disk_grows_under_a_client() {
 fn exports_come_and_go_and_events_tell() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = serve(directory.path(), &[]);
-    let mut monitor = Monitor::negotiated(directory.path());
-    let mut watcher = Monitor::negotiated(directory.path());
+    let mut monitor = Monitor::negotiated(&directory.path().join("qmp"));
+    let mut watcher = Monitor::negotiated(&directory.path().join("qmp"));
     let add = json!({"type": "nbd", "id": "e", "node-name": "disk0", "name": "second", "writable": false});
     monitor.success("block-export-add", add);
     let socket = directory.path().join("socket");
@@ -313,7 +220,7 @@ fn the_socket_is_its_owner_s_and_survives_nonsense() {
     let daemon = serve(directory.path(), &[]);
     let mode = fs::metadata(directory.path().join("qmp")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let mut nonsense = Monitor::connect(directory.path());
+    let mut nonsense = Monitor::connect(&directory.path().join("qmp"));
     assert!(nonsense.say("}\n").get("error").is_some());
     assert!(nonsense.say("\"\\u\"\n").get("error").is_some());
     let deep = ["[".repeat(100_000), "]".repeat(100_000)].concat();
@@ -323,7 +230,7 @@ fn the_socket_is_its_owner_s_and_survives_nonsense() {
     let mut last = String::new();
     nonsense.lines.read_to_string(&mut last).ok();
     assert!(nonsense.lines.get_mut().write_all(b"{}").is_err());
-    Monitor::negotiated(directory.path()).success("query-status", json!({}));
+    Monitor::negotiated(&directory.path().join("qmp")).success("query-status", json!({}));
     assert_eq!(daemon.terminate().code, Some(0));
 }
 

@@ -1,41 +1,15 @@
 //! The QMP client that the QEMU project publishes (`qemu.qmp`, from PyPI) drives a daemon: snapshots under load among
 //! the rest, with no request lost.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, process::Command};
 
 use img_tests::{
-    command::{Run, qemu_img},
+    command::qemu_img,
     daemon::Daemon,
     nbd::{Client, Framing, command},
     pattern::assert_same,
+    qmp::python,
 };
-
-/// The release that is used.
-const CLIENT: &str = "qemu.qmp==0.0.6";
-
-/// A Python that has the client: `$IMG_QMP_PYTHON`, or one made beside the tests' programs.
-fn python() -> PathBuf {
-    if let Some(python) = std::env::var_os("IMG_QMP_PYTHON") {
-        return python.into();
-    }
-    let test = std::env::current_exe().unwrap();
-    let environment = test.ancestors().nth(2).unwrap().join("qmp-client");
-    let python = environment.join("bin/python");
-    let has_client =
-        || Command::new(&python).args(["-c", "import qemu.qmp"]).output().is_ok_and(|it| it.status.success());
-    if !has_client() {
-        let run = |program: &Path, arguments: &[&str]| {
-            Run::new(program, Path::new("/")).args(arguments).output().success();
-        };
-        run(Path::new("python3"), &["-m", "venv", environment.to_str().unwrap()]);
-        run(&python, &["-m", "pip", "install", "--quiet", "--disable-pip-version-check", CLIENT]);
-    }
-    python
-}
 
 /// Negotiates, asks, grows the disk, and takes three snapshots on top of each other and one inside.
 const SCRIPT: &str = r#"
@@ -86,9 +60,8 @@ fn qemu_qmp_drives_the_daemon_under_load() {
         Daemon::start(directory, ["nbd", "--listen", "unix:socket", "--image", "disk", "--qmp", "unix:qmp"]);
     let mut client = Client::connect(&directory.join("socket"), "", Framing::Structured, &[]).unwrap();
     let mut model = vec![0; 8 << 20];
-    let python = python();
     let mut script =
-        Command::new(python).args(["-c", SCRIPT]).current_dir(directory).spawn().expect("it was made");
+        Command::new(python()).args(["-c", SCRIPT]).current_dir(directory).spawn().expect("it was made");
     // Writes and reads go on for as long as the script runs; not one may fail or be lost.
     let mut requests = 0_u64;
     let status = loop {

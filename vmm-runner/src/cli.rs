@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use blk_backend::control::ControlAddress;
 use clap::{Args, Parser, Subcommand};
 use vmm_runner::{
     console::ConsoleConfig,
@@ -98,6 +99,10 @@ pub(crate) struct RunOptions {
     /// At the end, one JSON object on standard error: a timeline of the boot, exits by reason, what the disks did.
     #[arg(long, value_name = "FORMAT", value_parser = ["json"])]
     pub(crate) stats: Option<String>,
+
+    /// Answers QMP on this socket: unix:PATH.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) qmp: Option<ControlAddress>,
 
     /// A source of random numbers for the guest.
     #[arg(long)]

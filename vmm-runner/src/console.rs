@@ -96,7 +96,10 @@ impl OpenConsole {
                 let raw = RawTerminal::enter()?;
                 let watches = raw.is_some();
                 let input: Input = Box::new(move |port| read_all(&mut io::stdin(), &port, watches));
-                (Box::new(io::stdout()), Some(input), raw)
+                // Not the standard library's: that one goes on when a processor is kicked out of it.
+                let stdout = io::stdout().as_fd().try_clone_to_owned();
+                let stdout = stdout.map_err(Error::host("the standard output"))?;
+                (Box::new(File::from(stdout)), Some(input), raw)
             }
             ConsoleConfig::Pty => {
                 let (pty, name) = open_pty()?;
@@ -158,9 +161,12 @@ struct Shared(Output);
 impl Write for Shared {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut output = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let written = output.write(bytes)?;
-        output.flush()?;
-        Ok(written)
+        match output.write(bytes).and_then(|written| output.flush().map(|()| written)) {
+            // A processor that waits for a slow reader was kicked: it is to be held, or to end. Whoever is told of an
+            // interruption would try again.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(io::ErrorKind::WouldBlock.into()),
+            result => result,
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -174,10 +180,13 @@ struct ToClient(Arc<Mutex<Option<Box<dyn Write + Send>>>>);
 impl Write for ToClient {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if client.as_mut().is_some_and(|client| client.write_all(bytes).is_err()) {
-            *client = None;
+        match client.as_mut().map_or(Ok(bytes.len()), |client| client.write(bytes)) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                *client = None;
+                Ok(bytes.len())
+            }
+            result => result,
         }
-        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

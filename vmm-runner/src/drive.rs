@@ -186,6 +186,12 @@ impl Drive {
         &self.disk
     }
 
+    /// The host's page cache.
+    #[must_use]
+    pub fn cache(&self) -> CacheMode {
+        self.config.cache
+    }
+
     /// The device through which a guest with that many processors sees it; `index` makes up a serial number.
     ///
     /// # Errors

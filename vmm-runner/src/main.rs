@@ -3,6 +3,7 @@
 mod choice;
 mod cli;
 mod demo;
+mod signals;
 
 use std::{
     io::{self, Write},
@@ -11,6 +12,7 @@ use std::{
     sync::Arc,
 };
 
+use blk_backend::control::Qmp;
 use choice::what_to_boot;
 use clap::Parser;
 use cli::{Cli, Command, RunOptions};
@@ -18,6 +20,7 @@ use vmm_runner::{
     Error, Result,
     boot::from_image::BootDisk,
     console::OpenConsole,
+    control::Runner,
     drive::{DiskConfig, Drive, DriveConfig, GuestDisk, close_all},
     machine::{End, Machine, MachineConfig},
     stats::Timeline,
@@ -124,6 +127,14 @@ fn run_machines(
     timeline: &Timeline,
 ) -> Result<()> {
     let mut console = OpenConsole::open(&options.serial)?;
+    let runner = Runner::new(drives)?;
+    signals::end_on_termination(Arc::clone(&runner))?;
+    // Dropped last: clients learn of the end.
+    let _qmp = options
+        .qmp
+        .as_ref()
+        .map(|address| Qmp::start(address, Arc::clone(&runner)).map_err(Error::file(address.to_string())))
+        .transpose()?;
     loop {
         let boot = what_to_boot(options, drives)?;
         let mut memory = options.memory;
@@ -139,7 +150,9 @@ fn run_machines(
         }
         console.attach(machine.serial(), machine.control())?;
         let exits = Arc::clone(machine.exits());
-        let end = machine.run(&boot)?;
+        runner.attach(&machine.handle())?;
+        let end = machine.run(&boot).unwrap_or_else(|error| End::Failed(error.to_string()));
+        runner.detach(&end, end != End::Reset || options.no_reboot);
         if options.stats.is_some() {
             let report = timeline.report(&exits, drives);
             writeln!(io::stderr(), "{report}").map_err(Error::host("standard error"))?;

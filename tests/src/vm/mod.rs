@@ -1,0 +1,178 @@
+//! Running `vmm-runner` beside a test, with a guest that does what the test tells it.
+
+mod guest;
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::Path,
+    process::{Child, ChildStdin, Command, Stdio},
+    thread::JoinHandle,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+pub use guest::{BLOCK_BYTES, block, elf, sum};
+
+use crate::{command::vmm_runner_binary, daemon::Ended};
+
+/// A runner with the guest in it. It is killed when it is dropped.
+#[derive(Debug)]
+pub struct Vm {
+    child: Child,
+    /// What is typed.
+    keys: ChildStdin,
+    screen: BufReader<UnixStream>,
+    stderr: Option<JoinHandle<String>>,
+}
+
+/// What the guest can be told to do; a number is a sector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Do {
+    /// Write [`block`] there: `ok` or `error`.
+    Write(u32),
+    /// Read a block there: its [`sum`], or `error`.
+    Read(u32),
+    /// Flush: `ok` or `error`.
+    Flush,
+    /// Tell the disk's size in sectors, as eight hexadecimal digits.
+    Capacity,
+    /// Write one block after the other, 256 of them from there on, again and again, until a key is pressed; then
+    /// tells how many.
+    Load(u32),
+    /// Wait for the power button: `button`.
+    AwaitButton,
+    /// Switch off.
+    PowerOff,
+    /// Reset.
+    Reset,
+    /// Say something for ever.
+    Shout,
+    /// A triple fault.
+    Crash,
+}
+
+impl Vm {
+    /// Starts a runner in `directory` with these arguments beside those for the guest, and waits for the guest.
+    ///
+    /// # Panics
+    /// When it does not get so far.
+    #[track_caller]
+    pub fn start<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item = A>) -> Self {
+        let mut vm = Self::spawn(directory, arguments);
+        assert_eq!(vm.line(), "ready", "{:?}", vm.stderr.take().map(JoinHandle::join));
+        vm
+    }
+
+    /// Starts a runner, which may not get to its guest.
+    ///
+    /// # Panics
+    /// When it cannot be run at all.
+    pub fn spawn<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item = A>) -> Self {
+        fs::write(directory.join("guest.elf"), elf()).expect("room");
+        // A pipe takes tens of thousands of single bytes until it is full, and a socket only hundreds: tests wait for
+        // that.
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        let mut child = Command::new(vmm_runner_binary())
+            .args(["--kernel", "guest.elf", "--memory", "32M"])
+            .args(arguments)
+            .current_dir(directory)
+            .stdin(Stdio::piped())
+            .stdout(OwnedFd::from(theirs))
+            .stderr(Stdio::piped())
+            .env("LC_ALL", "C")
+            .spawn()
+            .expect("it was built");
+        let keys = child.stdin.take().expect("piped");
+        let mut stderr = child.stderr.take().expect("piped");
+        let stderr = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            stderr.read_to_end(&mut bytes).expect("a pipe");
+            String::from_utf8_lossy(&bytes).into_owned()
+        });
+        Self { child, keys, screen: BufReader::new(ours), stderr: Some(stderr) }
+    }
+
+    /// Tells the guest to do something.
+    ///
+    /// # Panics
+    /// When the runner is gone.
+    pub fn tell(&mut self, what: Do) {
+        let (letter, number) = match what {
+            Do::Write(sector) => (b'W', sector),
+            Do::Read(sector) => (b'R', sector),
+            Do::Flush => (b'F', 0),
+            Do::Capacity => (b'C', 0),
+            Do::Load(sector) => (b'L', sector),
+            Do::AwaitButton => (b'P', 0),
+            Do::PowerOff => (b'O', 0),
+            Do::Reset => (b'B', 0),
+            Do::Shout => (b'S', 0),
+            Do::Crash => (b'T', 0),
+        };
+        let mut typed = vec![letter];
+        typed.extend(number.to_le_bytes());
+        self.keys.write_all(&typed).expect("the runner reads");
+    }
+
+    /// Presses a key, which ends [`Do::Load`].
+    ///
+    /// # Panics
+    /// When the runner is gone.
+    pub fn press(&mut self) {
+        self.keys.write_all(b".").expect("the runner reads");
+    }
+
+    /// What the guest says next, or nothing when it is gone.
+    ///
+    /// # Panics
+    /// When it is no text.
+    pub fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.screen.read_line(&mut line).expect("text");
+        line.trim_end().to_owned()
+    }
+
+    /// Tells the guest to do something, and gives its answer.
+    pub fn ask(&mut self, what: Do) -> String {
+        self.tell(what);
+        self.line()
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// Sends the runner a signal.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).expect("it was not waited for");
+    }
+
+    /// Waits for the end of the runner.
+    ///
+    /// # Panics
+    /// When the system does not let us.
+    #[must_use]
+    pub fn wait(mut self) -> Ended {
+        let code = self.child.wait().expect("our child").code();
+        let stderr = self.stderr.take().expect("taken only here").join().expect("it only reads");
+        Ended { code, stderr }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if self.stderr.is_some() {
+            // Where it is gone already there is nothing to kill.
+            self.child.kill().ok();
+            self.child.wait().ok();
+        }
+    }
+}
