@@ -4,6 +4,7 @@ use std::{io::Write, os::unix::net::UnixStream, process::Command};
 
 use img_tests::{
     command::qemu_img,
+    daemon::Daemon,
     qmp::{Monitor, conforms, python},
     vm::{Do, Vm, block, sum},
 };
@@ -276,4 +277,43 @@ fn the_reference_s_own_client_drives_a_guest_under_load() {
     let end = std::fs::read(directory.path().join("end")).unwrap();
     assert_eq!(end.len(), 16 << 20);
     assert_eq!(end[64 * 512..][..4096], block(64));
+}
+
+/// A backend in another process stops when the guest is held, and goes on from there.
+#[test]
+fn a_disk_of_a_backend_is_held_with_the_guest() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    qemu_img(path, ["create", "-q", "-f", "qcow2", "disk", "8M"]).output().success();
+    let backend = ["vhost-user", "--socket", "disk.sock", "--image", "disk", "--metrics", "unix:metrics"];
+    let backend = Daemon::start(path, backend);
+    let mut vm = Vm::start(path, ["--disk", "vhost-user=disk.sock", "--qmp", "unix:qmp"]);
+    let mut monitor = Monitor::negotiated(&path.join("qmp"));
+    let written = || {
+        let mut stream = UnixStream::connect(path.join("metrics")).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        let page = std::io::read_to_string(stream).unwrap();
+        let line = page
+            .lines()
+            .find(|line| line.starts_with("blk_operations_total") && line.contains("op=\"write\""));
+        line.unwrap().rsplit(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    vm.tell(Do::Load(0));
+    for _ in 0..5 {
+        let before = written();
+        while written() <= before {}
+        monitor.success("stop", json!({}));
+        let held = written();
+        for _ in 0..20 {
+            assert_eq!(written(), held);
+        }
+        monitor.success("cont", json!({}));
+    }
+    vm.press();
+    let count = u64::from_str_radix(&vm.line(), 16).unwrap();
+    assert_eq!(count, written(), "each block once");
+    assert_eq!(vm.ask(Do::Read(0)), sum(&block(0)));
+    vm.tell(Do::PowerOff);
+    assert_eq!(vm.wait().code, Some(0));
+    assert_eq!(backend.terminate().code, Some(0));
 }
