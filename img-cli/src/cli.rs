@@ -40,7 +40,7 @@ Sizes are bytes, or take a suffix: k, M, G, T, P or E (powers of 1024).
 
 Supported image formats:
 
-  raw qcow2";
+  raw qcow2 qed vmdk vpc";
 
 /// A command. Its definition is made when it is called: making all of them takes longer than what small
 /// commands do.
