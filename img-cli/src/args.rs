@@ -203,6 +203,8 @@ pub(crate) struct Opening<'a> {
     pub(crate) exclusive: bool,
     /// Whether the backing chain is opened too.
     pub(crate) backing: bool,
+    /// Whether it gives space back where its name does not say.
+    pub(crate) discards: bool,
 }
 
 impl<'a> Opening<'a> {
@@ -217,6 +219,7 @@ impl<'a> Opening<'a> {
             force_share: false,
             exclusive: false,
             backing: true,
+            discards: false,
         }
     }
 
@@ -259,6 +262,7 @@ impl<'a> Opening<'a> {
                 backing: self.backing,
                 max_layers: usize::MAX,
                 probe_heads_only: context.is_reference(),
+                discards: self.discards,
                 options: OptionSet::new(),
             }),
         }

@@ -17,5 +17,6 @@ pub mod image;
 pub mod job;
 pub mod storage;
 pub mod text;
+mod zeroes;
 
 pub use error::{Error, JobStep, Result};

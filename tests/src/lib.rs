@@ -27,25 +27,15 @@ use std::path::Path;
 
 use img_core::{
     Result,
-    format::{OpenMode, OptionSet},
-    image::{CacheMode, Image, ImageName, OpenOptions},
+    format::OpenMode,
+    image::{Image, ImageName, OpenOptions},
 };
 use proptest::test_runner::{Config as ProptestConfig, FileFailurePersistence, RngSeed};
 
 /// Options to open a chain with: `writeback`, with locks.
 #[must_use]
 pub fn open_options(format: Option<&str>, mode: OpenMode) -> OpenOptions {
-    OpenOptions {
-        mode,
-        format: format.map(str::to_owned),
-        cache: CacheMode::Writeback,
-        force_share: false,
-        exclusive: false,
-        backing: true,
-        max_layers: usize::MAX,
-        probe_heads_only: false,
-        options: OptionSet::new(),
-    }
+    OpenOptions { format: format.map(str::to_owned), ..OpenOptions::new(mode) }
 }
 
 /// Opens an image with its chain; see [`open_options`].

@@ -107,7 +107,7 @@ fn run_commit(
 ) -> Result<(), Failure> {
     // The chain is opened to find the base, and again in two parts: nothing below the base is read, and only the
     // base and the overlay are written.
-    let looked_at = Opening { cache, ..Opening::new(file, &args.formats, OpenMode::Read) };
+    let looked_at = Opening { cache, discards: true, ..Opening::new(file, &args.formats, OpenMode::Read) };
     let base = find_base(&looked_at.open_quietly(context)?, file, args.base.as_deref())?;
     let opening = Opening { mode: OpenMode::Write, ..looked_at };
     let mut options = opening.options(context)?;
@@ -118,7 +118,12 @@ fn run_commit(
     let overlay = open(&opening.image_name()?, &options, file)?;
     print_warnings(&overlay, context);
     let base_opening = Opening { name: &base.name, image_opts: false, format: Some(base.format), ..opening };
-    let below = open(&base_opening.image_name()?, &base_opening.options(context)?, &base.name)?;
+    // As the overlay's name describes it, where it does.
+    let base_name = match opening.image_name()?.below(base.depth) {
+        Some(described) => described,
+        None => base_opening.image_name()?,
+    };
+    let below = open(&base_name, &base_opening.options(context)?, &base.name)?;
     let committed = commit(&overlay, &below, CommitOptions { rate_bytes }, reporter);
     let closed = below.close();
     committed?;

@@ -124,6 +124,7 @@ fn run_compare(
             force_share: args.share.force_share,
             exclusive: false,
             backing: true,
+            discards: false,
         };
         opening.open(context).map_err(|failure| failure.with_code(TROUBLE))
     };

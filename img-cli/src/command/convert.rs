@@ -351,6 +351,7 @@ impl Job<'_> {
                     force_share: self.args.share.force_share,
                     exclusive: true,
                     backing: true,
+                    discards: false,
                 };
                 let image = opening.open(self.context)?;
                 match &self.snapshot {
@@ -423,6 +424,11 @@ impl Job<'_> {
         Ok(())
     }
 
+    /// Zeroes are looked for in runs of so many bytes; 0 for nowhere.
+    fn sparse_bytes(&self) -> u64 {
+        self.numbers.sparse_bytes.unwrap_or(4096)
+    }
+
     fn open_target(&self, cache: CacheMode) -> Result<Image, Failure> {
         let format = self.args.output_format.as_deref().or((!self.args.target_image_opts).then_some("raw"));
         Opening {
@@ -434,6 +440,7 @@ impl Job<'_> {
             force_share: false,
             exclusive: false,
             backing: true,
+            discards: self.sparse_bytes() > 0,
         }
         .open(self.context)
     }
@@ -454,7 +461,7 @@ impl Job<'_> {
 
     fn options(&self, has_backing: bool) -> ConvertOptions {
         ConvertOptions {
-            sparse_bytes: self.numbers.sparse_bytes.unwrap_or(4096),
+            sparse_bytes: self.sparse_bytes(),
             compress: self.args.compress,
             level: self.numbers.level,
             threads: self.numbers.threads,

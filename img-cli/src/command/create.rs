@@ -208,6 +208,7 @@ fn open_backing(file: &str, options: &mut OptionSet, context: &Context) -> Resul
         force_share: false,
         exclusive: false,
         backing: true,
+        discards: false,
     };
     let image = open_plainly(&opening, context)
         .map_err(|failure| Failure::new(format!("{}\nCould not open backing image.", failure.text)))?;

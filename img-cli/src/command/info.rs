@@ -130,7 +130,7 @@ struct Facts {
     others: Vec<HostFacts>,
 }
 
-/// What is told about a host file.
+/// What is told about a host file, or about a raw node above one.
 #[derive(Debug)]
 struct HostFacts {
     node: String,
@@ -138,38 +138,63 @@ struct HostFacts {
     length_bytes: u64,
     actual_size_bytes: Option<u64>,
     protocol: &'static str,
+    /// What a raw node stands on.
+    below: Option<Box<HostFacts>>,
 }
 
 impl HostFacts {
-    fn gather(node: String, storage: &dyn Storage) -> Result<Self, Failure> {
+    /// `raw_nodes` are called so, from the top; `storage` is what the uppermost makes of the file.
+    fn gather(
+        node: String,
+        storage: &dyn Storage,
+        raw_nodes: &mut dyn Iterator<Item = String>,
+    ) -> Result<Self, Failure> {
+        let raw_node = raw_nodes.next();
+        let below = match (&raw_node, storage.below()) {
+            (Some(_), Some((below, _))) => Some(Box::new(Self::gather("file".to_owned(), below, raw_nodes)?)),
+            _ => None,
+        };
         Ok(Self {
             node,
-            name: text::from_path(storage.path()),
+            name: raw_node.unwrap_or_else(|| text::from_path(storage.path())),
             // In whole sectors, as the reference counts.
             length_bytes: storage.len_bytes()?.next_multiple_of(512),
             actual_size_bytes: storage.allocated_bytes().ok(),
             protocol: protocol(storage.path()),
+            below,
         })
     }
 
-    fn human(&self, lines: &mut Lines) {
-        lines.add(0, format_args!("Child node '/{}':", self.node));
-        lines.add(1, format_args!("filename: {}", self.name));
-        lines.add(1, format_args!("protocol type: {}", self.protocol));
+    /// `above` is the path of the nodes above.
+    fn human(&self, above: &str, level: usize, lines: &mut Lines) {
+        let path = format!("{above}/{}", self.node);
+        lines.add(level, format_args!("Child node '{path}':"));
+        let level = level + 1;
+        let (name, file_is, length_is) = match self.below {
+            Some(_) => ("image", "file format: raw".to_owned(), "virtual size"),
+            None => ("filename", format!("protocol type: {}", self.protocol), "file length"),
+        };
+        lines.add(level, format_args!("{name}: {}", self.name));
+        lines.add(level, file_is);
         let length = self.length_bytes;
-        lines.add(1, format_args!("file length: {} ({length} bytes)", Human(length)));
-        lines.add(1, format_args!("disk size: {}", disk_size(self.actual_size_bytes)));
+        lines.add(level, format_args!("{length_is}: {} ({length} bytes)", Human(length)));
+        lines.add(level, format_args!("disk size: {}", disk_size(self.actual_size_bytes)));
+        if let Some(below) = &self.below {
+            below.human(&path, level, lines);
+        }
     }
 
     fn json(&self) -> Value {
         let mut file = json!({
-            "children": [],
+            "children": self.below.iter().map(|below| below.json()).collect::<Vec<_>>(),
             "virtual-size": self.length_bytes,
             "filename": self.name,
-            "format": self.protocol,
+            "format": if self.below.is_some() { "raw" } else { self.protocol },
             "dirty-flag": false,
-            "format-specific": { "type": "file", "data": {} },
         });
+        if self.below.is_none() {
+            file["format-specific"] = json!({ "type": "file", "data": {} });
+        }
         if let Some(bytes) = self.actual_size_bytes {
             file["actual-size"] = bytes.into();
         }
@@ -195,17 +220,18 @@ impl Facts {
         let layer = &image.layers()[0];
         let storage = layer.file(HostFile::IMAGE).ok_or_else(|| Failure::new("The image has no file"))?;
         let file_name = text::from_path(storage.path());
-        let name = opening.image_name()?.display();
+        let name = image.layer_name(0).to_owned();
         let backing = layer.backing().map(|backing| BackingFacts {
             full_name: names::full_backing_name(&file_name, &backing.name),
             name: backing.name.clone(),
             format: backing.format.clone(),
         });
-        let file = HostFacts::gather("file".to_owned(), &**storage)?;
+        let mut raw_nodes = opening.image_name()?.raw_nodes().collect::<Vec<_>>().into_iter();
+        let file = HostFacts::gather("file".to_owned(), &**storage, &mut raw_nodes)?;
         let mut others = Vec::new();
         for (node, file) in layer.other_files().into_iter().rev() {
             if let Some(storage) = layer.file(file) {
-                others.push(HostFacts::gather(node, &**storage)?);
+                others.push(HostFacts::gather(node, &**storage, &mut std::iter::empty())?);
             }
         }
         let sizes = others.iter().map(|other| other.actual_size_bytes);
@@ -264,7 +290,7 @@ impl Facts {
             lines.tree(details, 1);
         }
         for file in self.others.iter().chain([&self.file]) {
-            file.human(&mut lines);
+            file.human("", 0, &mut lines);
         }
         lines.0
     }

@@ -159,6 +159,7 @@ fn open_new(
         force_share: args.share.force_share,
         exclusive: false,
         backing: true,
+        discards: false,
     };
     opening.open(context).map_err(|failure| {
         let outer = format!("Could not open '{full}': ");

@@ -18,6 +18,7 @@ mod open;
 mod overlay;
 mod path;
 mod plane;
+mod raw_node;
 mod read;
 #[cfg(test)]
 mod testing;
@@ -47,7 +48,7 @@ use open::Opened;
 use crate::{
     Error, Result,
     format::{CheckReport, Extent, Finding, HostFile, Layer, Lease, Place, Repair},
-    storage::Storage,
+    storage::{DetectZeroes, Storage},
     text,
 };
 
@@ -72,6 +73,8 @@ pub struct Image {
     ends: Mutex<()>,
     /// Every write is flushed before it returns.
     writes_through: bool,
+    /// What becomes of a write of nothing but zeroes.
+    zeroes: DetectZeroes,
     noted: Noted,
 }
 
@@ -136,11 +139,13 @@ impl Image {
     }
 
     fn new(opened: Opened, cache: CacheMode) -> Self {
+        let zeroes = opened.layers[0].zeroes;
         let (layers, names): (Vec<_>, Vec<_>) =
             opened.layers.into_iter().map(|opened| (opened.layer, opened.name)).unzip();
         Self {
             guards_ends: opened.guessed_raw,
             writes_through: cache.writes_through(),
+            zeroes,
             warnings: opened.warnings,
             ..Self::over(layers, names)
         }
@@ -174,6 +179,7 @@ impl Image {
             guards_ends: false,
             ends: Mutex::default(),
             writes_through: false,
+            zeroes: DetectZeroes::Off,
             noted: Noted::default(),
         }
     }
@@ -195,6 +201,12 @@ impl Image {
     #[must_use]
     pub fn warnings(&self) -> &[Warning] {
         &self.warnings
+    }
+
+    /// What becomes of a write of nothing but zeroes: the option `detect-zeroes` of the top's name.
+    #[must_use]
+    pub fn detect_zeroes(&self) -> DetectZeroes {
+        self.zeroes
     }
 
     /// Guest-visible size.

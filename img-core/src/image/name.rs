@@ -5,8 +5,16 @@
 
 use serde_json::Value;
 
-use super::{flat, flat::Flat, path::protocol};
-use crate::{Error, Result, format::OptionSet, format::parse_size};
+use super::{
+    flat,
+    flat::Flat,
+    path::protocol,
+    raw_node::{RawNode, Zeroes, described, described_file},
+};
+use crate::{
+    Error, Result,
+    format::{OptionSet, parse_size, raw},
+};
 
 /// An image as the user, or another image, names it.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,6 +41,11 @@ pub(super) struct Node {
     pub(super) no_flush: Option<bool>,
     /// `locking=off`: no locks.
     pub(super) unlocked: bool,
+    pub(super) zeroes: Zeroes,
+    /// The raw nodes between the format and its file, from the top.
+    pub(super) raw_nodes: Vec<RawNode>,
+    /// The choice of the host file's own node.
+    pub(super) file_zeroes: Zeroes,
 }
 
 /// Which backing file an image gets.
@@ -82,11 +95,22 @@ impl ImageName {
         &self.text
     }
 
-    /// As the reference prints it once the image is open: the host file's name where that says it all,
-    /// else `json:{…}`.
+    /// What the reference calls the raw nodes between the format and its host file, from the top: one for each
+    /// storage [below](crate::storage::Storage::below) the image file's that is not the file itself.
+    pub fn raw_nodes(&self) -> impl Iterator<Item = String> {
+        self.node.raw_names()
+    }
+
+    /// The image that this name says the one called `depth` steps above it stands on, where it says so: for who opens
+    /// that one by itself.
     #[must_use]
-    pub fn display(&self) -> String {
-        self.node.display()
+    pub fn below(&self, depth: usize) -> Option<Self> {
+        let mut node = &self.node;
+        for _ in 0..depth {
+            let BackingChoice::Node(below) = &node.backing else { return None };
+            node = below;
+        }
+        Some(Self { text: node.path.clone(), node: node.clone() })
     }
 
     /// The host path of an image that is to be made: structured names cannot say that.
@@ -115,6 +139,9 @@ impl Node {
             direct: None,
             no_flush: None,
             unlocked: false,
+            zeroes: Zeroes::default(),
+            raw_nodes: Vec::new(),
+            file_zeroes: Zeroes::default(),
         }
     }
 
@@ -147,6 +174,7 @@ impl Node {
             // A protocol where a format is expected: the bytes as they are.
             let mut node = Self::file_node(flat)?;
             node.driver = Some("raw".to_owned());
+            node.zeroes = std::mem::take(&mut node.file_zeroes);
             return Ok(node);
         }
         let file = match flat.take("file") {
@@ -168,7 +196,7 @@ impl Node {
         }
         let mut node = Self::file_node(file)?;
         node.driver = driver;
-        node.take_common(&mut flat)?;
+        node.zeroes = node.take_common(&mut flat)?;
         node.backing = match flat.take("backing") {
             Some(Value::Null) => BackingChoice::Nothing,
             Some(Value::String(text)) if text.is_empty() => BackingChoice::Nothing,
@@ -196,17 +224,22 @@ impl Node {
         match flat.take_text("driver")?.as_deref() {
             None | Some("file" | "host_device") => {}
             Some("raw") => {
-                // A raw node without a window adds nothing to the file below it.
-                let inner = Self::from_flat({
+                let mut inner = Self::from_flat({
                     flat.put("driver", Value::String("raw".to_owned()));
                     flat
                 })?;
-                if inner.options != OptionSet::new() {
-                    return Err(Error::Invalid(
-                        "a window of a raw image as 'file' is not supported".to_owned(),
-                    ));
+                let options = std::mem::take(&mut inner.options);
+                raw::check_options(&options)?;
+                if matches!(inner.backing, BackingChoice::Node(_)) {
+                    return Err(Error::Invalid("Driver doesn't support backing files".to_owned()));
                 }
-                return Ok(Self { driver: None, ..inner });
+                let node = RawNode {
+                    offset: options.size("offset")?,
+                    size: options.size("size")?,
+                    zeroes: std::mem::take(&mut inner.zeroes),
+                };
+                inner.raw_nodes.insert(0, node);
+                return Ok(Self { driver: None, backing: BackingChoice::Recorded, ..inner });
             }
             Some(other) => return Err(Error::Invalid(format!("Unknown driver '{other}'"))),
         }
@@ -215,7 +248,7 @@ impl Node {
             _ => String::new(),
         };
         let mut node = Self::non_empty(&path)?;
-        node.take_common(&mut flat)?;
+        node.file_zeroes = node.take_common(&mut flat)?;
         if let Some(locking) = flat.take_text("locking")? {
             node.unlocked = match locking.as_str() {
                 "off" => true,
@@ -245,8 +278,8 @@ impl Node {
         }
     }
 
-    /// Options that every node has.
-    fn take_common(&mut self, flat: &mut Flat) -> Result<()> {
+    /// Options that every node has. Those that nodes do not share are returned.
+    fn take_common(&mut self, flat: &mut Flat) -> Result<Zeroes> {
         if let Some(read_only) = flat.take_switch("read-only")? {
             self.read_only = read_only;
         }
@@ -261,32 +294,32 @@ impl Node {
             self.no_flush = Some(no_flush);
         }
         flat.take_text("node-name")?; // nothing here refers to nodes by name
-        match flat.take_text("discard")?.as_deref() {
-            // The tools discard only where a command says so.
-            None | Some("ignore" | "off" | "unmap" | "on") => {}
-            Some(_) => return Err(Error::Invalid("Invalid discard option".to_owned())),
-        }
-        match flat.take_text("detect-zeroes")?.as_deref() {
-            None | Some("off") => Ok(()),
-            Some("on" | "unmap") => Err(Error::Invalid("detect-zeroes is not supported".to_owned())),
-            Some(other) => Err(Error::Invalid(format!("invalid parameter value: {other}"))),
-        }
+        Zeroes::take(flat)
     }
 
-    pub(super) fn display(&self) -> String {
+    /// As the reference prints it once it is open in the format `driver`: the host file's name where that says it
+    /// all, else `json:{…}`.
+    pub(super) fn display(&self, driver: &str) -> String {
         let number = |name: &str| self.options.get(name).and_then(|text| parse_size(text).ok());
-        let (offset, size) = (number("offset"), number("size"));
-        if self.driver.as_deref() != Some("raw") || (offset.is_none() && size.is_none()) {
+        let (offset, size) = if driver == "raw" { (number("offset"), number("size")) } else { (None, None) };
+        if offset.is_none() && size.is_none() && self.raw_nodes.is_empty() {
             return self.path.clone();
         }
-        // In the order of the reference's dictionary.
-        let mut members = Vec::new();
-        members.extend(offset.map(|offset| format!("\"offset\": {offset}")));
-        members.push("\"driver\": \"raw\"".to_owned());
-        members.extend(size.map(|size| format!("\"size\": {size}")));
-        let path = Value::String(self.path.clone());
-        members.push(format!("\"file\": {{\"driver\": \"file\", \"filename\": {path}}}"));
-        format!("json:{{{}}}", members.join(", "))
+        format!("json:{}", described(driver, offset, size, &self.described_below(0)))
+    }
+
+    /// The raw nodes from `first` on, and the file.
+    fn described_below(&self, first: usize) -> String {
+        let nodes = self.raw_nodes[first..].iter().rev();
+        nodes.fold(described_file(&self.path), |file, node| described("raw", node.offset, node.size, &file))
+    }
+
+    /// What the raw nodes are called, from the top.
+    fn raw_names(&self) -> impl Iterator<Item = String> {
+        (0..self.raw_nodes.len()).map(|first| match &self.raw_nodes[first..] {
+            [last] if !last.is_window() => self.path.clone(),
+            _ => format!("json:{}", self.described_below(first)),
+        })
     }
 }
 
@@ -309,10 +342,9 @@ mod tests {
             r#"json:{"file.filename":"a.qcow2"}"#,
             "json:{'file.filename':'a.qcow2'}",
             r#"json:{"file":{"driver":"file","filename":"a.qcow2"}}"#,
-            r#"json:{"file":{"driver":"raw","file":{"driver":"file","filename":"a.qcow2"}}}"#,
         ] {
             assert_eq!(ImageName::parse(text).unwrap().node, Node::file("a.qcow2"), "{text}");
-            assert_eq!(ImageName::parse(text).unwrap().display(), "a.qcow2");
+            assert_eq!(ImageName::parse(text).unwrap().node.display("qcow2"), "a.qcow2");
         }
         let by_options = ImageName::parse_options("driver=qcow2,file.filename=a,,b").unwrap();
         assert_eq!(by_options.node.path, "a,b");
@@ -376,9 +408,14 @@ mod tests {
     #[test]
     fn a_window_is_displayed_as_json() {
         let text = r#"json:{"driver":"raw","offset":512,"size":"1k","file":{"filename":"a.raw"}}"#;
-        assert_eq!(
-            ImageName::parse(text).unwrap().display(),
-            r#"json:{"offset": 512, "driver": "raw", "size": 1024, "file": {"driver": "file", "filename": "a.raw"}}"#
-        );
+        let window = r#"{"offset": 512, "driver": "raw", "size": 1024, "file": {"driver": "file", "filename": "a.raw"}}"#;
+        assert_eq!(ImageName::parse(text).unwrap().node.display("raw"), format!("json:{window}"));
+        let text = r#"json:{"file":{"driver":"raw","offset":512,"size":1024,"file":{"driver":"raw",
+            "file":{"driver":"file","filename":"a"}}}}"#;
+        let name = ImageName::parse(text).unwrap();
+        let plain = r#"{"driver": "raw", "file": {"driver": "file", "filename": "a"}}"#;
+        let below = format!(r#"{{"offset": 512, "driver": "raw", "size": 1024, "file": {plain}}}"#);
+        assert_eq!(name.node.display("qcow2"), format!(r#"json:{{"driver": "qcow2", "file": {below}}}"#));
+        assert_eq!(name.raw_nodes().collect::<Vec<_>>(), [format!("json:{below}"), "a".to_owned()]);
     }
 }

@@ -10,11 +10,12 @@ use super::{
     host::HostAccess,
     name::{BackingChoice, Node},
     path::full_backing_name,
+    raw_node::RawNode,
 };
 use crate::{
     Error, Result,
     format::{Backing, Driver, Layer, OpenContext, OpenMode, OptionSet, registry},
-    storage::{Identity, Storage},
+    storage::{DetectZeroes, Identity, Storage},
 };
 
 pub use crate::storage::CacheMode;
@@ -39,6 +40,8 @@ pub struct OpenOptions {
     /// Formats are recognised by the first bytes of a file alone, as the reference does; without, by the last
     /// ones too.
     pub probe_heads_only: bool,
+    /// Whether the top gives space back where its name does not say: else `detect-zeroes=unmap` is refused.
+    pub discards: bool,
     /// Runtime options for the top layer's format.
     pub options: OptionSet,
 }
@@ -56,6 +59,7 @@ impl OpenOptions {
             backing: true,
             max_layers: usize::MAX,
             probe_heads_only: false,
+            discards: false,
             options: OptionSet::new(),
         }
     }
@@ -84,6 +88,7 @@ pub(super) struct OpenedLayer {
     pub(super) name: String,
     /// Whether nobody named its format.
     pub(super) probed: bool,
+    pub(super) zeroes: DetectZeroes,
 }
 
 /// A layer still to be opened.
@@ -95,6 +100,8 @@ struct Pending {
     access: HostAccess,
     /// Whether the layer above named it itself, and so may know which one it is.
     is_recorded: bool,
+    /// Whether it gives space back where its name does not say.
+    discards: bool,
 }
 
 pub(super) fn open(name: &ImageName, options: &OpenOptions) -> Result<Image> {
@@ -136,7 +143,14 @@ fn open_chain(top: &Node, options: &OpenOptions) -> Result<Opened> {
         node.options.set(name, value);
     }
     let format = options.format.clone().or_else(|| node.driver.clone());
-    let mut next = Some(Pending { node, other_names: Vec::new(), format, access, is_recorded: false });
+    let mut next = Some(Pending {
+        node,
+        other_names: Vec::new(),
+        format,
+        access,
+        is_recorded: false,
+        discards: options.discards,
+    });
     let mut opening = Opening { seen: Vec::new(), heads_only: options.probe_heads_only };
     let mut warnings = Vec::new();
     let mut layers: Vec<OpenedLayer> = Vec::new();
@@ -203,10 +217,10 @@ impl Opening {
     }
 
     fn layer(&mut self, pending: &Pending) -> Result<OpenedLayer> {
-        let Pending { node, format, access, .. } = pending;
+        let Pending { node, format, access, discards, .. } = pending;
         let access = access.for_node(node)?;
         let named = format.as_deref().map(driver_called).transpose()?;
-        let storage = access.open(&node.path)?;
+        let mut storage = access.open(&node.path)?;
         let identity = storage.identity();
         if let Some(identity) = identity {
             if self.seen.contains(&identity) {
@@ -214,15 +228,25 @@ impl Opening {
             }
             self.seen.push(identity);
         }
+        if node.file_zeroes.checked(true)? != DetectZeroes::Off {
+            storage = RawNode { zeroes: node.file_zeroes, ..RawNode::default() }.over(storage)?;
+        }
+        for raw_node in node.raw_nodes.iter().rev() {
+            storage = raw_node.over(storage)?;
+        }
+        let zeroes = node.zeroes.checked(*discards)?;
         let driver = match named {
             Some(driver) => driver,
             None => probe(&*storage, self.heads_only)?,
         };
+        if matches!(node.backing, BackingChoice::Node(_)) && !driver.has_backing() {
+            return Err(Error::Invalid("Driver doesn't support backing files".to_owned()));
+        }
         access.lock(&*storage, driver.name() == "raw")?;
         let open_file = |name: &str, mode: OpenMode| access.open_named(&node.path, identity, name, mode);
         let context = OpenContext { mode: access.mode, options: &node.options, open_file: &open_file };
         let layer = driver.open(storage, &context)?;
-        Ok(OpenedLayer { layer, name: node.display(), probed: named.is_none() })
+        Ok(OpenedLayer { layer, name: node.display(driver.name()), probed: named.is_none(), zeroes })
     }
 }
 
@@ -238,10 +262,6 @@ fn below(opened: &OpenedLayer, pending: &Pending, top: HostAccess) -> Result<Opt
     let is_recorded = pending.node.backing == BackingChoice::Recorded;
     let (node, format) = match &pending.node.backing {
         BackingChoice::Nothing => return Ok(None),
-        BackingChoice::Node(_) if !opened.layer.driver().has_backing() => {
-            let driver = opened.layer.driver().name();
-            return Err(Error::Invalid(format!("Driver '{driver}' does not support backing files")));
-        }
         BackingChoice::Node(node) => ((**node).clone(), None),
         BackingChoice::Recorded => match recorded {
             None => return Ok(None),
@@ -253,7 +273,7 @@ fn below(opened: &OpenedLayer, pending: &Pending, top: HostAccess) -> Result<Opt
         },
     };
     let format = format.or_else(|| node.driver.clone());
-    Ok(Some(Pending { node, other_names, format, access, is_recorded }))
+    Ok(Some(Pending { node, other_names, format, access, is_recorded, discards: true }))
 }
 
 /// The driver of that name. Protocols recorded where a format should be mean the bytes as they are.

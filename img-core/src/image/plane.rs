@@ -21,7 +21,7 @@ use super::{Image, ImageExtent};
 use crate::{
     Result,
     format::{Attempt, Extent, HostFile, LeaseToken, Place, WriteStep, WriteToken},
-    storage::Storage,
+    storage::{DetectZeroes, Storage},
 };
 
 /// A request that is inside the image, and the lease on what its map answers named. Ends when dropped.
@@ -84,8 +84,8 @@ impl Image {
     /// Finds or reserves places for all of `guest_bytes` and puts the steps of the write into `steps`, in place of what
     /// it held: clusters are overwritten in place, or allocated where nothing has to be filled or copied.
     ///
-    /// [`Attempt::Blocks`] also where every write must be durable when it returns, and for a first or last
-    /// sector that is guarded.
+    /// [`Attempt::Blocks`] also where every write must be durable when it returns, where zeroes are told from other
+    /// bytes, and for a first or last sector that is guarded.
     ///
     /// # Errors
     /// [`Error::ReadOnly`](crate::Error::ReadOnly); otherwise as [`Self::try_map`].
@@ -96,7 +96,8 @@ impl Image {
     ) -> Result<Attempt<WriteTicket>> {
         steps.clear();
         let writer = self.writer()?;
-        if self.touches_guarded(&guest_bytes) || self.writes_through {
+        let looks_at_bytes = self.touches_guarded(&guest_bytes) || self.zeroes != DetectZeroes::Off;
+        if looks_at_bytes || self.writes_through {
             return Ok(Attempt::Blocks);
         }
         let Some(ticket) = self.try_enter() else { return Ok(Attempt::Busy) };

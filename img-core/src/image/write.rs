@@ -35,6 +35,10 @@ impl Image {
     /// # Errors
     /// As [`Self::write_at`].
     pub fn write_vectored_at(&self, bufs: &[IoSlice<'_>], guest_offset: u64) -> Result<()> {
+        if let Some(may_unmap) = self.zeroes.unmaps(bufs) {
+            let end = guest_offset.saturating_add(transfer::total(bufs));
+            return self.write_zeroes(guest_offset..end, may_unmap);
+        }
         let _pass = self.gate.enter();
         self.range_inside(guest_offset, bufs.iter().map(|buf| buf.len()).sum())?;
         self.write_inside(bufs, guest_offset)?;

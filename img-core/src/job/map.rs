@@ -102,7 +102,15 @@ impl Status {
 
 fn entry(image: &Image, status: &Status) -> MapEntry {
     let host = status.host();
-    let storage = host.and_then(|(file, _)| image.layers()[status.depth].file(file));
+    let layer = &image.layers()[status.depth];
+    let storage = host.and_then(|(file, _)| layer.file(file));
+    // The reference looks through raw layers to the file itself.
+    let mut offset_bytes = host.map(|(_, at)| at);
+    let mut below = storage.filter(|_| layer.is_its_file()).and_then(|storage| storage.below());
+    while let Some((storage, start)) = below {
+        offset_bytes = offset_bytes.and_then(|at| at.checked_add(start));
+        below = storage.below();
+    }
     MapEntry {
         start_bytes: status.start,
         length_bytes: status.len,
@@ -111,7 +119,7 @@ fn entry(image: &Image, status: &Status) -> MapEntry {
         zero: status.zero,
         data: status.data,
         compressed: status.is_compressed(),
-        offset_bytes: host.map(|(_, at)| at),
+        offset_bytes,
         file: storage.map(|storage| storage.path().to_owned()),
     }
 }

@@ -21,7 +21,6 @@ mod compress;
 mod ordered;
 mod status;
 mod throttle;
-mod zeroes;
 
 use std::{num::NonZero, ops::Range};
 

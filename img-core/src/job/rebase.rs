@@ -5,11 +5,12 @@
 
 use std::ops::Range;
 
-use super::{Progress, WINDOW_BYTES, compress::Compressor, windows, zeroes::is_zero};
+use super::{Progress, WINDOW_BYTES, compress::Compressor, windows};
 use crate::{
     Error, JobStep, Result,
     format::{Backing, Extent, HostFile, Layer, Lease, Place},
     image::{Image, ImageExtent},
+    zeroes::is_zero,
 };
 
 /// How much is compared at once.
@@ -182,7 +183,7 @@ struct Source {
     start: u64,
     end: u64,
     /// `None`: they read as zeroes.
-    place: Option<(Place, Option<crate::storage::Identity>)>,
+    place: Option<(Place, Option<(crate::storage::Identity, u64)>)>,
 }
 
 impl Source {
@@ -216,7 +217,7 @@ fn places(image: Option<&Image>, range: Range<u64>) -> Result<Vec<Source>> {
                     Place::Zero { .. } | Place::Unallocated => HostFile::IMAGE,
                 };
                 let storage = image.layers()[extent.depth].file(file);
-                (extent.place, storage.and_then(|storage| storage.identity()))
+                (extent.place, storage.and_then(|storage| storage.origin()))
             });
             sources.push(Source { start: extent.guest_offset, end: extent.end(), place });
         }

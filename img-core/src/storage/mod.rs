@@ -28,10 +28,13 @@ mod space;
 mod sys;
 pub mod testing;
 pub(crate) mod transfer;
+mod window;
 
 pub use file::{FileOptions, FileStorage};
 pub use memory::MemoryStorage;
 pub use pipe::Pipe;
+pub use window::DetectZeroes;
+pub(crate) use window::{Window, window_bytes};
 
 /// How the host page cache is used, by the reference's names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -168,6 +171,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The identity of the host object; `None` for memory.
     fn identity(&self) -> Option<Identity>;
 
+    /// The host object and the place in it of the first byte, where equal places of equal origins hold the same
+    /// bytes; `None` where that is not known.
+    fn origin(&self) -> Option<(Identity, u64)> {
+        self.identity().map(|identity| (identity, 0))
+    }
+
     /// Alignment and hole-punching rules.
     fn limits(&self) -> Limits;
 
@@ -191,6 +200,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     ) -> Result<u64> {
         let _ = (source, source_at_bytes, at_bytes, len_bytes);
         Ok(0)
+    }
+
+    /// The storage that this one is a view of, and where its first byte stands there; `None` for one of its own.
+    fn below(&self) -> Option<(&dyn Storage, u64)> {
+        None
     }
 
     /// Takes up changed wishes towards other processes (QEMU's byte-range locks); see

@@ -14,7 +14,7 @@ use super::{Raw, SECTOR_BYTES};
 use crate::{
     Error, Result,
     format::{Backing, Driver, Extent, HostFile, HostOffset, Layer, LayerWriter, OpenMode, OptionSet, Place},
-    storage::Storage,
+    storage::{Storage, window_bytes},
 };
 
 /// A raw image: guest byte `g` stands at `start_bytes + g`.
@@ -31,33 +31,11 @@ pub(super) struct RawLayer {
 
 impl RawLayer {
     pub(super) fn open(storage: Arc<dyn Storage>, mode: OpenMode, options: &OptionSet) -> Result<Self> {
-        for (name, _) in options.iter() {
-            if !matches!(name, "offset" | "size") {
-                return Err(Error::Invalid(format!(
-                    "Block format 'raw' does not support the option '{name}'"
-                )));
-            }
-        }
+        super::check_options(options)?;
         let file_bytes = storage.len_bytes()?;
         let start_bytes = options.size("offset")?.unwrap_or(0);
         let given_bytes = options.size("size")?;
-        let rest_bytes = file_bytes.checked_sub(start_bytes).ok_or_else(|| {
-            Error::Invalid(format!(
-                "Offset ({start_bytes}) cannot be greater than size of the containing file ({file_bytes})"
-            ))
-        })?;
-        if let Some(size) = given_bytes {
-            if size > rest_bytes {
-                return Err(Error::Invalid(format!(
-                    "The sum of offset ({start_bytes}) and size ({size}) has to be smaller or equal to the  \
-                     actual size of the containing file ({file_bytes})"
-                )));
-            }
-            if !size.is_multiple_of(SECTOR_BYTES) {
-                return Err(Error::Invalid(format!("Specified size is not multiple of {SECTOR_BYTES}")));
-            }
-        }
-        let virtual_size_bytes = given_bytes.unwrap_or(rest_bytes);
+        let virtual_size_bytes = window_bytes(file_bytes, start_bytes, given_bytes)?;
         let virtual_size_bytes = virtual_size_bytes
             .checked_next_multiple_of(SECTOR_BYTES)
             .ok_or_else(|| Error::unsupported(storage.path(), "a file of 2^64 bytes"))?;

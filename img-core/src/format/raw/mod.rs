@@ -12,7 +12,7 @@ use std::{path::Path, sync::Arc};
 
 use super::{
     CreateRequest, Driver, FrontRequest, FrontWriter, Layer, MeasureRequest, Measured, OpenContext,
-    OptionDescription, OptionKind, file_preallocation, first_block,
+    OptionDescription, OptionKind, OptionSet, file_preallocation, first_block,
 };
 use crate::{
     Error, Result,
@@ -25,6 +25,16 @@ pub(super) const SECTOR_BYTES: u64 = 512;
 /// The raw format.
 #[derive(Debug)]
 pub struct Raw;
+
+/// Refuses runtime options that a raw image does not have.
+pub(crate) fn check_options(options: &OptionSet) -> Result<()> {
+    match options.iter().find(|(name, _)| !matches!(*name, "offset" | "size")) {
+        None => Ok(()),
+        Some((name, _)) => {
+            Err(Error::Invalid(format!("Block format 'raw' does not support the option '{name}'")))
+        }
+    }
+}
 
 impl Driver for Raw {
     fn name(&self) -> &'static str {

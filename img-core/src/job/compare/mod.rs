@@ -10,9 +10,8 @@ use super::{
     Progress, cores,
     ordered::{Done, First, lock},
     status::{Status, Walk},
-    zeroes::is_zero,
 };
-use crate::{Error, JobStep, Result, format::Place, image::Image};
+use crate::{Error, JobStep, Result, format::Place, image::Image, zeroes::is_zero};
 
 #[cfg(test)]
 mod tests;
@@ -221,7 +220,7 @@ impl Pairs<'_> {
                 Place::Data { file, .. } | Place::Encoded { file, .. } => file,
                 Place::Zero { .. } | Place::Unallocated => return None,
             };
-            self.images[input].layers()[status.depth].file(file)?.identity()
+            self.images[input].layers()[status.depth].file(file)?.origin()
         };
         let is_same_place = match (first.place, second.place) {
             (Place::Data { at, .. }, Place::Data { at: other, .. }) => at == other,

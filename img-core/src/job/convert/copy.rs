@@ -1,8 +1,11 @@
 //! The threads of a conversion.
 
-use std::sync::{
-    Mutex,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    io::IoSlice,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use super::{
@@ -21,8 +24,9 @@ use crate::{
         cores,
         ordered::{First, StopOnPanic, Turn, Turns, lock},
         throttle::Throttle,
-        zeroes::is_zero,
     },
+    storage::DetectZeroes,
+    zeroes::is_zero,
 };
 
 /// How much a thread reads at once: large enough that system calls do not count, and small enough to be mostly in
@@ -103,9 +107,10 @@ impl<'a> Copy<'a> {
             Compressor::new(how, options.level)?;
         }
         let compress = compression.map(|how| (how, options.level));
-        let cut = if options.copy_offload {
+        let zeroes = target.image().detect_zeroes();
+        let cut = if options.copy_offload && zeroes == DetectZeroes::Off {
             Cut::At(OFFLOAD_PIECE_BYTES)
-        } else if is_local {
+        } else if is_local && zeroes == DetectZeroes::Off {
             Cut::At(PIECE_BYTES.max(if compress.is_some() { target.cluster_bytes } else { 0 }))
         } else {
             Cut::After(REFERENCE_PIECE_BYTES)
@@ -124,7 +129,7 @@ impl<'a> Copy<'a> {
             target_is_zero: options.target_is_zero && !options.target_has_backing,
             turns: Turns::default(),
             failed: First::new(),
-            offload: AtomicBool::new(options.copy_offload),
+            offload: AtomicBool::new(options.copy_offload && zeroes == DetectZeroes::Off),
             throttle: options.rate_bytes.map(Throttle::new),
             on_salvaged,
         })
@@ -287,7 +292,10 @@ impl<'a> Copy<'a> {
                 // Two reservations in one cluster exclude each other.
                 self.target.write(&hands.read, &mut hands.reserved)?;
             }
-            if part.is_data {
+            let unmaps = self.detected(&hands.read[part.start..part.end]);
+            if let Some(may_unmap) = unmaps.filter(|_| part.is_data) {
+                self.zero(start, end - start, may_unmap)?;
+            } else if part.is_data {
                 self.target.reserve(start..end, part.start, &mut hands.reserved)?;
                 last_cluster = Some((end - 1) / self.target.cluster_bytes);
             } else if !self.target_is_zero {
@@ -298,7 +306,17 @@ impl<'a> Copy<'a> {
     }
 
     fn write_zeroes(&self, start: u64, len: u64) -> Result<()> {
-        self.target.image().write_zeroes(start..start + len, true).map_err(|error| write_error(start, error))
+        self.zero(start, len, true)
+    }
+
+    fn zero(&self, start: u64, len: u64, may_unmap: bool) -> Result<()> {
+        let zeroed = self.target.image().write_zeroes(start..start + len, may_unmap);
+        zeroed.map_err(|error| write_error(start, error))
+    }
+
+    /// Whether bytes become zeroes in the target instead of being written: then whether their space may be given back.
+    fn detected(&self, bytes: &[u8]) -> Option<bool> {
+        self.target.image().detect_zeroes().unmaps(&[IoSlice::new(bytes)])
     }
 
     /// Whether the host copied the piece.
@@ -355,6 +373,10 @@ impl<'a> Copy<'a> {
                     let end = (guest + self.target.cluster_bytes).min(piece.start + piece.len);
                     self.write_zeroes(guest, end - guest)?;
                 }
+                Stored::Detected { may_unmap } => {
+                    let end = (guest + self.target.cluster_bytes).min(piece.start + piece.len);
+                    self.zero(guest, end - guest, *may_unmap)?;
+                }
             }
         }
         drop(turn);
@@ -381,6 +403,8 @@ impl<'a> Copy<'a> {
         for (index, cluster) in hands.read.chunks(cluster_bytes).enumerate() {
             let stored = if self.sparseness.is_some() && is_zero(cluster) {
                 Stored::Zero
+            } else if let Some(may_unmap) = self.detected(cluster) {
+                Stored::Detected { may_unmap }
             } else {
                 match compressor.compress(cluster, &mut hands.stored[free..free + bound])? {
                     None => Stored::Plain,
@@ -404,6 +428,10 @@ struct Cluster {
 
 enum Stored {
     Zero,
+    /// The target tells zeroes from other bytes.
+    Detected {
+        may_unmap: bool,
+    },
     Plain,
     Compressed(std::ops::Range<usize>),
 }

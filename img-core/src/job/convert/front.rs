@@ -30,9 +30,9 @@ use crate::{
         ordered::{First, StopOnPanic, Turns, lock},
         status::OnLost,
         throttle::Throttle,
-        zeroes::is_zero,
     },
     storage::Pipe,
+    zeroes::is_zero,
 };
 
 /// How much a thread reads at once, unless a unit is larger.

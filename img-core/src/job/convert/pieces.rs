@@ -1,6 +1,6 @@
 //! Which part of a buffer is worth writing: the reference's zero detection (`-S`).
 
-use crate::job::zeroes::is_zero;
+use crate::zeroes::is_zero;
 
 /// The unit in which zeroes are looked for at all.
 const SECTOR_BYTES: usize = 512;

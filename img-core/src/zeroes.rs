@@ -6,7 +6,7 @@ const STRIDE: usize = 256;
 
 /// Whether every byte is zero. Looks at the first, middle and last bytes before it reads everything, as data
 /// rarely passes that.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     let (Some(first), Some(last)) = (bytes.first(), bytes.last()) else { return true };
     if first | last | bytes[bytes.len() / 2] != 0 {
         return false;
