@@ -12,6 +12,6 @@ pub use fw_cfg::{FW_CFG_PORT_COUNT, FW_CFG_PORTS, FwCfg, FwCfgItems};
 pub use power::{
     AcpiPorts, ResetPort, SLEEP_CONTROL_PORT, SLEEP_PORT_COUNT, SLEEP_TYPE_OFF, SYSTEM_CONTROL_PORT,
 };
-pub use power_management::PowerManagement;
+pub use power_management::{PM1_CONTROL, POWER_PORTS, PowerManagement, TIMER};
 pub use rtc::{RTC_PORT_COUNT, RTC_PORTS, Rtc};
 pub use serial::{COM1_GSI, COM1_PORT_COUNT, COM1_PORTS, Console, SerialPort};

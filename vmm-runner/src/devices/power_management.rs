@@ -1,5 +1,5 @@
-//! The power management function of a PIIX4: the clock by which firmware and boot loaders wait, and the register by
-//! which they switch off. ACPI names neither: to operating systems this board is hardware-reduced.
+//! The power management function of a PIIX4: the clock by which firmware and boot loaders wait, and the registers by
+//! which they, and operating systems that firmware started, switch off.
 
 use std::{
     ops::Range,
@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::SLEEP_TYPE_OFF;
 use crate::{
     bus::MovablePorts,
     machine::{End, RunControl},
@@ -22,16 +23,23 @@ const APM_ENABLE: u8 = 1 << 1;
 /// Bit 0 switches the ports on (section 7.2.4).
 const PORTS_ENABLE: usize = 0x80;
 
+/// Where the ports always are, besides where the guest puts them: firmwares differ in that, and ACPI needs one place.
+/// It is where SeaBIOS puts them.
+pub const POWER_PORTS: u16 = 0x600;
 /// How many ports.
 const PORT_COUNT: u16 = 64;
+/// The PM1 enable register (section 7.1.2), behind the status register.
+const PM1_ENABLE: u16 = 2;
 /// The PM1 control register (section 7.1.3).
-const PM1_CONTROL: u16 = 4;
+pub const PM1_CONTROL: u16 = 4;
 /// The timer (section 7.1.4).
-const TIMER: u16 = 8;
+pub const TIMER: u16 = 8;
+/// PM1 control: events are ACPI's affair. They are, always.
+const ACPI_MODE: u16 = 1;
 /// PM1 control: enter the sleep type in bits 10 to 12.
 const SLEEP_ENABLE: u16 = 1 << 13;
-/// PM1 control: the sleep type; none means off.
-const SLEEP_TYPE: u16 = 7 << 10;
+/// PM1 control: where the sleep type stands. None is off, as on a PIIX4, and so is what ACPI is told.
+const SLEEP_TYPE_SHIFT: u32 = 10;
 
 /// The timer counts at this rate, in 24 bits.
 const TIMER_HZ: u128 = 3_579_545;
@@ -40,6 +48,7 @@ const TIMER_MASK: u32 = 0xFF_FFFF;
 #[derive(Debug)]
 struct State {
     space: ConfigSpace,
+    pm1_enable: u16,
     pm1_control: u16,
 }
 
@@ -67,7 +76,7 @@ impl PowerManagement {
         space.add_register(PORTS_BASE + 1, 0, 0xFF);
         space.add_register(DEVICE_ACTIVITY_B, APM_ENABLE, 0xFF);
         space.add_register(PORTS_ENABLE, 0, 1);
-        let state = Mutex::new(State { space, pm1_control: 0 });
+        let state = Mutex::new(State { space, pm1_enable: 0, pm1_control: ACPI_MODE });
         Arc::new(Self { control, began: Instant::now(), state })
     }
 
@@ -106,14 +115,17 @@ impl MovablePorts for PowerManagement {
         let base =
             u16::from_le_bytes([state.space.byte(PORTS_BASE) & 0xC0, state.space.byte(PORTS_BASE + 1)]);
         let is_on = state.space.byte(PORTS_ENABLE) & 1 != 0;
-        port.checked_sub(base).filter(|offset| is_on && *offset < PORT_COUNT)
+        let moved = port.checked_sub(base).filter(|offset| is_on && *offset < PORT_COUNT);
+        moved.or_else(|| port.checked_sub(POWER_PORTS).filter(|offset| *offset < PORT_COUNT))
     }
 
     fn read(&self, offset: u16, data: &mut [u8]) {
-        // No event ever happens: the event registers are zero.
+        let state = self.lock();
+        // No event ever happens: the status registers are zero.
         let mut registers = [0; PORT_COUNT as usize];
-        let control = usize::from(PM1_CONTROL);
-        registers[control..control + 2].copy_from_slice(&self.lock().pm1_control.to_le_bytes());
+        for (at, value) in [(PM1_ENABLE, state.pm1_enable), (PM1_CONTROL, state.pm1_control)] {
+            registers[usize::from(at)..usize::from(at) + 2].copy_from_slice(&value.to_le_bytes());
+        }
         let timer = usize::from(TIMER);
         registers[timer..timer + 4].copy_from_slice(&ticks(self.began.elapsed()).to_le_bytes());
         for (byte, value) in data.iter_mut().zip(&registers[usize::from(offset)..]) {
@@ -123,18 +135,18 @@ impl MovablePorts for PowerManagement {
 
     fn write(&self, offset: u16, data: &[u8]) {
         let mut state = self.lock();
-        let mut control = state.pm1_control.to_le_bytes();
-        for (at, &value) in (offset..).zip(data) {
-            match at {
-                PM1_CONTROL => control[0] = value,
-                at if at == PM1_CONTROL + 1 => control[1] = value,
-                _ => {}
+        let mut registers = [state.pm1_enable.to_le_bytes(), state.pm1_control.to_le_bytes()];
+        let bytes = registers.as_flattened_mut();
+        for (at, &value) in (usize::from(offset)..).zip(data) {
+            if let Some(byte) = at.checked_sub(usize::from(PM1_ENABLE)).and_then(|at| bytes.get_mut(at)) {
+                *byte = value;
             }
         }
-        let control = u16::from_le_bytes(control);
+        let [enable, control] = registers.map(u16::from_le_bytes);
         // The bit that enters a sleep reads as zero.
-        state.pm1_control = control & !SLEEP_ENABLE;
-        if control & SLEEP_ENABLE != 0 && control & SLEEP_TYPE == 0 {
+        (state.pm1_enable, state.pm1_control) = (enable, control & !SLEEP_ENABLE | ACPI_MODE);
+        let sleep_type = control >> SLEEP_TYPE_SHIFT & 7;
+        if control & SLEEP_ENABLE != 0 && (sleep_type == 0 || sleep_type == u16::from(SLEEP_TYPE_OFF)) {
             self.control.end(End::PowerOff);
         }
     }
@@ -147,7 +159,7 @@ mod tests {
     fn placed() -> (Arc<PowerManagement>, Arc<RunControl>) {
         let control = Arc::new(RunControl::default());
         let function = PowerManagement::new(Arc::clone(&control));
-        function.write_config(0x40, &0x0601u32.to_le_bytes());
+        function.write_config(0x40, &0xB001u32.to_le_bytes());
         function.write_config(0x80, &[1]);
         (function, control)
     }
@@ -180,13 +192,25 @@ mod tests {
 
     #[test]
     fn only_a_sleep_of_the_right_type_switches_off() {
+        let off_by_acpi = SLEEP_ENABLE | u16::from(SLEEP_TYPE_OFF) << SLEEP_TYPE_SHIFT;
+        for off in [SLEEP_ENABLE, off_by_acpi] {
+            let (function, control) = placed();
+            function.write(PM1_CONTROL, &off.to_le_bytes());
+            assert_eq!(control.ended(), Some(End::PowerOff));
+        }
         let (function, control) = placed();
         function.write(PM1_CONTROL, &1u16.to_le_bytes());
         function.write(PM1_CONTROL, &(SLEEP_ENABLE | 1 << 10).to_le_bytes());
         assert_eq!(control.ended(), None);
         let mut data = [0; 2];
         function.read(PM1_CONTROL, &mut data);
-        assert_eq!(u16::from_le_bytes(data), 1 << 10);
+        assert_eq!(u16::from_le_bytes(data), 1 << 10 | ACPI_MODE);
+        // What enables events is kept, and none comes.
+        function.write(0, &0xFFFF_FFFFu32.to_le_bytes());
+        let mut events = [0xFF; 4];
+        function.read(0, &mut events);
+        assert_eq!(events, [0, 0, 0xFF, 0xFF]);
+        function.write(PM1_CONTROL, &[0, 0]);
         function.write(PM1_CONTROL + 1, &[0x20]);
         assert_eq!(control.ended(), Some(End::PowerOff));
     }

@@ -1,5 +1,6 @@
-//! What the guest's ACPI says of this board: hardware-reduced (ACPI 6.4, section 4.1), so that nothing of a PC's
-//! power management hardware has to exist.
+//! What the guest's ACPI says of this board. For a direct boot it is hardware-reduced (ACPI 6.4, section 4.1), and a
+//! guest touches nothing of a PC's power management, timer and old interrupt controllers. Behind firmware, which uses
+//! those, they must be told of: a hardware-reduced guest would not stop the timer's interrupts.
 
 use std::ops::Range;
 
@@ -21,7 +22,7 @@ use zerocopy::IntoBytes;
 use super::layout;
 use crate::{
     Error, Result,
-    devices::{COM1_GSI, COM1_PORTS, SLEEP_CONTROL_PORT, SLEEP_TYPE_OFF},
+    devices::{COM1_GSI, COM1_PORTS, PM1_CONTROL, POWER_PORTS, SLEEP_CONTROL_PORT, SLEEP_TYPE_OFF, TIMER},
     pci::CONFIG_PORTS,
 };
 
@@ -35,8 +36,19 @@ pub const RESET_PORT: u16 = 0xCF9;
 pub const RESET_VALUE: u8 = 6;
 /// The pin that the power button pulses.
 pub(super) const POWER_BUTTON_GSI: u32 = 9;
-/// Interrupt source override: pin 4 is what the ISA bus calls 4, edge-triggered and active high.
+/// The pin of ACPI's own interrupt, which never comes: nothing happens in the event registers.
+const SCI_GSI: u16 = 10;
+/// Interrupt source override: how the pin of an ISA interrupt is triggered.
 const ISA_OVERRIDE: u8 = 2;
+const EDGE_HIGH: u8 = 0b0101;
+const LEVEL_HIGH: u8 = 0b1101;
+/// MADT: the byte of flags that says that there are two 8259 controllers as well (section 5.2.12).
+const MADT_FLAGS_AT: usize = 40;
+const OLD_CONTROLLERS: u8 = 1;
+/// FADT: a state that takes longer to leave than this is not there.
+const NO_DEEP_SLEEP: u16 = 0xFFF;
+const FACS_BYTES: u32 = 64;
+const FACS_VERSION_AT: usize = 32;
 /// Local APIC NMI structure.
 const LOCAL_NMI: u8 = 4;
 /// FADT, IA-PC boot architecture flags (ACPI 6.4, section 5.2.9.3).
@@ -64,7 +76,7 @@ pub(super) struct Linked {
     pub(super) tables: Vec<u8>,
     /// Where in them an address of eight bytes stands.
     pub(super) pointers: Vec<usize>,
-    /// Where each of them begins and ends. Its checksum is the byte at [`CHECKSUM_AT`].
+    /// Where each of them begins and ends that has a checksum, which is the byte at [`CHECKSUM_AT`].
     pub(super) ranges: Vec<Range<usize>>,
 }
 
@@ -78,20 +90,30 @@ pub(super) const RSDP_XSDT_AT: usize = 24;
 pub(super) const RSDP_EXTENDED_CHECKSUM_AT: usize = 32;
 /// What the RSDP was before it had an XSDT.
 pub(super) const RSDP_V1_BYTES: usize = 20;
-/// The FADT's address of the DSDT.
+/// The FADT's addresses of the FACS and of the DSDT.
+const FADT_FACS_AT: usize = 132;
 const FADT_DSDT_AT: usize = 140;
 /// The XSDT's addresses follow its header.
 const XSDT_ENTRIES_AT: usize = 36;
 /// Tables begin at multiples of this.
 const ALIGNMENT: usize = 16;
 
+/// Which of the board's hardware the tables tell of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AcpiHardware {
+    /// What a direct boot needs.
+    Reduced,
+    /// What firmware has used.
+    Full,
+}
+
 /// Makes the tables of a board with that many processors, for `address` on.
 ///
 /// # Errors
 /// When they do not fit before `limit`.
-pub fn tables(address: u64, limit: u64, cpus: u32) -> Result<AcpiTables> {
+pub fn tables(address: u64, limit: u64, cpus: u32, hardware: AcpiHardware) -> Result<AcpiTables> {
     let rsdp_bytes = Rsdp::len().next_multiple_of(ALIGNMENT);
-    let Linked { mut rsdp, tables, .. } = linked(address + rsdp_bytes as u64, cpus)?;
+    let Linked { mut rsdp, tables, .. } = linked(address + rsdp_bytes as u64, cpus, hardware)?;
     rsdp.resize(rsdp_bytes, 0);
     let bytes = [rsdp, tables].concat();
     if address + bytes.len() as u64 > limit {
@@ -101,7 +123,7 @@ pub fn tables(address: u64, limit: u64, cpus: u32) -> Result<AcpiTables> {
 }
 
 /// Makes the tables, all but the RSDP for `address` on.
-pub(super) fn linked(address: u64, cpus: u32) -> Result<Linked> {
+pub(super) fn linked(address: u64, cpus: u32, hardware: AcpiHardware) -> Result<Linked> {
     let mut tables = Vec::new();
     let mut ranges = Vec::new();
     let mut place = |table: &[u8]| {
@@ -111,15 +133,21 @@ pub(super) fn linked(address: u64, cpus: u32) -> Result<Linked> {
         tables.resize(tables.len().next_multiple_of(ALIGNMENT), 0);
         (start, address + start as u64)
     };
+    // The one that needs the largest alignment comes first, where the firmware's is kept.
+    let facs = (hardware == AcpiHardware::Full).then(|| place(&facs()).1);
     let (_, dsdt) = place(&dsdt());
-    let (fadt_at, fadt) = place(&fadt(dsdt));
-    let (_, madt) = place(&madt(cpus)?);
+    let (fadt_at, fadt) = place(&fadt(dsdt, facs));
+    let (_, madt) = place(&madt(cpus, hardware)?);
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     let entries = [fadt, madt];
     entries.iter().for_each(|&entry| xsdt.add_entry(entry));
     let (xsdt_at, xsdt) = place(&to_bytes(&xsdt));
     let rsdp = to_bytes(&Rsdp::new(OEM, xsdt));
     let mut pointers = vec![fadt_at + FADT_DSDT_AT];
+    if facs.is_some() {
+        pointers.push(fadt_at + FADT_FACS_AT);
+        ranges.remove(0); // it has no checksum
+    }
     pointers.extend((0..entries.len()).map(|index| xsdt_at + XSDT_ENTRIES_AT + index * 8));
     Ok(Linked { rsdp, tables, pointers, ranges })
 }
@@ -130,27 +158,53 @@ fn to_bytes(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-fn fadt(dsdt: u64) -> Vec<u8> {
+/// The firmware ACPI control structure (section 5.2.10): a lock, and a vector to wake up by, which nothing here uses.
+fn facs() -> Vec<u8> {
+    let mut facs = b"FACS".to_vec();
+    facs.extend(FACS_BYTES.to_le_bytes());
+    facs.resize(FACS_BYTES as usize, 0);
+    facs[FACS_VERSION_AT] = 2;
+    facs
+}
+
+/// With a FACS for a board with its full hardware.
+fn fadt(dsdt: u64, facs: Option<u64>) -> Vec<u8> {
     let port = |address: u16| {
         GAS::new(gas::AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(address))
     };
     let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
         .dsdt_64(dsdt)
-        .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Wbinvd)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.reset_reg = port(RESET_PORT);
     fadt.reset_value = RESET_VALUE;
-    fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);
-    fadt.sleep_status_reg = port(SLEEP_CONTROL_PORT + 1);
     // There are ISA devices, but no keyboard controller, no VGA, and no clock with an interrupt.
     fadt.iapc_boot_arch = (ISA_DEVICES | NO_VGA | NO_CLOCK).into();
+    match facs {
+        None => {
+            fadt = fadt.flag(Flags::HwReducedAcpi);
+            fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);
+            fadt.sleep_status_reg = port(SLEEP_CONTROL_PORT + 1);
+        }
+        Some(facs) => {
+            fadt = fadt.firmware_ctrl_64(facs);
+            fadt.sci_int = SCI_GSI.into();
+            fadt.pm1a_evt_blk = u32::from(POWER_PORTS).into();
+            fadt.pm1_evt_len = 4;
+            fadt.pm1a_cnt_blk = u32::from(POWER_PORTS + PM1_CONTROL).into();
+            fadt.pm1_cnt_len = 2;
+            fadt.pm_tmr_blk = u32::from(POWER_PORTS + TIMER).into();
+            fadt.pm_tmr_len = 4;
+            // Processors do not sleep deeper than by HLT.
+            (fadt.p_lvl2_lat, fadt.p_lvl3_lat) = (NO_DEEP_SLEEP.into(), NO_DEEP_SLEEP.into());
+        }
+    }
     to_bytes(&fadt.finalize())
 }
 
-fn madt(cpus: u32) -> Result<Vec<u8>> {
+fn madt(cpus: u32, hardware: AcpiHardware) -> Result<Vec<u8>> {
     let mut madt =
         MADT::new(OEM, TABLE, REVISION, LocalInterruptController::Address(layout::LOCAL_APIC_ADDRESS));
     for cpu in 0..cpus {
@@ -159,11 +213,21 @@ fn madt(cpus: u32) -> Result<Vec<u8>> {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
     madt.add_structure(IoApic::new(0, layout::IOAPIC_ADDRESS, 0));
-    let gsi = COM1_GSI.to_le_bytes();
-    let isa_irq = gsi[0];
-    madt.add_structure(Override([ISA_OVERRIDE, 10, 0, isa_irq, gsi[0], gsi[1], gsi[2], gsi[3], 0b0101, 0]));
+    let isa_override = |gsi: u32, flags: u8| {
+        let bytes = gsi.to_le_bytes();
+        Override([ISA_OVERRIDE, 10, 0, bytes[0], bytes[0], bytes[1], bytes[2], bytes[3], flags, 0])
+    };
+    madt.add_structure(isa_override(COM1_GSI, EDGE_HIGH));
+    if hardware == AcpiHardware::Full {
+        madt.add_structure(isa_override(SCI_GSI.into(), LEVEL_HIGH));
+    }
     madt.add_structure(LocalNmi([LOCAL_NMI, 6, 0xFF, 0, 0, 1]));
-    Ok(to_bytes(&madt))
+    let mut bytes = to_bytes(&madt);
+    if hardware == AcpiHardware::Full {
+        bytes[MADT_FLAGS_AT] |= OLD_CONTROLLERS;
+        bytes[CHECKSUM_AT] = bytes[CHECKSUM_AT].wrapping_sub(OLD_CONTROLLERS);
+    }
+    Ok(bytes)
 }
 
 /// An interrupt source override (ACPI 6.4, section 5.2.12.5).
@@ -290,27 +354,35 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_and_adds_up() {
-        let base = layout::ACPI_TABLES.0;
-        let AcpiTables { bytes, .. } = tables(base, layout::ACPI_TABLES_END, 4).expect("they fit");
-        assert_eq!(&bytes[..8], b"RSD PTR ");
-        assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
-        let at = |address: usize| address - usize::try_from(base).expect("below 1 MiB");
-        let table = |start: usize| &bytes[start..start + word(&bytes, start + 4)];
-        let xsdt = table(at(word(&bytes, 24)));
-        assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
-        let names: Vec<&[u8]> = xsdt[36..].chunks(8).map(|entry| &table(at(word(entry, 0)))[..4]).collect();
-        assert_eq!(names, [b"FACP", b"APIC"]);
-        for entry in xsdt[36..].chunks(8) {
-            assert_eq!(sum(table(at(word(entry, 0)))), 0);
+        for hardware in [AcpiHardware::Reduced, AcpiHardware::Full] {
+            let base = layout::ACPI_TABLES.0;
+            let AcpiTables { bytes, .. } =
+                tables(base, layout::ACPI_TABLES_END, 4, hardware).expect("they fit");
+            assert_eq!(&bytes[..8], b"RSD PTR ");
+            assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
+            let at = |address: usize| address - usize::try_from(base).expect("below 1 MiB");
+            let table = |start: usize| &bytes[start..start + word(&bytes, start + 4)];
+            let xsdt = table(at(word(&bytes, 24)));
+            assert_eq!((&xsdt[..4], sum(xsdt)), (&b"XSDT"[..], 0));
+            let names: Vec<&[u8]> =
+                xsdt[36..].chunks(8).map(|entry| &table(at(word(entry, 0)))[..4]).collect();
+            assert_eq!(names, [b"FACP", b"APIC"]);
+            for entry in xsdt[36..].chunks(8) {
+                assert_eq!(sum(table(at(word(entry, 0)))), 0);
+            }
+            let fadt = table(at(word(xsdt, 36)));
+            let dsdt = table(at(word(fadt, 140)));
+            assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
         }
-        let fadt = table(at(word(xsdt, 36)));
-        let dsdt = table(at(word(fadt, 140)));
-        assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
     }
 
     #[test]
     fn too_many_processors_are_refused() {
-        assert!(tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, MAX_CPUS).is_ok());
-        assert!(tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, MAX_CPUS + 1).is_err());
+        assert!(
+            tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, MAX_CPUS, AcpiHardware::Reduced).is_ok()
+        );
+        assert!(
+            tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, MAX_CPUS + 1, AcpiHardware::Full).is_err()
+        );
     }
 }

@@ -9,7 +9,8 @@ use vm_memory::{Bytes, GuestAddress, MmapRegion};
 
 use super::{
     acpi::{
-        CHECKSUM_AT, Linked, RSDP_CHECKSUM_AT, RSDP_EXTENDED_CHECKSUM_AT, RSDP_V1_BYTES, RSDP_XSDT_AT, linked,
+        AcpiHardware, CHECKSUM_AT, Linked, RSDP_CHECKSUM_AT, RSDP_EXTENDED_CHECKSUM_AT, RSDP_V1_BYTES,
+        RSDP_XSDT_AT, linked,
     },
     layout,
     memory::{GuestMemory, ram_ranges},
@@ -103,7 +104,7 @@ pub(super) fn items(ram_bytes: u64, cpus: u32, disks: &[u8]) -> Result<FwCfgItem
     let mut order = order.join("\n").into_bytes();
     order.push(0);
     items.add_file("bootorder", order)?;
-    let acpi = linked(0, cpus)?;
+    let acpi = linked(0, cpus, AcpiHardware::Full)?;
     items.add_file("etc/table-loader", loader(&acpi))?;
     let Linked { mut rsdp, mut tables, ranges, .. } = acpi;
     // The firmware adds up what it has changed, and wants nothing where the sums will be.
@@ -226,9 +227,9 @@ mod tests {
     }
 
     proptest! {
-        /// Wherever firmware puts the tables, they become those of a direct boot at that place.
+        /// Wherever firmware puts the tables, they become those that are made for that place.
         #[test]
-        fn the_loader_makes_the_tables_of_a_direct_boot(cpus in 1u32..=255, page in 1u64..0xF_FFFF) {
+        fn the_loader_makes_the_tables_for_where_they_are(cpus in 1u32..=255, page in 1u64..0xF_FFFF) {
             let address = page << 12;
             let made = items(1 << 30, cpus, &[2]);
             if cpus > acpi::MAX_CPUS {
@@ -242,7 +243,7 @@ mod tests {
                 (TABLES_FILE.to_owned(), (address + rsdp_bytes, made.file(TABLES_FILE).expect("there").to_vec())),
             ]);
             let files = execute(made.file("etc/table-loader").expect("there"), files);
-            let direct = acpi::tables(address, u64::MAX, cpus).expect("they fit").bytes;
+            let direct = acpi::tables(address, u64::MAX, cpus, AcpiHardware::Full).expect("they fit").bytes;
             let rsdp = &files[RSDP_FILE].1;
             prop_assert_eq!(&direct[..rsdp.len()], &rsdp[..]);
             prop_assert!(direct.ends_with(&files[TABLES_FILE].1));

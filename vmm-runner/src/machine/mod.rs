@@ -18,7 +18,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use acpi::{AcpiTables, MAX_CPUS, RESET_PORT, RESET_VALUE, tables as acpi_tables};
+pub use acpi::{AcpiHardware, AcpiTables, MAX_CPUS, RESET_PORT, RESET_VALUE, tables as acpi_tables};
 pub use control::{End, RunControl};
 pub use firmware::Firmware;
 pub use handle::MachineHandle;
@@ -259,7 +259,8 @@ impl Machine {
         let entry = match boot {
             Boot::Direct(boot) => {
                 let cpus = self.config.cpus.count;
-                let acpi = acpi_tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, cpus)?;
+                let acpi =
+                    acpi_tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, cpus, AcpiHardware::Reduced)?;
                 boot.load(&self.memory, self.config.memory.size_bytes, &acpi)?
             }
             Boot::Firmware { firmware, log } => {
