@@ -12,11 +12,11 @@ use std::{
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
+    KVM_IRQCHIP_PIC_SLAVE, kvm_irq_routing_entry,
 };
-use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::Hypervisor;
 use crate::{Error, Result};
 
 /// Pins of the I/O interrupt controller.
@@ -35,7 +35,7 @@ pub struct Message {
 
 /// All interrupt routes of a machine.
 pub struct Interrupts {
-    vm: Arc<VmFd>,
+    vm: Arc<dyn Hypervisor>,
     messages: Mutex<Messages>,
 }
 
@@ -57,7 +57,7 @@ impl Interrupts {
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn new(vm: Arc<VmFd>) -> Result<Arc<Self>> {
+    pub fn new(vm: Arc<dyn Hypervisor>) -> Result<Arc<Self>> {
         let messages = Messages { routes: BTreeMap::new(), next: IOAPIC_PINS };
         let interrupts = Self { vm, messages: Mutex::new(messages) };
         interrupts.publish(&BTreeMap::new())?;
@@ -70,7 +70,7 @@ impl Interrupts {
     /// When the host has no descriptors, or KVM refuses.
     pub fn pin(&self, gsi: u32) -> Result<EventFd> {
         let event = new_eventfd()?;
-        self.vm.register_irqfd(&event, gsi).map_err(Error::kvm("bind an interrupt pin"))?;
+        self.vm.bind_interrupt(&event, gsi)?;
         Ok(event)
     }
 
@@ -107,9 +107,7 @@ impl Interrupts {
             entry.u.msi.data = message.data;
             entries.push(entry);
         }
-        let routing = KvmIrqRouting::from_entries(&entries)
-            .map_err(|_| Error::Invalid("too many interrupt routes".to_owned()))?;
-        self.vm.set_gsi_routing(&routing).map_err(Error::kvm("route interrupts"))
+        self.vm.route(&entries)
     }
 }
 
@@ -154,7 +152,7 @@ impl MessageInterrupt {
         }
         let vm = &self.interrupts.vm;
         if bound.is_some() && message.is_none() {
-            vm.unregister_irqfd(&self.event, self.gsi).map_err(Error::kvm("mask an interrupt"))?;
+            vm.unbind_interrupt(&self.event, self.gsi)?;
         }
         {
             let mut messages = self.interrupts.messages.lock().unwrap_or_else(PoisonError::into_inner);
@@ -165,7 +163,7 @@ impl MessageInterrupt {
             self.interrupts.publish(&messages.routes)?;
         }
         if bound.is_none() && message.is_some() {
-            vm.register_irqfd(&self.event, self.gsi).map_err(Error::kvm("unmask an interrupt"))?;
+            vm.bind_interrupt(&self.event, self.gsi)?;
         }
         *bound = message;
         Ok(())

@@ -5,6 +5,7 @@ mod control;
 mod cpuid;
 mod firmware;
 mod handle;
+mod hypervisor;
 mod interrupts;
 pub mod layout;
 mod memory;
@@ -22,6 +23,7 @@ pub use acpi::{AcpiHardware, AcpiTables, MAX_CPUS, RESET_PORT, RESET_VALUE, tabl
 pub use control::{End, RunControl};
 pub use firmware::Firmware;
 pub use handle::MachineHandle;
+pub use hypervisor::Hypervisor;
 pub(crate) use interrupts::new_eventfd;
 pub use interrupts::{Interrupts, Message, MessageInterrupt};
 pub use layout::{HIGH_RAM_START, LOW_RAM_LIMIT};
@@ -157,7 +159,7 @@ impl Machine {
         vm.create_pit2(pit).map_err(Error::kvm("create the timer"))?;
         let memory = Arc::new(memory::allocate(&config.memory)?);
         memory::map_into(&vm, &memory, config.memory.size_bytes)?;
-        let interrupts = Interrupts::new(Arc::clone(&vm))?;
+        let interrupts = Interrupts::new(Arc::clone(&vm) as _)?;
         let control = Arc::new(RunControl::default());
         let pci = Arc::new(PciBus::default());
         pci.insert(0, 0, host_bridge())?;
@@ -208,7 +210,7 @@ impl Machine {
         }
         let transport = VirtioPci::new(
             TransportSlot {
-                vm: Arc::clone(&self.vm),
+                vm: Arc::clone(&self.vm) as _,
                 interrupts: Arc::clone(&self.interrupts),
                 memory: Arc::clone(&self.memory),
                 bar_address: self.next_bar,

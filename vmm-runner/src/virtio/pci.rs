@@ -11,13 +11,12 @@ use std::{
     },
 };
 
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ConfigNotifier, FEATURE_VERSION_1, QueueSetup, VirtioDevice};
 use crate::{
     Error, Result,
-    machine::{GuestMemory, Interrupts, new_eventfd},
+    machine::{GuestMemory, Hypervisor, Interrupts, new_eventfd},
     pci::{Bar, ConfigSpace, Identity, MSIX_ENABLE, MSIX_MASK_ALL, MsixTable, PciFunction, msix_table_bytes},
 };
 
@@ -60,7 +59,7 @@ const FEATURE_RING_RESET: u64 = 1 << 40;
 #[derive(Clone)]
 pub struct TransportSlot {
     /// The virtual machine, for doorbells.
-    pub vm: Arc<VmFd>,
+    pub vm: Arc<dyn Hypervisor>,
     /// Interrupt routes.
     pub interrupts: Arc<Interrupts>,
     /// The guest's memory.
@@ -274,23 +273,15 @@ impl VirtioPci {
         if at == state.doorbells_at {
             return Ok(());
         }
-        let address = |base: u64, index: usize| {
-            IoEventAddress::Mmio(base + index as u64 * u64::from(NOTIFY_MULTIPLIER))
-        };
+        let address = |base: u64, index: usize| base + index as u64 * u64::from(NOTIFY_MULTIPLIER);
         if let Some(old) = state.doorbells_at.take() {
             for (index, queue) in state.queues.iter().enumerate() {
-                self.slot
-                    .vm
-                    .unregister_ioevent(&queue.kick, &address(old, index), NoDatamatch)
-                    .map_err(Error::kvm("take a doorbell away"))?;
+                self.slot.vm.remove_doorbell(&queue.kick, address(old, index))?;
             }
         }
         if let Some(new) = at {
             for (index, queue) in state.queues.iter().enumerate() {
-                self.slot
-                    .vm
-                    .register_ioevent(&queue.kick, &address(new, index), NoDatamatch)
-                    .map_err(Error::kvm("place a doorbell"))?;
+                self.slot.vm.place_doorbell(&queue.kick, address(new, index))?;
             }
             state.doorbells_at = Some(new);
         }
