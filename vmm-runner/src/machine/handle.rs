@@ -33,9 +33,9 @@ impl MachineHandle {
     pub(super) fn new(machine: &Machine) -> Self {
         Self {
             vm: Arc::clone(&machine.vm),
-            control: Arc::clone(&machine.control),
-            devices: machine.devices.clone(),
-            power_button: Arc::clone(&machine.power_button),
+            control: Arc::clone(machine.hardware.control()),
+            devices: machine.hardware.devices().to_vec(),
+            power_button: Arc::clone(machine.hardware.power_button()),
             clock: Arc::default(),
         }
     }

@@ -5,6 +5,7 @@ mod control;
 mod cpuid;
 mod firmware;
 mod handle;
+mod hardware;
 mod hypervisor;
 mod interrupts;
 pub mod layout;
@@ -12,17 +13,17 @@ mod memory;
 mod registers;
 mod vcpu;
 
-use std::{fs::File, sync::Arc};
+use std::sync::Arc;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::MmapRegion;
-use vmm_sys_util::eventfd::EventFd;
 
 pub use acpi::{AcpiHardware, AcpiTables, MAX_CPUS, RESET_PORT, RESET_VALUE, tables as acpi_tables};
 pub use control::{End, RunControl};
 pub use firmware::Firmware;
 pub use handle::MachineHandle;
+pub use hardware::Hardware;
 pub use hypervisor::Hypervisor;
 pub(crate) use interrupts::new_eventfd;
 pub use interrupts::{Interrupts, Message, MessageInterrupt};
@@ -34,21 +35,9 @@ pub use vcpu::ExitCounts;
 use crate::{
     Error, Result,
     boot::Boot,
-    bus::PortBus,
-    devices::{
-        AcpiPorts, COM1_GSI, COM1_PORT_COUNT, COM1_PORTS, Console, DEBUG_PORT, DebugPort, FW_CFG_PORT_COUNT,
-        FW_CFG_PORTS, FwCfg, PowerManagement, RTC_PORT_COUNT, RTC_PORTS, ResetPort, Rtc, SLEEP_CONTROL_PORT,
-        SLEEP_PORT_COUNT, SYSTEM_CONTROL_PORT, SerialPort,
-    },
-    pci::{CONFIG_PORT_COUNT, CONFIG_PORTS, ConfigPorts, PciBus, host_bridge, isa_bridge},
-    virtio::{TransportSlot, VirtioDevice, VirtioPci},
+    devices::{Console, SerialPort},
+    virtio::VirtioDevice,
 };
-
-/// Each device's BAR starts in a piece of this size of the PCI window.
-const BAR_STEP: u32 = 0x1_0000;
-
-/// The number of block devices among virtio's.
-const DISK: u16 = 2;
 
 /// What KVM must have for this machine.
 const NEEDED: [(Cap, &str); 6] = [
@@ -116,21 +105,10 @@ pub struct Machine {
     config: MachineConfig,
     kvm: Kvm,
     vm: Arc<VmFd>,
-    memory: Arc<GuestMemory>,
-    interrupts: Arc<Interrupts>,
-    ports: PortBus,
-    pci: Arc<PciBus>,
-    serial: Arc<SerialPort>,
-    control: Arc<RunControl>,
+    hardware: Hardware,
     exits: Arc<ExitCounts>,
-    next_bar: u32,
-    power_button: Arc<EventFd>,
-    /// PCI slots of disks.
-    disks: Vec<u8>,
     /// What firmware is mapped from.
     firmware: Option<MmapRegion>,
-    /// By slot.
-    devices: Vec<Arc<VirtioPci>>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -159,44 +137,8 @@ impl Machine {
         vm.create_pit2(pit).map_err(Error::kvm("create the timer"))?;
         let memory = Arc::new(memory::allocate(&config.memory)?);
         memory::map_into(&vm, &memory, config.memory.size_bytes)?;
-        let interrupts = Interrupts::new(Arc::clone(&vm) as _)?;
-        let control = Arc::new(RunControl::default());
-        let pci = Arc::new(PciBus::default());
-        pci.insert(0, 0, host_bridge())?;
-        pci.insert(1, 0, isa_bridge())?;
-        let power_management = PowerManagement::new(Arc::clone(&control));
-        pci.insert(1, 3, Arc::clone(&power_management) as _)?;
-        let serial = SerialPort::new(interrupts.pin(COM1_GSI)?, console);
-        let mut ports = PortBus::default();
-        ports.claim(
-            CONFIG_PORTS,
-            CONFIG_PORT_COUNT,
-            ConfigPorts::new(Arc::clone(&pci), Arc::clone(&control)),
-        )?;
-        ports.claim(COM1_PORTS, COM1_PORT_COUNT, serial.device())?;
-        ports.claim(RTC_PORTS, RTC_PORT_COUNT, Rtc::new(config.memory.size_bytes, config.cpus.count))?;
-        ports.claim(SLEEP_CONTROL_PORT, SLEEP_PORT_COUNT, AcpiPorts::new(Arc::clone(&control)))?;
-        ports.add_movable(power_management);
-        ports.claim(SYSTEM_CONTROL_PORT, 1, ResetPort::new(Arc::clone(&control)))?;
-        let power_button = Arc::new(interrupts.pin(acpi::POWER_BUTTON_GSI)?);
-        let next_bar = u32::try_from(layout::PCI_WINDOW_START).expect("below 4 GiB");
-        Ok(Self {
-            config,
-            kvm,
-            vm,
-            memory,
-            interrupts,
-            ports,
-            pci,
-            serial,
-            control,
-            exits: Arc::default(),
-            next_bar,
-            power_button,
-            disks: Vec::new(),
-            firmware: None,
-            devices: Vec::new(),
-        })
+        let hardware = Hardware::new(Arc::clone(&vm) as _, memory, &config, console)?;
+        Ok(Self { config, kvm, vm, hardware, exits: Arc::default(), firmware: None })
     }
 
     /// Puts a device into the next PCI slot and returns the slot.
@@ -204,23 +146,7 @@ impl Machine {
     /// # Errors
     /// When no slot, interrupt or descriptor is left.
     pub fn add_device(&mut self, device: Box<dyn VirtioDevice>) -> Result<u8> {
-        let slot = self.pci.free_slot()?;
-        if device.device_type() == DISK {
-            self.disks.push(slot);
-        }
-        let transport = VirtioPci::new(
-            TransportSlot {
-                vm: Arc::clone(&self.vm) as _,
-                interrupts: Arc::clone(&self.interrupts),
-                memory: Arc::clone(&self.memory),
-                bar_address: self.next_bar,
-            },
-            device,
-        )?;
-        self.next_bar += BAR_STEP;
-        self.pci.insert(slot, 0, Arc::<VirtioPci>::clone(&transport))?;
-        self.devices.push(transport);
-        Ok(slot)
+        self.hardware.add_device(device)
     }
 
     /// What other threads hold the machine by, once all devices are in it.
@@ -232,13 +158,13 @@ impl Machine {
     /// The serial port, for who types.
     #[must_use]
     pub fn serial(&self) -> &Arc<SerialPort> {
-        &self.serial
+        self.hardware.serial()
     }
 
     /// What holds and ends the machine.
     #[must_use]
     pub fn control(&self) -> &Arc<RunControl> {
-        &self.control
+        self.hardware.control()
     }
 
     /// Exits so far.
@@ -250,7 +176,7 @@ impl Machine {
     /// The guest's memory.
     #[must_use]
     pub fn memory(&self) -> &Arc<GuestMemory> {
-        &self.memory
+        self.hardware.memory()
     }
 
     /// Loads what the boot starts from and lets the processors run until the machine ends.
@@ -263,27 +189,15 @@ impl Machine {
                 let cpus = self.config.cpus.count;
                 let acpi =
                     acpi_tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, cpus, AcpiHardware::Reduced)?;
-                boot.load(&self.memory, self.config.memory.size_bytes, &acpi)?
+                boot.load(self.memory(), self.config.memory.size_bytes, &acpi)?
             }
             Boot::Firmware { firmware, log } => {
-                self.plug_firmware(firmware, log.as_ref())?;
+                self.firmware = Some(firmware.map(&self.vm, self.hardware.memory())?);
+                self.hardware.add_firmware_ports(&self.config, log.as_ref())?;
                 Entry::Firmware
             }
         };
         self.run_from(entry)
-    }
-
-    /// Puts firmware into memory, and what it asks into ports.
-    fn plug_firmware(&mut self, firmware: &Firmware, log: Option<&Arc<File>>) -> Result<()> {
-        let region = firmware.map(&self.vm, &self.memory)?;
-        self.firmware = Some(region);
-        let items = firmware::items(self.config.memory.size_bytes, self.config.cpus.count, &self.disks)?;
-        let fw_cfg = FwCfg::new(items, Arc::clone(&self.memory));
-        self.ports.claim(FW_CFG_PORTS, FW_CFG_PORT_COUNT, fw_cfg)?;
-        if let Some(log) = log {
-            self.ports.claim(DEBUG_PORT, 1, DebugPort::new(Box::new(Arc::clone(log))))?;
-        }
-        Ok(())
     }
 
     /// Lets the processors run from `entry`, whose code is in memory, until the machine ends.
@@ -293,10 +207,11 @@ impl Machine {
     pub fn run_from(mut self, entry: Entry) -> Result<End> {
         let cpus = self.config.cpus.count;
         let supported = cpuid::supported(&self.kvm)?;
+        let control = Arc::clone(self.control());
         let board = vcpu::Board {
-            ports: Arc::new(std::mem::take(&mut self.ports)),
-            pci: Arc::clone(&self.pci),
-            control: Arc::clone(&self.control),
+            ports: Arc::new(self.hardware.take_ports()),
+            pci: Arc::clone(self.hardware.pci()),
+            control: Arc::clone(&control),
             exits: Arc::clone(&self.exits),
         };
         let mut processors = Vec::new();
@@ -307,11 +222,11 @@ impl Machine {
             registers::set_msrs(&vcpu)?;
             // The others wait for the first one to start them.
             if cpu == 0 {
-                registers::set_up(&vcpu, &self.memory, entry)?;
+                registers::set_up(&vcpu, self.memory(), entry)?;
             }
             processors.push((cpu, vcpu));
         }
-        self.control.expect_processors(processors.len());
+        control.expect_processors(processors.len());
         let affinity = &self.config.cpus.affinity;
         let mut threads = Vec::new();
         for (cpu, vcpu) in processors {
@@ -319,16 +234,16 @@ impl Machine {
             match vcpu::start(cpu, vcpu, board.clone(), host) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
-                    self.control.end(End::Quit);
-                    self.control.adopt(threads);
-                    self.control.join();
+                    control.end(End::Quit);
+                    control.adopt(threads);
+                    control.join();
                     return Err(error);
                 }
             }
         }
-        self.control.adopt(threads);
-        let end = self.control.wait();
-        self.control.join();
+        control.adopt(threads);
+        let end = control.wait();
+        control.join();
         Ok(end)
     }
 }
