@@ -16,6 +16,7 @@ pub mod hostile;
 pub mod memory;
 pub mod nbd;
 pub mod pattern;
+pub mod peer;
 pub mod qmp;
 pub mod queue;
 pub mod scenario;

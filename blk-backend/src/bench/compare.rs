@@ -25,14 +25,16 @@ pub fn compare(a: &Value, b: &Value, out: &mut dyn Write) -> io::Result<()> {
     for op in list(&a["ops"])? {
         let Some(other) = list(&b["ops"])?.iter().find(|other| other["op"] == op["op"]) else { continue };
         let name = op["op"].as_str().unwrap_or("?");
-        let rows = [
-            ("IOPS", per(a, op, "elapsed-seconds")?, per(b, other, "elapsed-seconds")?),
-            ("IO per CPU-s", per(a, op, "cpu-seconds")?, per(b, other, "cpu-seconds")?),
+        let mut rows = vec![("IOPS", per(op, &a["elapsed-seconds"])?, per(other, &b["elapsed-seconds"])?)];
+        if let (Some(a), Some(b)) = (backend_cpu(a), backend_cpu(b)) {
+            rows.push(("IO per CPU-s", per(op, a)?, per(other, b)?));
+        }
+        rows.extend([
             ("mean µs", micro(&op["latency-ns"]["mean"])?, micro(&other["latency-ns"]["mean"])?),
             ("p50 µs", percentile(op, "50")?, percentile(other, "50")?),
             ("p99 µs", percentile(op, "99")?, percentile(other, "99")?),
             ("p99.9 µs", percentile(op, "99.9")?, percentile(other, "99.9")?),
-        ];
+        ]);
         for (what, a, b) in rows {
             let ratio = if a > 0.0 { format!("{:.3}", b / a) } else { "-".to_owned() };
             writeln!(out, "{name:8} {what:>16} {a:>14.1} {b:>14.1} {ratio:>8}")?;
@@ -41,8 +43,18 @@ pub fn compare(a: &Value, b: &Value, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn per(result: &Value, op: &Value, seconds: &str) -> io::Result<f64> {
-    Ok(number(&op["requests"])? / number(&result[seconds])?.max(f64::EPSILON))
+fn per(op: &Value, seconds: &Value) -> io::Result<f64> {
+    Ok(number(&op["requests"])? / number(seconds)?.max(f64::EPSILON))
+}
+
+/// CPU seconds of whoever did the work, where they are known. Results that do not say are of an image in the process
+/// of the load generator.
+fn backend_cpu(result: &Value) -> Option<&Value> {
+    match result.get("backend-cpu-seconds") {
+        Some(Value::Null) => None,
+        Some(seconds) => Some(seconds),
+        None => result.get("cpu-seconds"),
+    }
 }
 
 fn percentile(op: &Value, name: &str) -> io::Result<f64> {

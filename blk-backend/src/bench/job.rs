@@ -1,6 +1,6 @@
 //! What a load is made of.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 use crate::request::Op;
 
@@ -49,6 +49,18 @@ impl Pattern {
     pub fn changes(self) -> bool {
         !matches!(self, Self::Read | Self::RandRead)
     }
+
+    /// Whether bytes are written.
+    #[must_use]
+    pub fn writes(self) -> bool {
+        matches!(self, Self::Write | Self::RandWrite | Self::RandRw)
+    }
+
+    /// Whether blocks are discarded.
+    #[must_use]
+    pub fn discards(self) -> bool {
+        self == Self::Discard
+    }
 }
 
 /// When a job ends: with the first limit that is met.
@@ -89,7 +101,7 @@ pub(super) struct Requests {
     pattern: Pattern,
     read_percent: u64,
     block_bytes: u64,
-    /// The first block of the queue, and how many blocks are its own where they are taken in order.
+    /// The first block of the queue, and how many blocks are its own where they are shared out.
     first: u64,
     blocks: u64,
     next: u64,
@@ -100,12 +112,12 @@ pub(super) struct Requests {
 
 impl Requests {
     /// Those of queue number `queue` on a disk of `blocks` blocks. Blocks taken in order are shared out between
-    /// the queues, which may be no more than there are blocks.
-    pub(super) fn new(job: &Job, queue: u32, blocks: u64) -> Self {
+    /// the queues, which may be no more than there are blocks; others only where they have to be `apart`.
+    pub(super) fn new(job: &Job, queue: u32, blocks: u64, apart: bool) -> Self {
         let (queue, queues) = (u64::from(queue), u64::from(job.queues.max(1)));
         let share = (blocks / queues).max(1);
         let in_order = matches!(job.pattern, Pattern::Read | Pattern::Write);
-        let (first, blocks) = if in_order { (queue * share % blocks, share) } else { (0, blocks) };
+        let (first, blocks) = if in_order || apart { (queue * share % blocks, share) } else { (0, blocks) };
         Self {
             pattern: job.pattern,
             read_percent: u64::from(job.read_percent),
@@ -117,6 +129,11 @@ impl Requests {
             changes: 0,
             random: job.seed.wrapping_add(queue.wrapping_mul(0xa076_1d64_78bd_642f)),
         }
+    }
+
+    /// The blocks that it asks for.
+    pub(super) fn share(&self) -> Range<u64> {
+        self.first..self.first + self.blocks
     }
 
     /// The next one: what, and from where on. A flush has no place.
@@ -181,7 +198,7 @@ mod tests {
     #[test]
     fn queues_share_out_what_is_taken_in_order() {
         for queue in 0..2 {
-            let mut requests = Requests::new(&job(Pattern::Write), queue, 8);
+            let mut requests = Requests::new(&job(Pattern::Write), queue, 8, false);
             let offsets: Vec<u64> = (0..5).map(|_| requests.next().1 / 4096).collect();
             let first = u64::from(queue) * 4;
             assert_eq!(offsets, [first, first + 1, first + 2, first + 3, first]);
@@ -191,7 +208,7 @@ mod tests {
     #[test]
     fn a_mix_is_what_it_says_and_follows_from_the_seed() {
         let draw = |queue| {
-            let mut requests = Requests::new(&job(Pattern::RandRw), queue, 1000);
+            let mut requests = Requests::new(&job(Pattern::RandRw), queue, 1000, false);
             (0..10_000).map(|_| requests.next()).collect::<Vec<_>>()
         };
         let (first, again, other) = (draw(0), draw(0), draw(1));
@@ -204,7 +221,8 @@ mod tests {
 
     #[test]
     fn a_flush_comes_after_so_many_changes() {
-        let mut requests = Requests::new(&Job { flush_every: Some(2), ..job(Pattern::RandWrite) }, 0, 10);
+        let mut requests =
+            Requests::new(&Job { flush_every: Some(2), ..job(Pattern::RandWrite) }, 0, 10, false);
         let flushes: Vec<bool> = (0..6).map(|_| requests.next().0 == Op::Flush).collect();
         assert_eq!(flushes, [false, false, true, false, false, true]);
     }

@@ -3,6 +3,7 @@
 
 use std::ptr::NonNull;
 
+use super::noise::Noise;
 use crate::request::{Segments, iovec};
 
 /// Direct I/O wants memory aligned like pages.
@@ -26,13 +27,8 @@ impl Blocks {
     pub(super) fn new(count: usize, block_bytes: usize, seed: u64) -> Self {
         let pages_per_block = block_bytes.div_ceil(PAGE_BYTES).max(1);
         let mut pages = vec![Page([0; PAGE_BYTES]); count * pages_per_block];
-        let mut state = seed | 1;
-        for word in pages.iter_mut().flat_map(|page| page.0.chunks_exact_mut(8)) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            word.copy_from_slice(&state.to_le_bytes());
-        }
+        let mut noise = Noise::new(seed);
+        pages.iter_mut().for_each(|page| noise.fill(&mut page.0));
         let pages = Box::leak(pages.into_boxed_slice());
         let count = pages.len();
         Self { first: NonNull::from(pages).cast(), pages: count, pages_per_block, block_bytes }
@@ -52,6 +48,30 @@ impl Blocks {
     pub(super) fn segments<'a>(&self, run: &'a [iovec; 1]) -> Segments<'a> {
         // SAFETY: the blocks live until the lane is done with them, and no reference to them exists.
         unsafe { Segments::new(run) }
+    }
+}
+
+impl Blocks {
+    /// Fills a block that no request has.
+    ///
+    /// # Panics
+    /// When `bytes` is longer than a block.
+    pub(super) fn fill(&mut self, index: usize, bytes: &[u8]) {
+        let run = self.run(index);
+        assert!(bytes.len() <= run.iov_len, "{} bytes into a block of {}", bytes.len(), run.iov_len);
+        // SAFETY: inside the block, by the assertion; `bytes` is other memory, as nothing lends these blocks out.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), run.iov_base.cast(), bytes.len()) };
+    }
+
+    /// Copies the beginning of a block that no request has.
+    ///
+    /// # Panics
+    /// When `bytes` is longer than a block.
+    pub(super) fn copy(&self, index: usize, bytes: &mut [u8]) {
+        let run = self.run(index);
+        assert!(bytes.len() <= run.iov_len, "{} bytes of a block of {}", bytes.len(), run.iov_len);
+        // SAFETY: as in `fill`; the block was filled when it was made.
+        unsafe { std::ptr::copy_nonoverlapping(run.iov_base.cast(), bytes.as_mut_ptr(), bytes.len()) };
     }
 }
 

@@ -20,12 +20,13 @@ pub fn write_table(job: &Job, result: &RunResult, out: &mut dyn Write) -> io::Re
     let seconds = result.elapsed.as_secs_f64().max(f64::EPSILON);
     writeln!(
         out,
-        "{}: blocks of {} bytes, depth {}, queues {}; {seconds:.2} s, CPU {:.2} s",
+        "{}: blocks of {} bytes, depth {}, queues {}; {seconds:.2} s, CPU {:.2} s here, {} in the backend",
         job.pattern.name(),
         job.block_bytes,
         job.depth,
         job.queues,
-        result.cpu.as_secs_f64()
+        result.cpu.as_secs_f64(),
+        result.backend_cpu.map_or("unknown".to_owned(), |cpu| format!("{:.2} s", cpu.as_secs_f64()))
     )?;
     write!(out, "{:8} {:>10} {:>10} {:>10} {:>9}", "", "requests", "IOPS", "MiB/s", "mean µs")?;
     for percentile in PERCENTILES {
@@ -50,8 +51,16 @@ pub fn write_table(job: &Job, result: &RunResult, out: &mut dyn Write) -> io::Re
         writeln!(out, " {:>9.1}", micro(latency.max() as f64))?;
     }
     let total: u64 = result.ops.iter().map(|op| op.latency_ns.len()).sum();
-    let cpu = result.cpu.as_secs_f64().max(f64::EPSILON);
-    writeln!(out, "{total} requests, {:.0} a second of CPU time", total as f64 / cpu)
+    write!(out, "{total} requests")?;
+    if let Some(cpu) = result.backend_cpu {
+        let cpu = cpu.as_secs_f64().max(f64::EPSILON);
+        write!(out, ", {:.0} a second of the backend's CPU time", total as f64 / cpu)?;
+    }
+    writeln!(out)?;
+    match result.verified_blocks {
+        Some(blocks) => writeln!(out, "verified: {blocks} blocks read again after the last flush"),
+        None => Ok(()),
+    }
 }
 
 /// The result as JSON; see [`SCHEMA`]. A histogram is a list of recorded values and how often each was met.
@@ -96,6 +105,8 @@ pub fn to_json(target: &str, job: &Job, result: &RunResult) -> Value {
         },
         "elapsed-seconds": result.elapsed.as_secs_f64(),
         "cpu-seconds": result.cpu.as_secs_f64(),
+        "backend-cpu-seconds": result.backend_cpu.map(|cpu| cpu.as_secs_f64()),
+        "verified-blocks": result.verified_blocks,
         "ops": ops.collect::<Vec<_>>(),
     })
 }

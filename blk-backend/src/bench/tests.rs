@@ -1,6 +1,9 @@
 //! Jobs run on a small image, and their results shown.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
 use img_core::image::ImageName;
 use serde_json::Value;
@@ -9,6 +12,7 @@ use super::*;
 use crate::{
     disk::{Disk, DiskOptions},
     engine::{EngineChoice, LaneOptions},
+    request::Op,
 };
 
 /// What [`disk`] makes.
@@ -38,8 +42,12 @@ fn job(pattern: Pattern) -> Job {
     }
 }
 
-fn threads() -> LaneOptions {
-    LaneOptions { engine: EngineChoice::Threads, ..LaneOptions::default() }
+fn target(disk: &Arc<Disk>) -> ImageTarget {
+    ImageTarget::new(disk, LaneOptions { engine: EngineChoice::Threads, ..LaneOptions::default() })
+}
+
+fn run_on(disk: &Arc<Disk>, job: &Job) -> Result<RunResult, BenchError> {
+    run(&target(disk), job, None)
 }
 
 fn requests(result: &RunResult) -> u64 {
@@ -51,7 +59,7 @@ fn every_request_is_counted_once() {
     let dir = tempfile::tempdir().expect("a directory");
     let disk = disk(&dir, false);
     for (pattern, name) in Pattern::ALL {
-        let result = run(&disk, &job(pattern), &threads()).expect("it runs");
+        let result = run_on(&disk, &job(pattern)).expect("it runs");
         assert_eq!(requests(&result), 200, "{name}");
         for op in &result.ops {
             assert_eq!(op.bytes, op.latency_ns.len() * 4096, "{name}: {}", op.name);
@@ -63,7 +71,7 @@ fn every_request_is_counted_once() {
         }
     }
     let flushed = Job { flush_every: Some(9), ..job(Pattern::RandWrite) };
-    let result = run(&disk, &flushed, &threads()).expect("it runs");
+    let result = run_on(&disk, &flushed).expect("it runs");
     let count = |name| result.ops.iter().find(|op| op.name == name).map_or(0, |op| op.latency_ns.len());
     assert_eq!((count("write"), count("flush")), (180, 20));
     disk.close().expect("closed");
@@ -74,7 +82,7 @@ fn writes_in_order_reach_all_of_the_disk() {
     let dir = tempfile::tempdir().expect("a directory");
     let disk = disk(&dir, false);
     let whole = Limit { time: None, requests: Some(DISK_BYTES / 4096 / 2) };
-    run(&disk, &Job { limit: whole, ..job(Pattern::Write) }, &threads()).expect("it runs");
+    run_on(&disk, &Job { limit: whole, ..job(Pattern::Write) }).expect("it runs");
     disk.close().expect("closed");
     let bytes = std::fs::read(dir.path().join("disk.raw")).expect("read");
     let is_zero = bytes.chunks(4096).position(|block| block.iter().all(|byte| *byte == 0));
@@ -87,7 +95,7 @@ fn a_rate_is_kept_and_what_cannot_be_is_refused() {
     let disk = disk(&dir, true);
     let limit = Limit { time: None, requests: Some(20) };
     let slow = Job { rate: Some(1000.0), queues: 1, limit, ..job(Pattern::RandRead) };
-    let result = run(&disk, &slow, &threads()).expect("it runs");
+    let result = run_on(&disk, &slow).expect("it runs");
     // The first is due at once, the last after 19 intervals.
     assert!(result.elapsed >= Duration::from_millis(19), "{:?}", result.elapsed);
     for refused in [
@@ -95,7 +103,7 @@ fn a_rate_is_kept_and_what_cannot_be_is_refused() {
         Job { block_bytes: DISK_BYTES, ..job(Pattern::Read) },
         Job { queues: 0, ..job(Pattern::Read) },
     ] {
-        assert!(matches!(run(&disk, &refused, &threads()), Err(BenchError::Job(_))), "{refused:?}");
+        assert!(matches!(run_on(&disk, &refused), Err(BenchError::Job(_))), "{refused:?}");
     }
     disk.close().expect("closed");
 }
@@ -105,7 +113,7 @@ fn results_are_shown_written_and_compared() {
     let dir = tempfile::tempdir().expect("a directory");
     let disk = disk(&dir, false);
     let job = job(Pattern::RandRw);
-    let result = run(&disk, &job, &threads()).expect("it runs");
+    let result = run_on(&disk, &job).expect("it runs");
     disk.close().expect("closed");
     let mut table = Vec::new();
     write_table(&job, &result, &mut table).expect("written");
@@ -125,4 +133,95 @@ fn results_are_shown_written_and_compared() {
     assert!(shown.contains("IO per CPU-s") && !shown.contains("jobs differ"), "{shown}");
     assert_eq!(shown.lines().filter(|line| line.ends_with(" 1.000")).count(), 12, "{shown}");
     assert!(compare(&read, &Value::Null, &mut Vec::new()).is_err());
+}
+
+/// A disk in memory whose write number `forgets` never arrives.
+struct Forgetful {
+    bytes: Mutex<Vec<u8>>,
+    writes: Mutex<u64>,
+    forgets: u64,
+}
+
+impl Forgetful {
+    fn new(forgets: u64) -> Self {
+        Self { bytes: Mutex::new(vec![0; 1 << 20]), writes: Mutex::new(0), forgets }
+    }
+}
+
+impl Target for Forgetful {
+    fn facts(&self) -> Facts {
+        Facts {
+            size_bytes: DISK_BYTES,
+            read_only: false,
+            most_queues: (1, "it is a small disk"),
+            most_block_bytes: DISK_BYTES,
+            can_flush: true,
+            most_discard_bytes: 0,
+        }
+    }
+
+    fn queue<'a>(&'a self, _: u32, shape: &Shape) -> Result<Box<dyn TargetQueue + 'a>, BenchError> {
+        let slots = vec![vec![0; shape.block_bytes]; shape.depth];
+        Ok(Box::new(ForgetfulQueue { disk: self, slots, ended: Vec::new() }))
+    }
+
+    fn backend_cpu(&self) -> Result<Option<Duration>, BenchError> {
+        Ok(None)
+    }
+}
+
+struct ForgetfulQueue<'a> {
+    disk: &'a Forgetful,
+    slots: Vec<Vec<u8>>,
+    ended: Vec<Done>,
+}
+
+impl TargetQueue for ForgetfulQueue<'_> {
+    fn submit(&mut self, slot: usize, op: Op, offset: u64, len_bytes: u64) -> Result<(), BenchError> {
+        let mut bytes = self.disk.bytes.lock().expect("no panic");
+        let place =
+            usize::try_from(offset).expect("small")..usize::try_from(offset + len_bytes).expect("small");
+        match op {
+            Op::Read => self.slots[slot].copy_from_slice(&bytes[place]),
+            Op::Write { .. } => {
+                let mut writes = self.disk.writes.lock().expect("no panic");
+                *writes += 1;
+                if *writes != self.disk.forgets {
+                    bytes[place].copy_from_slice(&self.slots[slot]);
+                }
+            }
+            _ => {}
+        }
+        self.ended.push((slot, Ok(())));
+        Ok(())
+    }
+
+    fn wait(&mut self, _: Option<Instant>, done: &mut Vec<Done>) -> Result<(), BenchError> {
+        done.append(&mut self.ended);
+        Ok(())
+    }
+
+    fn fill(&mut self, slot: usize, bytes: &[u8]) {
+        self.slots[slot].copy_from_slice(bytes);
+    }
+
+    fn copy(&self, slot: usize, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.slots[slot]);
+    }
+}
+
+#[test]
+fn a_disk_that_forgets_a_write_is_found_out() {
+    // In order, so that no block is written twice: only reading again in the end shows what is missing.
+    let job = Job { queues: 1, flush_every: Some(10), ..job(Pattern::Write) };
+    let verified = |forgets| {
+        let verify = Verify::new(None).expect("a number");
+        run(&Forgetful::new(forgets), &job, Some(&verify)).map(|result| result.verified_blocks)
+    };
+    let writes = 91;
+    assert_eq!(verified(0).expect("it forgets nothing"), Some(writes));
+    for forgets in 1..=writes {
+        let error = verified(forgets).expect_err("a write is missing");
+        assert!(matches!(error, BenchError::Mismatch(_)), "{error}");
+    }
 }

@@ -1,4 +1,4 @@
-//! `blk-backend bench`: a load on an image in this process, and results compared.
+//! `blk-backend bench`: loads on disks, disks looked at after a crash, and results compared.
 
 use std::{
     fs,
@@ -8,15 +8,14 @@ use std::{
     time::Duration,
 };
 
-use blk_backend::{
-    bench::{Job, Limit, Pattern, compare, run as run_job, to_json, write_table},
-    engine::{LaneOptions, Poll},
+use blk_backend::bench::{
+    Job, Journal, Limit, Pattern, Verify, compare, run as run_job, to_json, verify, write_table,
 };
 use serde_json::Value;
 
-use super::{Failure, disk_options::DiskArgs};
+use super::{Failure, bench_target::TargetArgs};
 
-/// Measure how an image bears a load
+/// Measure how a disk bears a load
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -25,10 +24,13 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Put a load on an image, in this process, and show how it was borne
+    /// Put a load on a disk, and show how it was borne
     ///
-    /// Requests go through the same lanes as those of guests. Jobs that write overwrite what is on the disk.
+    /// The disk is an image in this process, a device behind a vhost-user socket, or an export behind an NBD URI. Jobs
+    /// that write overwrite what is on it.
     Run(Box<RunArgs>),
+    /// Look at a disk after a crash: whether all is there that a verified run had flushed
+    Verify(Box<VerifyArgs>),
     /// Show two JSON results side by side
     Compare {
         /// The first result
@@ -41,7 +43,7 @@ enum Command {
 #[derive(Debug, clap::Args)]
 struct RunArgs {
     #[command(flatten)]
-    disk: DiskArgs,
+    target: TargetArgs,
     /// read, write, randread, randwrite, randrw or discard
     #[arg(long, value_name = "PATTERN", default_value = "randread", value_parser = pattern)]
     pattern: Pattern,
@@ -72,17 +74,34 @@ struct RunArgs {
     /// Places and bytes follow from this number
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// Look for work this long before sleeping
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
-    poll: u64,
+    /// Write blocks that say where they belong and which write they came with, look at what is read, and in the end
+    /// flush and read all of them again
+    #[arg(long)]
+    verify: bool,
+    /// Keep what was flushed in a file, for bench verify after a crash
+    #[arg(long, value_name = "FILE", requires = "verify")]
+    journal: Option<PathBuf>,
     /// Write the result, with full histograms, to a file as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
+#[derive(Debug, clap::Args)]
+struct VerifyArgs {
+    #[command(flatten)]
+    target: TargetArgs,
+    /// What the run wrote with --journal
+    #[arg(long, value_name = "FILE")]
+    journal: PathBuf,
+}
+
+/// Reads under way at once while a disk is looked at.
+const VERIFY_DEPTH: u32 = 16;
+
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure> {
     match &args.command {
         Command::Run(args) => measure(args, out)?,
+        Command::Verify(args) => return look(args, out),
         Command::Compare { a, b } => compare(&read(a)?, &read(b)?, out)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -101,18 +120,41 @@ fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<(), Failure> {
         limit: Limit { time: seconds.map(Duration::from_secs), requests: args.count },
         seed: args.seed,
     };
-    let disk = args.disk.open(&mut |text| super::warn(text))?;
-    let lane = LaneOptions { poll: Poll::For(Duration::from_micros(args.poll)), ..LaneOptions::default() };
-    let result = run_job(&disk, &job, &lane).map_err(Failure::new);
-    let closed = disk.close();
-    let result = result?;
-    closed?;
+    let result = args.target.with(&job, |target| {
+        let verify = if args.verify { Some(Verify::new(args.journal.as_deref())?) } else { None };
+        run_job(target, &job, verify.as_ref())
+    })?;
     write_table(&job, &result, out)?;
     if let Some(path) = &args.json {
-        let text = format!("{:#}\n", to_json(&args.disk.image, &job, &result));
+        let text = format!("{:#}\n", to_json(args.target.name(), &job, &result));
         fs::write(path, text).map_err(|error| named(path, &error))?;
     }
     Ok(())
+}
+
+fn look(args: &VerifyArgs, out: &mut dyn Write) -> Result<ExitCode, Failure> {
+    let journal = Journal::read(&args.journal)?;
+    let job = Job {
+        pattern: Pattern::Read,
+        read_percent: 100,
+        block_bytes: journal.block_bytes(),
+        depth: VERIFY_DEPTH,
+        queues: 1,
+        rate: None,
+        flush_every: None,
+        limit: Limit { time: None, requests: None },
+        seed: 0,
+    };
+    let found = args.target.with(&job, |target| verify(target, &journal, &job))?;
+    for mismatch in &found.mismatches {
+        writeln!(out, "{mismatch}")?;
+    }
+    writeln!(
+        out,
+        "{} blocks were flushed: {} are wrong, {} have been written again since",
+        found.blocks, found.wrong, found.newer
+    )?;
+    Ok(if found.wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn read(path: &Path) -> Result<Value, Failure> {

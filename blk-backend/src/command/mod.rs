@@ -7,6 +7,7 @@ use std::{
 };
 
 pub(crate) mod bench;
+mod bench_target;
 pub(crate) mod control_options;
 pub(crate) mod disk_options;
 pub(crate) mod engine_options;

@@ -6,12 +6,14 @@
 //! - `connection`: the transmission phase on a [`Lane`](crate::engine::Lane) of its own; `flight`, `input`, `output`,
 //!   `buffer`, `room` and `socket` are its parts.
 //! - `server`, `export`, `address`: what listens, what is offered, and where.
+//! - `client`: the other side, for the load generator.
 //!
 //! A client is hostile until it has proved otherwise, and then still: what it sends is checked before it is used, what
 //! a connection holds is bounded, and a broken rule ends that connection alone.
 
 mod address;
 mod buffer;
+pub(crate) mod client;
 mod command;
 mod connection;
 mod context;

@@ -160,11 +160,23 @@ impl DriverQueue {
         self.shown.wrapping_sub(avail_event).wrapping_sub(1) < self.shown.wrapping_sub(before)
     }
 
-    /// The next chain that the device gave back, and how many bytes it says that it wrote.
+    /// The next chain of [`Self::add`] and [`Self::add_indirect`] that the device gave back, and how many bytes it
+    /// says that it wrote.
     ///
     /// # Panics
     /// When the device gives back what it does not have.
     pub fn pop(&mut self) -> Option<(u16, u32)> {
+        let (head, written_bytes) = self.next_used()?;
+        let head = u16::try_from(head).expect("the device names a descriptor");
+        let chain = std::mem::take(&mut self.held[usize::from(head)]);
+        assert!(!chain.is_empty(), "the device gave back head {head}, which it did not have");
+        self.free.extend(chain);
+        Some((head, written_bytes))
+    }
+
+    /// The next element of the used ring (2.7.8): `id` and `len` as the device wrote them, not looked at. For drivers
+    /// that lay out their descriptors themselves, with [`Self::write_descriptor`] and [`Self::make_available`].
+    pub fn next_used(&mut self) -> Option<(u32, u32)> {
         let at = self.layout.used.unchecked_add(2);
         let idx: u16 = self.ram.load(at, Ordering::Acquire).expect("the ring is in guest memory");
         if u16::from_le(idx) == self.used {
@@ -174,13 +186,10 @@ impl DriverQueue {
         let mut element = [0; 8];
         let at = self.layout.used.unchecked_add(4 + 8 * slot);
         self.ram.read_slice(&mut element, at).expect("the ring is in guest memory");
-        let element = u64::from_le_bytes(element);
-        let head = u16::try_from(element & 0xffff_ffff).expect("the device names a descriptor");
-        let chain = std::mem::take(&mut self.held[usize::from(head)]);
-        assert!(!chain.is_empty(), "the device gave back head {head}, which it did not have");
-        self.free.extend(chain);
         self.used = self.used.wrapping_add(1);
-        Some((head, u32::try_from(element >> 32).expect("32 bits are left")))
+        let [id, len] = [&element[..4], &element[4..]]
+            .map(|half| u32::from_le_bytes(half.try_into().expect("half of eight bytes")));
+        Some((id, len))
     }
 
     /// Asks to be signalled when the next chain comes back (`used_event`). True when one did already.
