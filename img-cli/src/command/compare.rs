@@ -5,7 +5,10 @@ use img_core::{
     Error, JobStep,
     format::OpenMode,
     image::{CacheMode, Image},
-    job::compare::{CompareOptions, Comparison, compare},
+    job::{
+        bitmaps::marks,
+        compare::{CompareOptions, Comparison, compare, compare_marked},
+    },
 };
 
 use crate::{
@@ -56,6 +59,10 @@ pub(crate) struct Args {
     /// Cache mode: none, writeback, writethrough, directsync or unsafe
     #[arg(short = 'T', long, value_name = "CACHE")]
     cache: Option<String>,
+
+    /// Compare only what this persistent bitmap of the first image marks
+    #[arg(long, value_name = "BITMAP")]
+    dirty_bitmap: Option<String>,
 
     #[command(flatten)]
     share: ShareArgs,
@@ -137,8 +144,14 @@ fn run_compare(
     };
     let options = CompareOptions { strict: args.strict };
     let mut size_warning = || say("Warning: Image size mismatch!");
-    let answer = compare([&images[0], &images[1]], options, &mut size_warning, reporter)
-        .map_err(|error| trouble(&error, [a, b]))?;
+    let both = [&images[0], &images[1]];
+    let marks = args.dirty_bitmap.as_deref().map(|name| marks(&images[0], name)).transpose();
+    let marks = marks.map_err(|error| Failure::from(error).with_code(TROUBLE))?;
+    let answer = match &marks {
+        None => compare(both, options, &mut size_warning, reporter),
+        Some(marks) => compare_marked(both, marks, options, &mut size_warning, reporter),
+    };
+    let answer = answer.map_err(|error| trouble(&error, [a, b]))?;
     match answer {
         Comparison::Identical => {
             reporter.complete();

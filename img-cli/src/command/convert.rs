@@ -9,7 +9,7 @@ use img_core::{
     image::{CacheMode, Image},
     job::{
         bitmaps,
-        convert::{ConvertOptions, Salvaged, convert},
+        convert::{ConvertOptions, Salvaged, convert, convert_marked},
     },
 };
 
@@ -104,6 +104,11 @@ pub(crate) struct Args {
     /// Zeroes over at least this many bytes become holes; 0 writes everything
     #[arg(short = 'S', long, value_name = "BYTES")]
     sparse_size: Option<String>,
+
+    /// Copy only what this persistent bitmap of the source marks, zeroes included: onto the backing file of the target
+    /// (-B), or into a target that exists (-n)
+    #[arg(long, value_name = "BITMAP")]
+    dirty_bitmap: Option<String>,
 
     /// Copy the persistent dirty bitmaps too
     #[arg(long)]
@@ -278,6 +283,9 @@ fn check_combination(args: &Args, has_options: bool) -> Result<(), Failure> {
     if args.copy_range_offloading && args.salvage {
         return refuse("Cannot use copy offloading in salvaging mode");
     }
+    if args.dirty_bitmap.is_some() && args.snapshot.is_some() {
+        return refuse("--dirty-bitmap says what changed in the disk as it is now: it does not go with -l");
+    }
     if args.level.is_some() && !args.compress {
         return refuse("--level requires -c");
     }
@@ -305,6 +313,13 @@ impl Job<'_> {
                 return Err(Failure::new("Copying bitmaps only possible with single source"));
             }
             bitmaps::check_bitmaps(&sources[0], self.args.skip_broken_bitmaps)?;
+        }
+        if let Some(name) = &self.args.dirty_bitmap {
+            if sources.len() > 1 {
+                return Err(Failure::new("--dirty-bitmap is only possible with a single source"));
+            }
+            // It is found out before anything is made.
+            bitmaps::marks(&sources[0], name)?;
         }
         let total_bytes = sources
             .iter()
@@ -489,7 +504,14 @@ impl Job<'_> {
     fn copy(&self, sources: &[Image], target: &Image, has_backing: bool) -> Result<(), Failure> {
         let options = self.options(has_backing);
         let salvaged = |lost: Salvaged, error: &Error| self.tell_salvaged(lost, error);
-        convert(sources, target, &options, &salvaged, self.reporter).map_err(|error| match error {
+        let copied = match &self.args.dirty_bitmap {
+            None => convert(sources, target, &options, &salvaged, self.reporter),
+            Some(name) => {
+                let marks = bitmaps::marks(&sources[0], name)?;
+                convert_marked(&sources[0], &marks, target, &options, &salvaged, self.reporter)
+            }
+        };
+        copied.map_err(|error| match error {
             // A format that can, on an image that cannot: one with an external data file.
             Error::Unsupported { .. } if self.args.compress => {
                 Failure::new("error while writing at byte 0: Operation not supported")

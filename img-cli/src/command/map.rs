@@ -2,7 +2,10 @@
 
 use img_core::{
     format::OpenMode,
-    job::map::{MapEntry, map},
+    job::{
+        bitmaps::marks,
+        map::{MapEntry, map, marked_entries},
+    },
     text,
 };
 
@@ -36,6 +39,10 @@ pub(crate) struct Args {
     #[arg(short = 'l', long, value_name = "LENGTH")]
     max_length: Option<String>,
 
+    /// Describe only what this persistent bitmap of the image marks
+    #[arg(long, value_name = "BITMAP")]
+    dirty_bitmap: Option<String>,
+
     #[command(flatten)]
     file: FileArg,
 }
@@ -63,7 +70,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
 
     let mut printer = Printer::new(layout, &context.out);
     let mut refused = None;
-    let outcome = map(&image, start_bytes, length_bytes, &mut |entry| {
+    let marks = args.dirty_bitmap.as_deref().map(|name| marks(&image, name)).transpose()?;
+    let mut row = |entry: &MapEntry| {
         // What is printed once the reader has gone is for nobody.
         if context.out.is_closed() {
             return Err(img_core::Error::Cancelled);
@@ -72,7 +80,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
             refused = Some(failure);
             img_core::Error::Cancelled
         })
-    });
+    };
+    let outcome = match &marks {
+        None => map(&image, start_bytes, length_bytes, &mut row),
+        Some(marks) => {
+            marked_entries(&image, marks, start_bytes, length_bytes).try_for_each(|entry| row(&entry?))
+        }
+    };
     match (outcome, refused) {
         (_, Some(failure)) => Err(failure),
         (Err(_), None) if context.out.is_closed() => Ok(0),

@@ -34,6 +34,15 @@ pub fn check_bitmap_target(target: &Image) -> Result<()> {
     bitmaps_of(target).map(|_| ())
 }
 
+/// What the persistent bitmap called `name` of the top layer marks.
+///
+/// # Errors
+/// [`Error::Invalid`] when there is none of that name, it is inconsistent, or the format or its version has no
+/// bitmaps.
+pub fn marks(image: &Image, name: &str) -> Result<DirtyMap> {
+    bitmaps_of(image)?.read(name)
+}
+
 /// Copies the bitmaps of the top layer of `source`: granularity, whether they are enabled, and bits. Those that
 /// are inconsistent are left out, and `skipped` is told their names.
 ///

@@ -1,9 +1,9 @@
 //! The map of a chain as `img map` shows it.
 
-use std::path::PathBuf;
+use std::{ops::Range, path::PathBuf};
 
 use super::status::{Status, Walk};
-use crate::{Result, image::Image};
+use crate::{Result, format::DirtyMap, image::Image};
 
 /// One row of `map --output=json`, after the reference's merging.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,27 +50,72 @@ pub fn map(
 /// is no byte at all; none after an error.
 pub fn entries(image: &Image, start_bytes: u64, length_bytes: Option<u64>) -> Entries<'_> {
     let end = length_bytes.map_or(u64::MAX, |length| start_bytes.saturating_add(length));
-    Entries { image, walk: Some(Walk::new(image, 0, start_bytes, end).showing_kept()) }
+    Entries { walk: Some(Walk::new(image, 0, start_bytes, end).showing_kept()), ..Entries::of_nothing(image) }
+}
+
+/// Those entries, cut to what `marks`, a bitmap of the image, marks.
+pub fn marked_entries<'a>(
+    image: &'a Image,
+    marks: &'a DirtyMap,
+    start_bytes: u64,
+    length_bytes: Option<u64>,
+) -> Entries<'a> {
+    let end = length_bytes.map_or(u64::MAX, |length| start_bytes.saturating_add(length));
+    Entries {
+        marks: Some((marks, start_bytes..end.min(image.virtual_size_bytes()))),
+        ..Entries::of_nothing(image)
+    }
 }
 
 /// See [`entries`]. Each step may do I/O on tables, and ask the host for holes; what was found is true for the moment
 /// in which it was found.
 pub struct Entries<'a> {
     image: &'a Image,
-    /// `None` after an error.
+    /// `None` after an error, and between two marked ranges.
     walk: Option<Walk<'a>>,
+    /// What is to be looked at when the walk has ended: what is marked of a range.
+    marks: Option<(&'a DirtyMap, Range<u64>)>,
+}
+
+impl<'a> Entries<'a> {
+    fn of_nothing(image: &'a Image) -> Self {
+        Self { image, walk: None, marks: None }
+    }
+
+    /// Goes on to the next marked range.
+    fn next_marked(&mut self) -> bool {
+        let Some((marks, left)) = &mut self.marks else { return false };
+        match marks.next_dirty(left.start).filter(|marked| marked.start < left.end) {
+            None => false,
+            Some(marked) => {
+                left.start = marked.end.min(left.end);
+                self.walk = Some(Walk::new(self.image, 0, marked.start, left.start).showing_kept());
+                true
+            }
+        }
+    }
 }
 
 impl Iterator for Entries<'_> {
     type Item = Result<MapEntry>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let walk = self.walk.as_mut()?;
-        let found = merged(walk).map(|status| status.map(|status| entry(self.image, &status))).transpose();
-        if matches!(found, Some(Err(_))) {
-            self.walk = None;
+        loop {
+            if let Some(walk) = self.walk.as_mut() {
+                let found = merged(walk).transpose();
+                if let Some(found) = found {
+                    let found = found.map(|status| entry(self.image, &status));
+                    if found.is_err() {
+                        (self.walk, self.marks) = (None, None);
+                    }
+                    return Some(found);
+                }
+                self.walk = None;
+            }
+            if !self.next_marked() {
+                return None;
+            }
         }
-        found
     }
 }
 

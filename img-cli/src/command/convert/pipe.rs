@@ -61,6 +61,7 @@ impl<'a> PipeTarget<'a> {
             (args.no_create, "-n", "there is no image yet"),
             (args.backing.is_some(), "-B", "a backing file"),
             (args.bitmaps, "--bitmaps", "bitmaps"),
+            (args.dirty_bitmap.is_some(), "--dirty-bitmap", "a part of the disk"),
             (args.copy_range_offloading, "-C", "copying by the host"),
             (args.oob_writes, "-W", "writing out of order"),
             (args.sparse_size.is_some(), "-S", "holes"),

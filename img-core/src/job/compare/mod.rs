@@ -11,7 +11,12 @@ use super::{
     ordered::{Done, First, lock},
     status::{Status, Walk},
 };
-use crate::{Error, JobStep, Result, format::Place, image::Image, zeroes::is_zero};
+use crate::{
+    Error, JobStep, Result,
+    format::{DirtyMap, Place},
+    image::Image,
+    zeroes::is_zero,
+};
 
 #[cfg(test)]
 mod tests;
@@ -59,27 +64,55 @@ pub fn compare(
     size_warning: &mut dyn FnMut(),
     progress: &dyn Progress,
 ) -> Result<Comparison> {
+    compare_part(images, None, options, size_warning, progress)
+}
+
+/// Compares what `marks`, a bitmap of the first image, marks, as [`compare`] does; the rest counts as equal.
+///
+/// # Errors
+/// As [`compare`].
+pub fn compare_marked(
+    images: [&Image; 2],
+    marks: &DirtyMap,
+    options: CompareOptions,
+    size_warning: &mut dyn FnMut(),
+    progress: &dyn Progress,
+) -> Result<Comparison> {
+    compare_part(images, Some(marks), options, size_warning, progress)
+}
+
+fn compare_part(
+    images: [&Image; 2],
+    marks: Option<&DirtyMap>,
+    options: CompareOptions,
+    size_warning: &mut dyn FnMut(),
+    progress: &dyn Progress,
+) -> Result<Comparison> {
     let sizes = images.map(Image::virtual_size_bytes);
     let (common, total) = (sizes[0].min(sizes[1]), sizes[0].max(sizes[1]));
     progress.advance(0, total);
     if options.strict && sizes[0] != sizes[1] {
         return Ok(Comparison::SizeDiffers);
     }
-    let pairs = Pairs {
-        images,
-        walks: [0, 1].map(|input| Walk::new(images[input], input, 0, common)),
-        heads: [None, None],
-        sizes,
-        strict: options.strict,
+    let both = |part: Range<u64>| {
+        Feed::Both(Box::new(Pairs {
+            images,
+            walks: [0, 1].map(|input| Walk::new(images[input], input, part.start, part.end)),
+            heads: [None, None],
+            sizes,
+            strict: options.strict,
+        }))
     };
-    if let Some(difference) = run(images, Feed::Both(Box::new(pairs)), 0, progress, total)? {
+    if let Some(difference) = run(images, feed(marks, 0..common, &both), 0, progress, total)? {
         return Ok(difference);
     }
     if common < total {
         size_warning();
         let longer = usize::from(sizes[1] > sizes[0]);
-        let walk = Walk::new(images[longer], longer, common, total);
-        if let Some(difference) = run(images, Feed::Rest(longer, Box::new(walk)), common, progress, total)? {
+        let rest = |part: Range<u64>| {
+            Feed::Rest(longer, Box::new(Walk::new(images[longer], longer, part.start, part.end)))
+        };
+        if let Some(difference) = run(images, feed(marks, common..total, &rest), common, progress, total)? {
             return Ok(difference);
         }
     }
@@ -101,6 +134,57 @@ enum Check {
 enum Feed<'a> {
     Both(Box<Pairs<'a>>),
     Rest(usize, Box<Walk<'a>>),
+    Marked(Marked<'a>),
+}
+
+/// What a bitmap marks of a range, each part fed by a feed of its own.
+struct Marked<'a> {
+    marks: &'a DirtyMap,
+    /// What is still to come.
+    left: Range<u64>,
+    part: &'a (dyn Fn(Range<u64>) -> Feed<'a> + Sync),
+    inside: Option<Box<Feed<'a>>>,
+}
+
+/// The feed of a range, or of what is marked of it.
+fn feed<'a>(
+    marks: Option<&'a DirtyMap>,
+    range: Range<u64>,
+    part: &'a (dyn Fn(Range<u64>) -> Feed<'a> + Sync),
+) -> Feed<'a> {
+    match marks {
+        None => part(range),
+        Some(marks) => Feed::Marked(Marked { marks, left: range, part, inside: None }),
+    }
+}
+
+impl Marked<'_> {
+    fn next(&mut self) -> Result<Option<Found>> {
+        loop {
+            if let Some(feed) = &mut self.inside
+                && let Some(found) = feed.next()?
+            {
+                return Ok(Some(found));
+            }
+            self.inside = None;
+            if self.left.is_empty() {
+                return Ok(None);
+            }
+            let start = self.left.start;
+            let next = self.marks.next_dirty(start).filter(|marked| marked.start < self.left.end);
+            match next {
+                Some(marked) if marked.start == start => {
+                    self.left.start = marked.end.min(self.left.end);
+                    self.inside = Some(Box::new((self.part)(start..self.left.start)));
+                }
+                next => {
+                    self.left.start = next.map_or(self.left.end, |marked| marked.start);
+                    let len = self.left.start - start;
+                    return Ok(Some(Found::Run { start, len, check: Check::Nothing }));
+                }
+            }
+        }
+    }
 }
 
 /// The two maps, cut where either changes.
@@ -122,6 +206,7 @@ impl Feed<'_> {
     fn next(&mut self) -> Result<Option<Found>> {
         match self {
             Self::Both(pairs) => pairs.next(),
+            Self::Marked(marked) => marked.next(),
             Self::Rest(input, walk) => Ok(walk.next()?.map(|status| Found::Run {
                 start: status.start,
                 len: status.len,

@@ -65,7 +65,7 @@ pub fn convert_to_pipe(
         salvaged(Salvaged { source, offset_bytes, step: JobStep::Map }, error);
     };
     let on_lost: Option<OnLost<'_>> = if options.salvage { Some(&on_lost) } else { None };
-    let rules = Rules { target_backing_bytes: None, join: true, on_lost };
+    let rules = Rules { target_backing_bytes: None, join: true, on_lost, marks: None };
     let plan = Plan::new(&sources, rules, Some(writer.unit_bytes()))?;
     let compress = writer.codec().map(|how| (how, options.level));
     if let Some((how, level)) = compress {

@@ -30,7 +30,7 @@ use self::{
     target::Target,
 };
 use super::Progress;
-use crate::{Error, JobStep, Result, image::Image};
+use crate::{Error, JobStep, Result, format::DirtyMap, image::Image};
 
 /// How to copy.
 #[derive(Clone, Copy, Debug)]
@@ -103,7 +103,24 @@ pub fn convert(
     salvaged: &(dyn Fn(Salvaged, &Error) + Sync),
     progress: &dyn Progress,
 ) -> Result<()> {
-    copy_sources(&Sources::new(sources)?, target, options, salvaged, progress)
+    copy_sources(&Sources::new(sources)?, None, target, options, salvaged, progress)
+}
+
+/// Copies what `marks`, a bitmap of the source, marks, zeroes included; the rest of `target` is left as it is. Where
+/// compressed clusters are written, a cluster that is marked in part is copied whole.
+///
+/// # Errors
+/// As [`convert`].
+pub fn convert_marked(
+    source: &Image,
+    marks: &DirtyMap,
+    target: &Image,
+    options: &ConvertOptions,
+    salvaged: &(dyn Fn(Salvaged, &Error) + Sync),
+    progress: &dyn Progress,
+) -> Result<()> {
+    let sources = Sources::of_parts([(source, 0..source.virtual_size_bytes())])?;
+    copy_sources(&sources, Some(marks), target, options, salvaged, progress)
 }
 
 /// Copies a part of one disk to the start of `target`, as [`convert`] does. The part lies inside the source.
@@ -120,11 +137,12 @@ pub fn convert_part(
     if part.start > part.end || part.end > source.virtual_size_bytes() {
         return Err(Error::Invalid(format!("bytes {}..{} are not inside the disk", part.start, part.end)));
     }
-    copy_sources(&Sources::of_parts([(source, part)])?, target, options, &|_, _| {}, progress)
+    copy_sources(&Sources::of_parts([(source, part)])?, None, target, options, &|_, _| {}, progress)
 }
 
 fn copy_sources(
     sources: &Sources<'_>,
+    marks: Option<&DirtyMap>,
     target: &Image,
     options: &ConvertOptions,
     salvaged: &(dyn Fn(Salvaged, &Error) + Sync),
@@ -142,11 +160,12 @@ fn copy_sources(
     let compression = target.compression(options.compress)?;
     let is_local = compression.is_some() || options.sparse_bytes == 0 || sparseness.is_local();
     let rules = Rules {
-        target_backing_bytes: options
-            .target_has_backing
+        // What is marked is copied from wherever the source has it, not from its top alone.
+        target_backing_bytes: (options.target_has_backing && marks.is_none())
             .then(|| image.layers().get(1).map_or(u64::MAX, |backing| backing.virtual_size_bytes())),
         join: is_local,
         on_lost: options.salvage.then_some(&on_lost),
+        marks,
     };
     let plan = Plan::new(sources, rules, compression.map(|_| target.cluster_bytes))?;
 

@@ -4,11 +4,12 @@
 //! tables and host holes are asked for once; a map with more runs than [`MAX_KEPT_RUNS`] is kept up to there and
 //! walked again from there on.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, ops::Range};
 
 use super::source::{Source, Sources};
 use crate::{
     Result,
+    format::DirtyMap,
     job::status::{OnLost, Walk},
 };
 
@@ -42,6 +43,8 @@ pub(super) struct Rules<'a> {
     pub(super) join: bool,
     /// Told of sectors whose place is not known, which are then read regardless.
     pub(super) on_lost: Option<OnLost<'a>>,
+    /// What a bitmap of the only source does not mark is left as the target has it.
+    pub(super) marks: Option<&'a DirtyMap>,
 }
 
 /// The runs of all sources, one behind the other.
@@ -83,7 +86,12 @@ impl<'a> Runs<'a> {
             let Source { base, part, padded_bytes, .. } = source;
             let inside = self.at - base;
             if self.walk.is_none() {
-                self.walk = Some(self.walk_of(source, inside));
+                let marked = self.marked_from(source, inside);
+                if marked.start > inside {
+                    self.at = base + marked.start;
+                    return Ok(Some(Run { end: self.at, class: Class::Backing }));
+                }
+                self.walk = Some(self.walk_of(source, marked));
             }
             let walk = self.walk.as_mut().expect("set above");
             if let Some(status) = walk.next()? {
@@ -92,6 +100,10 @@ impl<'a> Runs<'a> {
                 return Ok(Some(self.classify(*base, start, end, status.data, status.zero)));
             }
             self.walk = None;
+            if inside < part.end - part.start {
+                // Behind one marked range there may be another.
+                continue;
+            }
             self.source += 1;
             if inside < *padded_bytes {
                 // A last sector that the source has in part only.
@@ -102,10 +114,24 @@ impl<'a> Runs<'a> {
         Ok(None)
     }
 
-    /// From `inside` the source on.
-    fn walk_of(&self, source: &Source<'a>, inside: u64) -> Walk<'a> {
+    /// The next range of a source to look at, from `inside` it on: the rest of it, or what is marked there first.
+    fn marked_from(&self, source: &Source<'a>, inside: u64) -> Range<u64> {
+        let end = source.part.end - source.part.start;
+        match self.rules.marks {
+            None => inside..end,
+            Some(marks) => {
+                let marked =
+                    marks.next_dirty(source.part.start + inside.min(end)).unwrap_or(u64::MAX..u64::MAX);
+                marked.start.saturating_sub(source.part.start).min(end)
+                    ..marked.end.saturating_sub(source.part.start).min(end)
+            }
+        }
+    }
+
+    /// Over a range of a source.
+    fn walk_of(&self, source: &Source<'a>, range: Range<u64>) -> Walk<'a> {
         let Source { image, part, .. } = source;
-        let walk = Walk::new(image, self.source, part.start.saturating_add(inside), part.end);
+        let walk = Walk::new(image, self.source, part.start + range.start, part.start + range.end);
         let walk = if self.rules.target_backing_bytes.is_some() { walk.top_only() } else { walk };
         match self.rules.on_lost {
             None => walk,
