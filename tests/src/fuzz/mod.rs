@@ -5,12 +5,14 @@
 //! where the parsers look instead of drowning in magic numbers. A target returns when all is well and panics
 //! when the library broke a promise; an error from the library is an answer.
 
+mod machine;
 mod nbd;
 mod ring;
 mod script;
 mod targets;
 mod vmdk;
 
+pub use machine::machine;
 pub use nbd::nbd;
 pub use ring::ring;
 pub use targets::{check, map, open, read, repair, write};
@@ -22,7 +24,7 @@ use crate::pattern::Random;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("open", open),
     ("map", map),
     ("read", read),
@@ -32,6 +34,7 @@ pub const TARGETS: [Target; 9] = [
     ("nbd", nbd),
     ("vmdk", vmdk),
     ("ring", ring),
+    ("machine", machine),
 ];
 
 /// The `index`th random input: the length varies, and small numbers are common, as they are in scripts.
