@@ -1,6 +1,11 @@
-//! `img convert`: copy disks into a new image, into one that exists, or into a pipe.
+//! `img convert`: copy disks into a new image, into one that exists, or into a pipe; from files and
+//! from pipes.
 
+mod numbers;
 mod pipe;
+mod stream;
+
+use std::fs::File;
 
 use clap::ValueHint;
 use img_core::{
@@ -13,7 +18,11 @@ use img_core::{
     },
 };
 
-use self::pipe::PipeTarget;
+use self::{
+    numbers::Numbers,
+    pipe::PipeTarget,
+    stream::{StreamArgs, StreamSource},
+};
 use crate::{
     args::{Opening, ProgressArgs, ShareArgs, cache_mode, source_cache},
     command::create,
@@ -24,7 +33,7 @@ use crate::{
     object::ObjectArgs,
     option_list,
     progress::{Reporter, Style},
-    size, snapshot_param,
+    snapshot_param,
 };
 
 /// Copy images, one behind the other, into a new image
@@ -141,50 +150,12 @@ pub(crate) struct Args {
     #[arg(short = 'W', long)]
     oob_writes: bool,
 
+    #[command(flatten)]
+    stream: StreamArgs,
+
     /// The images to copy, and the target
     #[arg(value_name = "FILENAME", value_hint = ValueHint::FilePath)]
     files: Vec<String>,
-}
-
-/// The numbers on the command line, read.
-struct Numbers {
-    sparse_bytes: Option<u64>,
-    rate_bytes: Option<u64>,
-    threads: Option<usize>,
-    level: Option<i32>,
-}
-
-/// The largest `-S` ("a multiple of 512 up to 16 MiB").
-const MAX_SPARSE_BYTES: u64 = 16 << 20;
-
-impl Numbers {
-    fn read(args: &Args) -> Result<Self, Failure> {
-        let bytes = |what, text: &Option<String>| match text {
-            Some(text) => size::argument(what, text, size::MAX_BYTES).map(Some).map_err(Failure::new),
-            None => Ok(None),
-        };
-        let sparse_bytes = bytes("buffer size for sparse output", &args.sparse_size)?;
-        if sparse_bytes.is_some_and(|bytes| bytes % 512 != 0 || bytes > MAX_SPARSE_BYTES) {
-            return Err(Failure::new(format!(
-                "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to \
-                 {MAX_SPARSE_BYTES}. Select 0 to disable sparse detection (fully allocates output)."
-            )));
-        }
-        let threads = match &args.parallel {
-            Some(text) => {
-                let count = size::count("number of coroutines", text, 1, 16).map_err(Failure::new)?;
-                Some(usize::try_from(count).unwrap_or(16))
-            }
-            None => None,
-        };
-        let level = match &args.level {
-            Some(text) => {
-                Some(text.parse().map_err(|_| Failure::new(format!("Invalid level specified: '{text}'.")))?)
-            }
-            None => None,
-        };
-        Ok(Self { sparse_bytes, rate_bytes: bytes("rate limit", &args.rate)?, threads, level })
-    }
 }
 
 /// Shown below the help.
@@ -292,6 +263,12 @@ fn check_combination(args: &Args, has_options: bool) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What the sources are.
+enum Found {
+    Images(Vec<Image>),
+    Stream(StreamSource),
+}
+
 /// Everything behind the command line.
 struct Job<'a> {
     args: &'a Args,
@@ -307,7 +284,11 @@ struct Job<'a> {
 
 impl Job<'_> {
     fn run(&self, created: &mut Created) -> Result<(), Failure> {
-        let sources = self.open_sources()?;
+        let mut spooled = Vec::new();
+        let sources = match self.find_sources(&mut spooled)? {
+            Found::Stream(source) => return self.copy_stream(source, created),
+            Found::Images(sources) => sources,
+        };
         if self.args.bitmaps {
             if sources.len() > 1 {
                 return Err(Failure::new("Copying bitmaps only possible with single source"));
@@ -332,7 +313,7 @@ impl Job<'_> {
         let has_backing = if self.args.no_create {
             self.args.backing.is_some()
         } else {
-            self.create_target(total_bytes, &sources, created)?
+            self.create_target(total_bytes, sources.len(), created)?
         };
         self.stop_if_asked()?;
         let target = self.open_target(cache)?;
@@ -353,8 +334,31 @@ impl Job<'_> {
         self.reporter.interrupted().map_or(Ok(()), Err)
     }
 
-    fn open_sources(&self) -> Result<Vec<Image>, Failure> {
-        self.sources
+    /// Opens the sources. Those that come front to back are kept in files first, where that is asked for.
+    fn find_sources(&self, spooled: &mut Vec<File>) -> Result<Found, Failure> {
+        let mut names = Vec::new();
+        for name in self.sources {
+            let Some(source) = self.args.stream.find(name, self.args, self.context)? else {
+                names.push(name.clone());
+                continue;
+            };
+            match self.args.stream.spool() {
+                Some(directory) => {
+                    let file = source.spool(directory)?;
+                    names.push(stream::name_of(&file));
+                    spooled.push(file);
+                }
+                None if self.sources.len() > 1 => {
+                    return Err(Failure::new("A source that is read front to back has to be the only one"));
+                }
+                None => return Ok(Found::Stream(source)),
+            }
+        }
+        self.open_sources(&names).map(Found::Images)
+    }
+
+    fn open_sources(&self, names: &[String]) -> Result<Vec<Image>, Failure> {
+        names
             .iter()
             .map(|name| {
                 let opening = Opening {
@@ -390,7 +394,7 @@ impl Job<'_> {
     fn create_target(
         &self,
         total_bytes: u64,
-        sources: &[Image],
+        source_count: usize,
         created: &mut Created,
     ) -> Result<bool, Failure> {
         let driver = create::driver(self.args.output_format.as_deref().unwrap_or("raw"))?;
@@ -405,7 +409,7 @@ impl Job<'_> {
         let (backing, format) = (self.args.backing.as_deref(), self.args.backing_format.as_deref());
         create::record_backing(driver, backing, format, &mut options, self.context)?;
         let has_backing = options.get("backing_file").is_some();
-        if has_backing && sources.len() > 1 {
+        if has_backing && source_count > 1 {
             return Err(Failure::new(
                 "Having a backing file for the target makes no sense when concatenating multiple input images",
             ));

@@ -5,10 +5,13 @@ use std::{fmt, ops::Range, path::Path, sync::Arc};
 use serde_json::Value;
 
 use super::{
-    Bitmaps, Codec, Extent, FrontRequest, FrontWriter, HostFile, HostOffset, LayerWriter, MeasureRequest,
-    Measured, OptionDescription, OptionSet,
+    Bitmaps, Codec, Extent, FrontReader, FrontRequest, FrontWriter, HostFile, HostOffset, LayerWriter,
+    MeasureRequest, Measured, OptionDescription, OptionSet,
 };
-use crate::{Error, Result, storage::Storage};
+use crate::{
+    Error, Result,
+    storage::{Storage, StreamStorage},
+};
 
 /// A format: how its images are recognised, made and opened. One static value each, listed in the
 /// [`registry`](super::registry).
@@ -72,6 +75,12 @@ pub trait Driver: Send + Sync + fmt::Debug {
             "{name} images cannot be written to a pipe: they are not laid out front to back"
         )))
     }
+
+    /// Reads an image that comes out of a stream.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the format is not laid out front to back, else as [`Self::open`].
+    fn front_reader(&self, stream: Arc<StreamStorage>) -> Result<Box<dyn FrontReader>>;
 
     /// What this driver does and the reference's driver of that name refuses: whoever stands in for the reference
     /// refuses it too.

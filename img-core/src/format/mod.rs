@@ -25,7 +25,7 @@ pub mod vpc;
 
 pub use dirty::{BitmapInfo, Bitmaps, DirtyMap, MAX_MAP_BYTES, NewBitmap};
 pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
-pub use front::{FrontRequest, FrontWriter, LookAhead};
+pub use front::{FrontReader, FrontRequest, FrontRun, FrontWriter, LookAhead};
 use host_file::{file_preallocation, first_block, refuse_file_options};
 pub use layer::{
     Backing, Beyond, CheckReport, CompressedWrites, CreateRequest, Driver, Finding, Layer, Lease, LeaseToken,

@@ -33,6 +33,7 @@ pub use name::ImageName;
 pub use open::{CacheMode, OpenOptions, Warning};
 pub use path::{full_backing_name, protocol};
 pub use plane::{Commit, Ticket, WriteTicket};
+pub(crate) use read::decode as decode_unit;
 
 use std::{
     ops::Range,

@@ -1,6 +1,6 @@
 //! Reading guest bytes: ask the map, then move bytes with as few system calls as the map allows.
 
-use std::{cell::RefCell, io::IoSliceMut, sync::Arc};
+use std::{cell::RefCell, io::IoSliceMut};
 
 use super::{
     Image, ImageExtent,
@@ -211,11 +211,11 @@ impl Image {
                 let until = from + piece.stored_bytes.min(MAX_STORED_BYTES) as usize;
                 let stored = stored.get(from..until).unwrap_or_default();
                 if piece.skip_bytes == 0 && piece.decoded_bytes as usize == piece.bytes.len() {
-                    decode(storage, piece.how, stored, piece.at, piece.bytes)?;
+                    decode(&**storage, piece.how, stored, piece.at, piece.bytes)?;
                     continue;
                 }
                 let mut unit = vec![0; piece.decoded_bytes as usize];
-                decode(storage, piece.how, stored, piece.at, &mut unit)?;
+                decode(&**storage, piece.how, stored, piece.at, &mut unit)?;
                 copy_part(piece, &unit)?;
                 self.decoded.put(key(piece), unit.into());
             }
@@ -233,7 +233,14 @@ fn copy_part(piece: &mut EncodedPiece<'_>, unit: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn decode(storage: &Arc<dyn Storage>, how: Codec, stored: &[u8], at: u64, unit: &mut [u8]) -> Result<()> {
+/// Fills `unit` from the stored run at `at` of `storage`.
+pub(crate) fn decode(
+    storage: &dyn Storage,
+    how: Codec,
+    stored: &[u8],
+    at: u64,
+    unit: &mut [u8],
+) -> Result<()> {
     codec::decode(how, stored, unit).map_err(|why| {
         let name = match how {
             Codec::Deflate => "deflate",

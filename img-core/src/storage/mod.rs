@@ -25,14 +25,18 @@ mod model_tests;
 mod offload;
 mod pipe;
 mod space;
+mod stream;
 mod sys;
 pub mod testing;
 pub(crate) mod transfer;
+mod unwrap;
 mod window;
 
 pub use file::{FileOptions, FileStorage};
 pub use memory::MemoryStorage;
 pub use pipe::Pipe;
+pub use stream::StreamStorage;
+pub use unwrap::{UnwrapOptions, Wrapper, unwrap};
 pub use window::DetectZeroes;
 pub(crate) use window::{Window, window_bytes};
 

@@ -8,7 +8,7 @@ use std::{
 
 use img_core::{
     Error,
-    format::{FrontRequest, OptionSet},
+    format::{FrontRequest, FrontWriter, OptionSet},
     image::Image,
     job::convert::convert_to_pipe,
     storage::Pipe,
@@ -82,7 +82,7 @@ impl<'a> PipeTarget<'a> {
         Ok(())
     }
 
-    fn open(self) -> Result<Pipe, Failure> {
+    pub(super) fn open(self) -> Result<Pipe, Failure> {
         let opened = match self {
             Self::Stdout => io::stdout().as_fd().try_clone_to_owned().map(File::from),
             Self::Named(name) => OpenOptions::new().write(true).open(text::to_path(crate::names::path(name))),
@@ -102,6 +102,25 @@ impl Job<'_> {
         sources: &[Image],
         total_bytes: u64,
     ) -> Result<(), Failure> {
+        let writer = self.front_writer(target, total_bytes)?;
+        let mut pipe = target.open()?;
+        convert_to_pipe(
+            sources,
+            writer,
+            &mut pipe,
+            &self.options(false),
+            &|lost, error| self.tell_salvaged(lost, error),
+            self.reporter,
+        )
+        .map_err(Failure::from)
+    }
+
+    /// What lays the target out.
+    pub(super) fn front_writer(
+        &self,
+        target: PipeTarget<'_>,
+        total_bytes: u64,
+    ) -> Result<Box<dyn FrontWriter>, Failure> {
         let driver = create::driver(self.args.output_format.as_deref().unwrap_or("raw"))?;
         if self.args.compress && !driver.can_compress() {
             return Err(Failure::new("Compression not supported for this file format"));
@@ -119,16 +138,6 @@ impl Job<'_> {
         let said = |error: Error| {
             Failure::new(format!("{}: error while converting {}: {error}", target.name(), driver.name()))
         };
-        let writer = driver.front_writer(&request).map_err(said)?;
-        let mut pipe = target.open()?;
-        convert_to_pipe(
-            sources,
-            writer,
-            &mut pipe,
-            &self.options(false),
-            &|lost, error| self.tell_salvaged(lost, error),
-            self.reporter,
-        )
-        .map_err(Failure::from)
+        driver.front_writer(&request).map_err(said)
     }
 }

@@ -3,7 +3,7 @@
 //! Guest clusters are found through two levels of tables (L1, L2); host clusters are counted in refcount
 //! blocks found through the refcount table. Rooms: `header` and `entry` are the bytes on disk, `geometry`
 //! the sizes that follow, `map` the question where a byte lives, `alloc` and `refcount` where new bytes
-//! go, `flush` the order that keeps every crash harmless, `front` images in pipes, `snapshot`, `bitmap`, `create`, `check` the rest.
+//! go, `flush` the order that keeps every crash harmless, `front` and `front_reader` images in pipes, `snapshot`, `bitmap`, `create`, `check` the rest.
 
 mod alloc;
 mod amend;
@@ -27,6 +27,7 @@ mod feature;
 mod flush;
 mod front;
 mod front_places;
+mod front_reader;
 mod geometry;
 mod head;
 mod header;
@@ -67,10 +68,13 @@ mod snapshot_tests;
 use std::{path::Path, sync::Arc};
 
 use super::{
-    CreateRequest, Driver, FrontRequest, FrontWriter, Layer, MeasureRequest, Measured, OpenContext,
-    OptionDescription,
+    CreateRequest, Driver, FrontReader, FrontRequest, FrontWriter, Layer, MeasureRequest, Measured,
+    OpenContext, OptionDescription,
 };
-use crate::{Result, storage::Storage};
+use crate::{
+    Result,
+    storage::{Storage, StreamStorage},
+};
 
 /// The qcow2 format.
 #[derive(Debug)]
@@ -103,6 +107,10 @@ impl Driver for Qcow2 {
 
     fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {
         Ok(Box::new(front::Qcow2Front::new(request)?))
+    }
+
+    fn front_reader(&self, stream: Arc<StreamStorage>) -> Result<Box<dyn FrontReader>> {
+        Ok(Box::new(front_reader::Qcow2Stream::new(stream)?))
     }
 
     fn has_backing(&self) -> bool {

@@ -25,8 +25,11 @@ mod tests;
 
 use std::{path::Path, sync::Arc};
 
-use super::{CreateRequest, Driver, Layer, OpenContext, OptionDescription};
-use crate::{Result, storage::Storage};
+use super::{CreateRequest, Driver, FrontReader, Layer, OpenContext, OptionDescription, front::LayerFront};
+use crate::{
+    Result,
+    storage::{Storage, StreamStorage},
+};
 
 /// The QED format.
 #[derive(Debug)]
@@ -51,6 +54,10 @@ impl Driver for Qed {
 
     fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>> {
         Ok(Arc::new(layer::QedLayer::open(storage, context)?))
+    }
+
+    fn front_reader(&self, stream: Arc<StreamStorage>) -> Result<Box<dyn FrontReader>> {
+        Ok(Box::new(LayerFront::open(self, stream)?))
     }
 
     fn has_backing(&self) -> bool {

@@ -2,21 +2,23 @@
 //!
 //! There is nothing to parse: the map is one extent, the whole file. Holes are the storage's affair. A
 //! window of the file can be picked with the runtime options `offset` and `size`.
-//! `layer` answers, `write` changes, `front` writes to pipes.
+//! `layer` answers, `write` changes, `front` and `front_reader`
+//! are for pipes.
 
 pub(super) mod front;
+pub(super) mod front_reader;
 mod layer;
 mod write;
 
 use std::{path::Path, sync::Arc};
 
 use super::{
-    CreateRequest, Driver, FrontRequest, FrontWriter, Layer, MeasureRequest, Measured, OpenContext,
-    OptionDescription, OptionKind, OptionSet, file_preallocation, first_block,
+    CreateRequest, Driver, FrontReader, FrontRequest, FrontWriter, Layer, MeasureRequest, Measured,
+    OpenContext, OptionDescription, OptionKind, OptionSet, file_preallocation, first_block,
 };
 use crate::{
     Error, Result,
-    storage::{Flush, Preallocation, Storage},
+    storage::{Flush, Preallocation, Storage, StreamStorage},
 };
 
 /// Guest disks are whole sectors.
@@ -84,6 +86,10 @@ impl Driver for Raw {
 
     fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {
         Ok(Box::new(front::RawFront::new(request)?))
+    }
+
+    fn front_reader(&self, stream: Arc<StreamStorage>) -> Result<Box<dyn FrontReader>> {
+        Ok(Box::new(front_reader::RawStream { stream, at: 0 }))
     }
 
     /// Every byte has its place, written or not.

@@ -3,7 +3,7 @@
 //! A text, the `descriptor`, names extents: files of plain bytes, or sparse ones, whose two levels of tables
 //! (`sparse`; headers in `header`, `cowd`, `sesparse`) say where each grain is. `open` decides which files are
 //! opened, `layer` answers, `write`, `alloc` and `zero` change and hold the crash order, `stream` reads and
-//! writes the kind that is made front to back (`front` into pipes), `create`, `check` and `details` do the rest.
+//! writes the kind that is made front to back (`front` into pipes, `front_reader` from them), `create`, `check` and `details` do the rest.
 
 mod alloc;
 mod check;
@@ -12,6 +12,7 @@ mod create;
 mod descriptor;
 mod details;
 mod front;
+mod front_reader;
 mod header;
 mod layer;
 mod open;
@@ -32,8 +33,14 @@ use std::{
     sync::Arc,
 };
 
-use super::{CreateRequest, Driver, FrontRequest, FrontWriter, Layer, OpenContext, OptionDescription};
-use crate::{Result, storage::Storage};
+use super::{
+    CreateRequest, Driver, FrontReader, FrontRequest, FrontWriter, Layer, OpenContext, OptionDescription,
+    front::LayerFront,
+};
+use crate::{
+    Error, Result,
+    storage::{Storage, StreamStorage},
+};
 
 /// The VMDK format.
 #[derive(Debug)]
@@ -63,6 +70,25 @@ impl Driver for Vmdk {
 
     fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {
         Ok(Box::new(front::StreamFront::new(request)?))
+    }
+
+    /// By its markers where it has them and its directory comes last; else by tables that stand in front.
+    fn front_reader(&self, stream: Arc<StreamStorage>) -> Result<Box<dyn FrontReader>> {
+        let mut magic = [0; 4];
+        stream.read_at(&mut magic, 0)?;
+        if magic == header::MAGIC {
+            let (_, header) = header::Header::read(&*stream)?;
+            if header.markers && header.compressed && header.directory_at.is_none() {
+                return Ok(Box::new(front_reader::MarkerStream::new(stream, header)?));
+            }
+            if header.directory_at.is_none() {
+                return Err(Error::unsupported(
+                    stream.path(),
+                    "a VMDK whose directory is at its end, in a pipe",
+                ));
+            }
+        }
+        Ok(Box::new(LayerFront::open(self, stream)?))
     }
 
     fn has_backing(&self) -> bool {

@@ -147,7 +147,7 @@ fn hosted(
 }
 
 /// The text behind a header that has room for it.
-fn embedded_text(storage: &dyn Storage, header: &Header) -> Result<(Vec<u8>, u64)> {
+pub(super) fn embedded_text(storage: &dyn Storage, header: &Header) -> Result<(Vec<u8>, u64)> {
     let Some(place) = &header.descriptor else {
         return Err(Error::corrupt(
             storage.path(),

@@ -231,6 +231,22 @@ fn run_in(bits: &[u8], sectors: &Range<u32>) -> Run {
     Run { is_there: is, sectors: at.min(sectors.end) - sectors.start }
 }
 
+/// The runs of sectors that are there, among the first `sectors` of a block with that bitmap.
+pub(super) fn runs_there(bits: &[u8], sectors: u32) -> impl Iterator<Item = Range<u32>> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        while at < sectors {
+            let run = run_in(bits, &(at..sectors));
+            let start = at;
+            at += run.sectors;
+            if run.is_there {
+                return Some(start..at);
+            }
+        }
+        None
+    })
+}
+
 /// Sectors in that many bytes of a block.
 pub(super) fn sectors(bytes: u64) -> u32 {
     u32::try_from(bytes / SECTOR_BYTES).expect("at most a block")

@@ -197,7 +197,7 @@ pub(super) enum Copy {
 }
 
 impl Copy {
-    fn parse(sector: &[u8; FOOTER_BYTES]) -> Self {
+    pub(super) fn parse(sector: &[u8; FOOTER_BYTES]) -> Self {
         let footer = RawFooter::from_sector(sector);
         if footer.cookie != COOKIE {
             return Self::Absent;

@@ -5,7 +5,7 @@
 //! blocks that are there, each with a bitmap of its sectors in front; a differencing disk is a dynamic one whose
 //! other sectors are its parent's. Rooms: `footer`, `header`, `locator` are the bytes on disk, `geometry` the
 //! size that follows, `map` and `bitmap` the question where a byte lives, `alloc`, `write` and `flush` what
-//! changes and in which order, `front` disks in pipes, `parent` the identity of the disk below, `fixed`, `resize`, `create`, `check`
+//! changes and in which order, `front` and `front_reader` disks in pipes, `parent` the identity of the disk below, `fixed`, `resize`, `create`, `check`
 //! the rest.
 
 mod alloc;
@@ -17,6 +17,7 @@ mod fixed;
 mod flush;
 mod footer;
 mod front;
+mod front_reader;
 mod geometry;
 mod header;
 mod layer;
@@ -35,10 +36,13 @@ use std::{path::Path, sync::Arc};
 use footer::{COOKIE, Copies, DiskType, SizeRule};
 
 use super::{
-    Beyond, CreateRequest, Driver, FrontRequest, FrontWriter, Layer, OpenContext, OptionDescription,
-    OptionSet,
+    Beyond, CreateRequest, Driver, FrontReader, FrontRequest, FrontWriter, Layer, OpenContext,
+    OptionDescription, OptionSet,
 };
-use crate::{Error, Result, storage::Storage};
+use crate::{
+    Error, Result,
+    storage::{Storage, StreamStorage},
+};
 
 /// The VHD format, by the reference's name.
 #[derive(Debug)]
@@ -91,6 +95,10 @@ impl Driver for Vpc {
 
     fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {
         front::new(request)
+    }
+
+    fn front_reader(&self, stream: Arc<StreamStorage>) -> Result<Box<dyn FrontReader>> {
+        front_reader::new(stream)
     }
 
     fn beyond_reference(&self) -> Beyond {

@@ -3,8 +3,8 @@
 //! One walk over the sources' maps makes a `plan`; threads take pieces of it, read (`source`), find zeroes
 //! (`pieces`), compress, wait for their turn to reserve places in the `target` in guest order, and move their
 //! bytes and commit beside each other. The result is the same file at any number of threads; with
-//! `out_of_order` nobody waits. `offload` lets the host copy; `front` writes into pipes. Start at
-//! [`convert`].
+//! `out_of_order` nobody waits. `offload` lets the host copy; `front` writes into pipes, `stream` reads
+//! out of them. Start at [`convert`].
 
 mod copy;
 mod front;
@@ -12,6 +12,7 @@ mod offload;
 mod pieces;
 mod plan;
 mod source;
+mod stream;
 mod target;
 
 #[cfg(test)]
@@ -20,6 +21,7 @@ mod front_tests;
 mod tests;
 
 pub use front::convert_to_pipe;
+pub use stream::{StreamOptions, StreamTarget, convert_stream};
 
 use std::ops::Range;
 
