@@ -123,7 +123,7 @@ impl Queue {
                 }
             };
             let mut done = at;
-            for WriteStep { guest_bytes, file, at: host } in &self.steps {
+            for WriteStep { guest_bytes, file, at: host, .. } in &self.steps {
                 assert_eq!(guest_bytes.start, done, "steps follow each other");
                 let part = to_usize(guest_bytes.start - at)..to_usize(guest_bytes.end - at);
                 let storage = self.image.storage(0, *file).expect("steps name open files");

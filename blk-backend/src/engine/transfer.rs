@@ -146,7 +146,7 @@ impl Transfers {
         slot.lists.clear();
         slot.pending = 0;
         for at in 0..self.steps.len() {
-            let WriteStep { file, at: HostOffset(at), ref guest_bytes } = self.steps[at];
+            let WriteStep { file, at: HostOffset(at), ref guest_bytes, .. } = self.steps[at];
             let request_at = guest_bytes.start - slot.guest_bytes.start;
             let len_bytes = guest_bytes.end - guest_bytes.start;
             let Some(file) = self.file(ring, image, 0, file) else { return Way::Blocks };

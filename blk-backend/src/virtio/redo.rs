@@ -2,16 +2,19 @@
 //! that outlives the device, next to the [inflight](super::inflight) heads.
 //!
 //! Tables of an image are written when the guest flushes. Until then a new cluster is known to the device alone, and
-//! would be lost with it under a guest that lives on. So each change of the map is noted here before its request is
-//! answered ([`ChangeLog`]), and the device that takes the place of a dead one does it again ([`RedoLog::replay`]):
-//! it reads the bytes from where they stand in the file, and writes them anew. The order, by number of the note:
+//! would be lost with it under a guest that lives on. So each change of the map is noted here before anyone sees it
+//! ([`ChangeLog`]), and the device that takes the place of a dead one does it again ([`RedoLog::replay`]): it reads
+//! the bytes from where they stand in the file, and writes them anew. Writes in place are not noted: what they wrote
+//! stands in a cluster that a note names as a whole, or that a flush made durable. The order, by number of the note:
 //!
-//! 1. A note's place is taken; 2. the note is written; 3. its number is: from now on it counts.
-//! 4. After a flush, `tail` passes all notes that were there when it began.
+//! 1. A note's place is taken; 2. the note is written as one of a change to come; 3. its number is: from now on it
+//!    counts. 4. The map is changed. 5. The note is one of a change that has happened, or is void when it has not.
+//! 6. After a flush, `tail` passes the notes that were there when it began, up to the first of a change to come.
 //!
-//! Dead between 1 and 3, the request was not answered, and is among the inflight heads. Dead between a flush and 4,
-//! notes are done again that need not be, with the same bytes. The notes are read as a whole before the first is
-//! done: doing one may take a cluster that another names.
+//! Dead before 5, the request was not answered, and is among the inflight heads; all of its bytes stand there since
+//! 1, and doing the note again gives the other bytes of its clusters to whoever wrote them after 4. Dead between a
+//! flush and 6, notes are done again that need not be, with the same bytes. The notes are read as a whole before
+//! the first is done: doing one may take a cluster that another names.
 
 use std::{
     ops::Range,
@@ -23,8 +26,8 @@ use std::{
 
 use img_core::{
     Error,
-    format::{HostFile, HostOffset, WriteStep},
-    image::{ChangeLog, Image},
+    format::HostFile,
+    image::{Change, ChangeLog, Image, NoteId},
     storage::Identity,
 };
 use vm_memory::{MmapRegion, VolatileMemory};
@@ -35,7 +38,7 @@ const NOTES: u64 = NOTE_PLACES as u64;
 const NOTE_PLACES: usize = 65536;
 
 /// Bytes that notes may speak of before a flush is asked for: they are read into memory to be done again.
-const MOST_BYTES: u64 = 64 << 20;
+const MOST_BYTES: u64 = 256 << 20;
 
 /// Bytes that are read for notes at most: those of requests under way come on top of [`MOST_BYTES`].
 const MOST_REPLAYED_BYTES: u64 = 1 << 30;
@@ -60,9 +63,17 @@ const LENGTH: usize = 24;
 const PLACE: usize = 32;
 const NOTE_BYTES: usize = 40;
 
+// The kind of a note: its low byte; for `MAPPED` the file above it; a flag.
+const VOID: u64 = 0;
 const MAPPED: u64 = 1;
 const ZEROED: u64 = 2;
 const DISCARDED: u64 = 3;
+const FILE_SHIFT: u32 = 8;
+/// The change is still to come.
+const TO_COME: u64 = 1 << 63;
+
+/// The number of a note that there was no room for.
+const NO_ROOM: NoteId = NoteId(u64::MAX);
 
 /// The log in a part of shared memory.
 #[derive(Debug)]
@@ -164,8 +175,9 @@ impl RedoLog {
         if guest_bytes.is_empty() {
             return Ok(None);
         }
-        let kind = self.load(at + KIND);
+        let kind = self.load(at + KIND) & !TO_COME;
         Ok(Some(match kind & 0xff {
+            VOID => return Ok(None),
             ZEROED => Note::Zeroed(guest_bytes),
             DISCARDED => Note::Discarded(guest_bytes),
             MAPPED => {
@@ -173,7 +185,7 @@ impl RedoLog {
                 *left_bytes = left_bytes
                     .checked_sub(len_bytes)
                     .ok_or(RedoError::Invalid("it speaks of too many bytes"))?;
-                let file = u32::try_from(kind >> 8).map_err(|_| RedoError::Invalid("its file"))?;
+                let file = u32::try_from(kind >> FILE_SHIFT).map_err(|_| RedoError::Invalid("its file"))?;
                 let file = image.storage(0, HostFile(file)).ok_or(RedoError::Invalid("its file"))?;
                 let place = self.load(at + PLACE);
                 let inside = place.checked_add(len_bytes).is_some_and(|end| {
@@ -207,23 +219,20 @@ impl RedoLog {
         self.load(AT_HEAD).wrapping_sub(self.load(AT_TAIL))
     }
 
-    fn note(&self, kind: u64, guest_bytes: &Range<u64>, place: HostOffset) {
+    /// Takes the place of a note. `None` when there is no room.
+    fn take_number(&self) -> Option<u64> {
         let head = self.word(AT_HEAD);
-        let number = head.fetch_add(1, Ordering::SeqCst);
-        if number.wrapping_sub(self.load(AT_TAIL)) >= NOTES {
-            self.store(AT_OVERFLOWED, 1);
-            return;
-        }
+        let has_room = |number: u64| number.wrapping_sub(self.load(AT_TAIL)) < NOTES;
+        head.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |number| {
+            has_room(number).then(|| number.wrapping_add(1))
+        })
+        .ok()
+    }
+
+    /// Whether the change of that note has happened, or never will.
+    fn is_settled(&self, number: u64) -> bool {
         let at = note(number);
-        let len_bytes = guest_bytes.end - guest_bytes.start;
-        self.store(at + KIND, kind);
-        self.store(at + START, guest_bytes.start);
-        self.store(at + LENGTH, len_bytes);
-        self.store(at + PLACE, place.0);
-        self.store(at + NUMBER, number.wrapping_add(1));
-        if kind & 0xff == MAPPED {
-            self.bytes.fetch_add(len_bytes, Ordering::Relaxed);
-        }
+        self.load(at + NUMBER) == number.wrapping_add(1) && self.load(at + KIND) & TO_COME == 0
     }
 
     /// A word of the log. All offsets are inside: see [`Self::new`].
@@ -259,21 +268,51 @@ impl ChangeLog for RedoLog {
         self.store(AT_MAGIC, MAGIC);
     }
 
-    fn mapped(&self, step: &WriteStep) {
-        self.note(MAPPED | u64::from(step.file.0) << 8, &step.guest_bytes, step.at);
+    fn begins(&self, change: Change<'_>) -> NoteId {
+        let (kind, guest_bytes, place) = match change {
+            Change::Mapped(mapping) => {
+                let kind = MAPPED | u64::from(mapping.file.0) << FILE_SHIFT;
+                (kind, &mapping.guest_bytes, mapping.at.0)
+            }
+            Change::Zeroed(guest_bytes) => (ZEROED, guest_bytes, 0),
+            Change::Discarded(guest_bytes) => (DISCARDED, guest_bytes, 0),
+        };
+        let Some(number) = self.take_number() else {
+            self.store(AT_OVERFLOWED, 1);
+            return NO_ROOM;
+        };
+        let at = note(number);
+        let len_bytes = guest_bytes.end - guest_bytes.start;
+        self.store(at + KIND, kind | TO_COME);
+        self.store(at + START, guest_bytes.start);
+        self.store(at + LENGTH, len_bytes);
+        self.store(at + PLACE, place);
+        self.store(at + NUMBER, number.wrapping_add(1));
+        if kind & 0xff == MAPPED {
+            self.bytes.fetch_add(len_bytes, Ordering::Relaxed);
+        }
+        NoteId(number)
     }
 
-    fn zeroed(&self, guest_bytes: &Range<u64>) {
-        self.note(ZEROED, guest_bytes, HostOffset(0));
-    }
-
-    fn discarded(&self, guest_bytes: &Range<u64>) {
-        self.note(DISCARDED, guest_bytes, HostOffset(0));
+    fn ended(&self, id: NoteId, has_happened: bool) {
+        if id == NO_ROOM {
+            // A flush that began before the change may have ended the overflow, and does not cover it.
+            self.store(AT_OVERFLOWED, 1);
+        } else if has_happened {
+            self.word(note(id.0) + KIND).fetch_and(!TO_COME, Ordering::SeqCst);
+        } else {
+            self.store(note(id.0) + KIND, VOID);
+        }
     }
 
     fn flush_begins(&self) -> u64 {
         self.bytes.store(0, Ordering::Relaxed);
-        self.load(AT_HEAD)
+        let (tail, head) = (self.load(AT_TAIL), self.load(AT_HEAD));
+        let count = head.wrapping_sub(tail).min(NOTES);
+        (0..count)
+            .map(|number| tail.wrapping_add(number))
+            .find(|number| !self.is_settled(*number))
+            .unwrap_or(tail.wrapping_add(count))
     }
 
     fn flushed(&self, begun: u64) {
@@ -295,8 +334,8 @@ impl ChangeLog for RedoLog {
 #[cfg(test)]
 mod tests {
     use img_core::{
-        format::OpenMode,
-        image::{ImageName, OpenOptions},
+        format::{Attempt, HostOffset, Mapping, OpenMode},
+        image::{Commit, ImageName, OpenOptions},
     };
     use proptest::{collection::vec, prelude::*};
     use vm_memory::Bytes;
@@ -318,8 +357,12 @@ mod tests {
         RedoLog::new(Arc::new(MmapRegion::new(RedoLog::BYTES + 8).expect("memory")), 8)
     }
 
-    fn step(start: u64, len_bytes: u64, at: u64) -> WriteStep {
-        WriteStep { guest_bytes: start..start + len_bytes, file: HostFile::IMAGE, at: HostOffset(at) }
+    fn happens(log: &RedoLog, change: Change<'_>) {
+        log.ended(log.begins(change), true);
+    }
+
+    fn mapping(start: u64, len_bytes: u64, at: u64) -> Mapping {
+        Mapping { guest_bytes: start..start + len_bytes, file: HostFile::IMAGE, at: HostOffset(at) }
     }
 
     /// A raw file stands in for an image that lost its tables: places are other guest bytes.
@@ -330,12 +373,12 @@ mod tests {
         image.write_at(&[8; 512], 512).expect("inside");
         let log = log();
         assert_eq!(log.replay(&image).expect("new memory"), 0);
-        log.mapped(&step(8192, 512, 0));
+        happens(&log, Change::Mapped(&mapping(8192, 512, 0)));
         let begun = log.flush_begins();
-        log.mapped(&step(4096, 1024, 0));
-        log.zeroed(&(4096..4608));
+        happens(&log, Change::Mapped(&mapping(4096, 1024, 0)));
+        happens(&log, Change::Zeroed(&(4096..4608)));
         // Reads the place as it was before the notes are done: not what the first note put there.
-        log.mapped(&step(0, 512, 512));
+        happens(&log, Change::Mapped(&mapping(0, 512, 512)));
         log.flushed(begun);
         assert_eq!(log.replay(&image).expect("its own notes"), 3);
         let mut bytes = vec![0; 9216];
@@ -352,13 +395,78 @@ mod tests {
         let (_file, image) = image();
         let log = log();
         log.replay(&image).expect("new memory");
-        (0..NOTES / 4).for_each(|_| log.zeroed(&(0..512)));
+        (0..NOTES / 4).for_each(|_| happens(&log, Change::Zeroed(&(0..512))));
         assert!(log.wants_flush() && !log.is_nearly_full());
-        (0..NOTES).for_each(|_| log.zeroed(&(0..512)));
+        (0..NOTES).for_each(|_| happens(&log, Change::Zeroed(&(0..512))));
         assert!(log.is_nearly_full());
         assert!(matches!(log.replay(&image), Err(RedoError::Overflowed)));
-        log.zeroed(&(0..512));
+        happens(&log, Change::Zeroed(&(0..512)));
         assert_eq!(log.replay(&image).expect("room again"), 1);
+    }
+
+    #[test]
+    fn a_flush_covers_no_change_that_is_still_to_come() {
+        let (_file, image) = image();
+        let log = log();
+        log.replay(&image).expect("new memory");
+        happens(&log, Change::Zeroed(&(0..512)));
+        let to_come = log.begins(Change::Zeroed(&(512..1024)));
+        happens(&log, Change::Zeroed(&(1024..1536)));
+        log.flushed(log.flush_begins());
+        assert_eq!(log.taken(), 2, "the one to come, and the one behind it");
+        log.ended(to_come, true);
+        log.flushed(log.flush_begins());
+        assert_eq!(log.taken(), 0);
+        let void = log.begins(Change::Zeroed(&(0..512)));
+        log.ended(void, false);
+        assert_eq!(log.replay(&image).expect("its own notes"), 0, "what never happened is not done");
+    }
+
+    /// A write into a new cluster is noted, with the zeroes around it; the write next to it in the same cluster is in
+    /// place, and is not. Both are there again when the device died before the table was written.
+    #[test]
+    fn what_is_written_in_place_into_a_noted_cluster_is_not_lost() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("disk");
+        let name = crate::engine::tests::image(directory.path(), "disk", "qcow2", &[], DISK_BYTES, None);
+        let open = || Arc::new(Image::open(&name, &OpenOptions::new(OpenMode::Write)).expect("it opens"));
+        for through_memory in [false, true] {
+            let image = open();
+            let write = |byte, at| {
+                let bytes = [byte; 4096];
+                if !through_memory {
+                    return image.write_at(&bytes, at).expect("inside");
+                }
+                let mut steps = Vec::new();
+                let attempt = image.try_prepare_write(at..at + 4096, &mut steps).expect("inside");
+                let Attempt::Done(ticket) = attempt else { panic!("all is in memory") };
+                let file = image.storage(0, steps[0].file).expect("it has it");
+                file.write_at(&bytes, steps[0].at.0).expect("space");
+                assert!(matches!(ticket.try_commit(), Commit::Done));
+            };
+            // From here on memory knows the table and the counts.
+            let first = if through_memory { 128 << 10 } else { 0 };
+            image.write_at(&[1; 4096], first + (512 << 10)).expect("inside");
+            image.flush().expect("space");
+            let log = Arc::new(log());
+            log.replay(&image).expect("new memory");
+            image.keep_change_log(Some(Arc::clone(&log) as Arc<dyn ChangeLog>));
+            write(2, first + 8192);
+            write(3, first);
+            write(4, first + (60 << 10));
+            assert_eq!(log.taken(), 1);
+            let file = std::fs::read(&path).expect("it is there");
+            drop(image);
+            // As if it had not been closed.
+            std::fs::write(&path, file).expect("space");
+            let image = open();
+            assert_eq!(log.replay(&image).expect("its own notes"), 1);
+            for (byte, at) in [(2, 8192), (3, 0), (4, 60 << 10), (0, 4096), (0, 64 << 10)] {
+                let mut bytes = [9; 4096];
+                image.read_at(&mut bytes, first + at).expect("inside");
+                assert!(bytes.iter().all(|&found| found == byte), "{at} reads {}, not {byte}", bytes[0]);
+            }
+        }
     }
 
     #[test]
@@ -366,7 +474,7 @@ mod tests {
         let ((_one, one), (_other, other)) = (image(), image());
         let log = log();
         log.replay(&one).expect("new memory");
-        log.zeroed(&(0..512));
+        happens(&log, Change::Zeroed(&(0..512)));
         assert!(matches!(log.replay(&other), Err(RedoError::OtherImage)));
     }
 

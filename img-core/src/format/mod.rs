@@ -35,4 +35,6 @@ pub use measure::{MeasureRequest, MeasureSource, Measured};
 pub use options::{
     FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,
 };
-pub use write::{Amended, Attempt, Frame, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken};
+pub use write::{
+    Amended, Attempt, Frame, LayerWriter, Mapping, PreparedWrite, WritePlan, WriteStep, WriteToken,
+};

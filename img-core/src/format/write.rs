@@ -20,6 +20,52 @@ pub struct WritePlan {
     pub fill_after_bytes: u64,
     /// The bytes to fill read as zeroes on the host already: a fill with zeroes may be left out.
     pub fill_is_zeroed: bool,
+    /// Guest bytes that the commit gives a new place, `guest_bytes` and what is filled among them, standing in one
+    /// piece on the host. Empty for a write in place, and for the compressed form of a cluster.
+    pub maps: Range<u64>,
+}
+
+impl WritePlan {
+    /// For layers: a write over what is there, without fills.
+    #[must_use]
+    pub fn in_place(guest_bytes: Range<u64>, file: HostFile, at: HostOffset) -> Self {
+        Self {
+            maps: guest_bytes.start..guest_bytes.start,
+            guest_bytes,
+            file,
+            at,
+            fill_before_bytes: 0,
+            fill_after_bytes: 0,
+            fill_is_zeroed: false,
+        }
+    }
+
+    /// The part of the map that the commit changes.
+    #[must_use]
+    pub fn mapping(&self) -> Option<Mapping> {
+        Mapping::new(&self.maps, &self.guest_bytes, self.file, self.at)
+    }
+}
+
+/// Guest bytes, and where they stand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Not empty.
+    pub guest_bytes: Range<u64>,
+    /// The file of the layer.
+    pub file: HostFile,
+    /// Where `guest_bytes.start` stands.
+    pub at: HostOffset,
+}
+
+impl Mapping {
+    /// `maps`, which holds `guest_bytes`, when the latter start at `at`. `None` when it is empty.
+    fn new(maps: &Range<u64>, guest_bytes: &Range<u64>, file: HostFile, at: HostOffset) -> Option<Self> {
+        (!maps.is_empty()).then(|| {
+            let before_bytes = guest_bytes.start - maps.start;
+            Self { guest_bytes: maps.clone(), file, at: HostOffset(at.0 - before_bytes) }
+        })
+    }
 }
 
 /// What is left to be done after a step of [`LayerWriter::amend`].
@@ -59,17 +105,35 @@ pub struct WriteStep {
     pub file: HostFile,
     /// Where `guest_bytes.start` will stand.
     pub at: HostOffset,
+    /// As in a [`WritePlan`].
+    pub maps: Range<u64>,
 }
 
 impl WriteStep {
+    /// For layers: a write over what is there.
+    #[must_use]
+    pub fn in_place(guest_bytes: Range<u64>, file: HostFile, at: HostOffset) -> Self {
+        Self { maps: guest_bytes.start..guest_bytes.start, guest_bytes, file, at }
+    }
+
+    /// The part of the map that the commit changes.
+    #[must_use]
+    pub fn mapping(&self) -> Option<Mapping> {
+        Mapping::new(&self.maps, &self.guest_bytes, self.file, self.at)
+    }
+
     /// Appends `self` to `steps`, merging it with the last one where it continues it.
     pub(crate) fn push_to(self, steps: &mut Vec<Self>) {
         if let Some(last) = steps.last_mut()
             && last.guest_bytes.end == self.guest_bytes.start
             && last.file == self.file
             && last.at.0 + (last.guest_bytes.end - last.guest_bytes.start) == self.at.0
+            && last.maps.is_empty() == self.maps.is_empty()
         {
             last.guest_bytes.end = self.guest_bytes.end;
+            if !self.maps.is_empty() {
+                last.maps.end = self.maps.end;
+            }
             return;
         }
         steps.push(self);
@@ -88,7 +152,9 @@ impl WriteStep {
             let guest_bytes = at..at + extent.len_bytes;
             at = guest_bytes.end;
             match extent.place {
-                Place::Data { file, at, writable: true } => Self { guest_bytes, file, at }.push_to(steps),
+                Place::Data { file, at, writable: true } => {
+                    Self::in_place(guest_bytes, file, at).push_to(steps)
+                }
                 _ => is_whole = false,
             }
         })?;
@@ -301,4 +367,26 @@ pub trait LayerWriter: Send + Sync {
     /// Last flush before the layer is dropped; afterwards the image is marked clean. No request is in
     /// flight, and none follows.
     fn close(&self) -> Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_that_continue_each_other_are_one_and_keep_what_they_map() {
+        let in_place = |start: u64| {
+            WriteStep::in_place(start..start + 512, HostFile::IMAGE, HostOffset(65536 + start))
+        };
+        let mut steps = Vec::new();
+        (0..3).for_each(|number| in_place(512 * number).push_to(&mut steps));
+        assert_eq!(steps.len(), 1);
+        assert_eq!(steps[0].mapping(), None, "nothing of the map changes");
+        // The next one takes a new cluster, of which it fills the end.
+        WriteStep { maps: 1536..4096, ..in_place(1536) }.push_to(&mut steps);
+        WriteStep { maps: 4096..8192, ..in_place(2048) }.push_to(&mut steps);
+        assert_eq!(steps.len(), 2);
+        let mapping = Mapping { guest_bytes: 1536..8192, file: HostFile::IMAGE, at: HostOffset(65536 + 1536) };
+        assert_eq!(steps[1].mapping(), Some(mapping));
+    }
 }

@@ -2,8 +2,10 @@
 //!
 //! Tables are written when the disk is flushed. A process that dies before takes with it where bytes stand that it has
 //! written and acknowledged; a guest that lives on would miss them. A [`ChangeLog`] is told of each such change
-//! before its request ends, and of each flush, after which the changes before it need not be known any more. It is no
-//! journal: power cuts are what the order of writes is for, and the log may be lost with them.
+//! before anyone can see it: once it is seen, others write to the same place and are told nothing. It is told when
+//! the change has happened, as no flush that began before covers it for certain, and of each flush, after which the
+//! changes before it need not be known any more. It is no journal: power cuts are what the order of writes is for,
+//! and the log may be lost with them.
 
 use std::{
     fmt,
@@ -14,25 +16,37 @@ use std::{
 use super::Image;
 use crate::{
     Result,
-    format::{HostFile, LayerWriter, WriteStep},
+    format::{HostFile, LayerWriter, Mapping},
     storage::Identity,
 };
+
+/// A change of the map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change<'a> {
+    /// Guest bytes stand, all of them, where it says.
+    Mapped(&'a Mapping),
+    /// Guest bytes read as zeroes.
+    Zeroed(&'a Range<u64>),
+    /// Guest bytes were discarded.
+    Discarded(&'a Range<u64>),
+}
+
+/// The name of a note in its log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoteId(pub u64);
 
 /// Where changes are noted. Called by any thread; never waits.
 pub trait ChangeLog: Send + Sync + fmt::Debug {
     /// What comes is of this image, whose changes so far are durable.
     fn begin(&self, image: Option<Identity>);
 
-    /// Guest bytes stand where the step says.
-    fn mapped(&self, step: &WriteStep);
+    /// A change is about to happen.
+    fn begins(&self, change: Change<'_>) -> NoteId;
 
-    /// Guest bytes read as zeroes.
-    fn zeroed(&self, guest_bytes: &Range<u64>);
+    /// It has; or it has not, and the note is void.
+    fn ended(&self, note: NoteId, has_happened: bool);
 
-    /// Guest bytes were discarded.
-    fn discarded(&self, guest_bytes: &Range<u64>);
-
-    /// A flush begins. Gives it a name: it will cover what was noted so far.
+    /// A flush begins. Gives it a name: it will cover the changes that have happened so far.
     fn flush_begins(&self) -> u64;
 
     /// The flush of that name has succeeded.
@@ -52,6 +66,26 @@ impl Noted {
 
     pub(super) fn is_kept(&self) -> bool {
         self.0.read().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    pub(super) fn begins(&self, change: Change<'_>) -> Option<NoteId> {
+        let mut id = None;
+        self.note(|log| id = Some(log.begins(change)));
+        id
+    }
+
+    pub(super) fn ended(&self, id: Option<NoteId>, has_happened: bool) {
+        if let Some(id) = id {
+            self.note(|log| log.ended(id, has_happened));
+        }
+    }
+
+    /// Does what changes the map, and says whether it did.
+    pub(super) fn around(&self, change: Change<'_>, act: impl FnOnce() -> Result<bool>) -> Result<bool> {
+        let id = self.begins(change);
+        let result = act();
+        self.ended(id, matches!(result, Ok(true)));
+        result
     }
 }
 

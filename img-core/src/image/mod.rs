@@ -27,7 +27,7 @@ mod tests;
 mod whole;
 mod write;
 
-pub use change_log::ChangeLog;
+pub use change_log::{Change, ChangeLog, NoteId};
 pub(crate) use host::data_file_path;
 pub use name::ImageName;
 pub use open::{CacheMode, OpenOptions, Warning};

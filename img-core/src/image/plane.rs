@@ -17,10 +17,10 @@
 
 use std::{ops::Range, sync::Arc, task::Waker};
 
-use super::{Image, ImageExtent};
+use super::{Change, Image, ImageExtent, NoteId};
 use crate::{
     Result,
-    format::{Attempt, Extent, HostFile, LeaseToken, Place, WriteStep, WriteToken},
+    format::{Attempt, Extent, HostFile, LeaseToken, Mapping, Place, WriteStep, WriteToken},
     storage::{DetectZeroes, Storage},
 };
 
@@ -40,7 +40,9 @@ pub struct WriteTicket {
     /// What is to be committed; nothing for a write in place.
     token: Option<WriteToken>,
     /// What the commit will change, where somebody is told.
-    noted: Vec<WriteStep>,
+    changes: Vec<Mapping>,
+    /// That they are about to happen, in the log.
+    notes: Vec<NoteId>,
     ticket: Ticket,
 }
 
@@ -103,16 +105,18 @@ impl Image {
         let Some(ticket) = self.try_enter() else { return Ok(Attempt::Busy) };
         self.check_inside(&guest_bytes)?;
         if guest_bytes.is_empty() {
-            return Ok(Attempt::Done(WriteTicket { token: None, noted: Vec::new(), ticket }));
+            return Ok(Attempt::Done(WriteTicket::new(ticket, None)));
         }
         let attempt = writer
             .try_prepare_write(guest_bytes, &|range| self.is_zero_below(range), steps)
             .unwrap_or(Attempt::Blocks);
         Ok(match attempt {
             Attempt::Done(token) => {
-                let is_noted = token.is_some() && self.noted.is_kept();
-                let noted = if is_noted { steps.clone() } else { Vec::new() };
-                return Ok(Attempt::Done(WriteTicket { token, noted, ticket }));
+                let mut ticket = WriteTicket::new(ticket, token);
+                if token.is_some() && self.noted.is_kept() {
+                    ticket.changes.extend(steps.iter().filter_map(WriteStep::mapping));
+                }
+                return Ok(Attempt::Done(ticket));
             }
             Attempt::Busy => {
                 steps.clear();
@@ -183,15 +187,20 @@ impl Drop for Ticket {
 }
 
 impl WriteTicket {
+    fn new(ticket: Ticket, token: Option<WriteToken>) -> Self {
+        Self { token, changes: Vec::new(), notes: Vec::new(), ticket }
+    }
+
     /// Makes the map point at the bytes, which were written. Never waits.
     pub fn try_commit(mut self) -> Commit {
         let Some(token) = self.token.take() else { return Commit::Done };
+        self.begin_notes();
         let Ok(writer) = self.ticket.image.writer() else { unreachable!("it was prepared by a writer") };
         self.token = writer.try_commit_write(token);
         if self.token.is_some() {
             return Commit::Blocks(self);
         }
-        self.note();
+        self.end_notes(true);
         self.ticket.image.gate.progressed();
         Commit::Done
     }
@@ -202,20 +211,25 @@ impl WriteTicket {
     /// When tables cannot be read or a rule of the format is broken; the map then does not point there.
     pub fn commit(mut self) -> Result<()> {
         let Some(token) = self.token.take() else { return Ok(()) };
+        self.begin_notes();
         let result = self.ticket.image.writer().and_then(|writer| writer.commit_write(token));
-        if result.is_ok() {
-            self.note();
-        }
+        self.end_notes(result.is_ok());
         self.ticket.image.gate.progressed();
         result
     }
 }
 
 impl WriteTicket {
-    fn note(&self) {
-        if !self.noted.is_empty() {
-            self.ticket.image.noted.note(|log| self.noted.iter().for_each(|step| log.mapped(step)));
-        }
+    /// Notes what is about to change, once.
+    fn begin_notes(&mut self) {
+        let noted = &self.ticket.image.noted;
+        self.notes
+            .extend(self.changes.drain(..).filter_map(|mapping| noted.begins(Change::Mapped(&mapping))));
+    }
+
+    fn end_notes(&mut self, has_happened: bool) {
+        let noted = &self.ticket.image.noted;
+        self.notes.drain(..).for_each(|id| noted.ended(Some(id), has_happened));
     }
 }
 
@@ -225,6 +239,7 @@ impl Drop for WriteTicket {
         if let Ok(writer) = self.ticket.image.writer() {
             writer.abort_write(token);
         }
+        self.end_notes(false);
         self.ticket.image.gate.progressed();
     }
 }

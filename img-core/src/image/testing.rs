@@ -174,14 +174,7 @@ impl LayerWriter for FakeLayer {
         let mut state = self.idle(index..index + 1);
         let after = (index + 1) * CLUSTER - covered.end;
         if let Some(Slot::Plain(at)) = state.clusters.get(&index).copied() {
-            let plan = WritePlan {
-                guest_bytes: covered,
-                file: HostFile::IMAGE,
-                at: HostOffset(at + skip),
-                fill_before_bytes: 0,
-                fill_after_bytes: 0,
-                fill_is_zeroed: false,
-            };
+            let plan = WritePlan::in_place(covered, HostFile::IMAGE, HostOffset(at + skip));
             return Ok(self.prepare(&mut state, index, Slot::Plain(at), plan));
         }
         let at = state.end.next_multiple_of(CLUSTER);
@@ -193,6 +186,7 @@ impl LayerWriter for FakeLayer {
             fill_before_bytes: skip,
             fill_after_bytes: after,
             fill_is_zeroed: index.is_multiple_of(2),
+            maps: index * CLUSTER..(index + 1) * CLUSTER,
         };
         Ok(self.prepare(&mut state, index, Slot::Plain(at), plan))
     }
@@ -202,14 +196,8 @@ impl LayerWriter for FakeLayer {
         let mut state = self.idle(index..index + 1);
         let at = state.end;
         state.end += u64::from(stored_bytes);
-        let plan = WritePlan {
-            guest_bytes: guest_offset..guest_offset + CLUSTER,
-            file: HostFile::IMAGE,
-            at: HostOffset(at),
-            fill_before_bytes: 0,
-            fill_after_bytes: 0,
-            fill_is_zeroed: false,
-        };
+        let guest_bytes = guest_offset..guest_offset + CLUSTER;
+        let plan = WritePlan::in_place(guest_bytes, HostFile::IMAGE, HostOffset(at));
         // The tail of a run may be foreign bytes, past the end of the file even.
         Ok(self.prepare(&mut state, index, Slot::Deflated { at, stored_bytes: stored_bytes + 100 }, plan))
     }

@@ -7,10 +7,10 @@ use std::{
     sync::PoisonError,
 };
 
-use super::{Image, ImageExtent};
+use super::{Change, Image, ImageExtent};
 use crate::{
     Error, Result,
-    format::{HostFile, HostOffset, LayerWriter, Lease, PreparedWrite, WriteStep, registry},
+    format::{HostFile, LayerWriter, Lease, PreparedWrite, registry},
     storage::{Storage, transfer},
 };
 
@@ -120,10 +120,11 @@ impl Image {
         if middle.is_empty() {
             return Ok(());
         }
-        let result = self.writer()?.discard(middle.clone());
+        let writer = self.writer()?;
+        let result =
+            self.noted.around(Change::Discarded(&middle), || writer.discard(middle.clone()).map(|()| true));
         self.gate.progressed();
         result?;
-        self.noted.note(|log| log.discarded(&middle));
         self.after_write()
     }
 
@@ -193,10 +194,7 @@ impl Image {
         let storage = self.host_file(0, plan.file)?;
         if plan.fill_before_bytes == 0 && plan.fill_after_bytes == 0 {
             storage.write_vectored_at(bufs, plan.at.0)?;
-            let step = WriteStep { guest_bytes: start..end, file: plan.file, at: plan.at };
-            prepared.commit()?;
-            self.noted.note(|log| log.mapped(&step));
-            return Ok(());
+            return self.commit_noted(prepared);
         }
         let before = start.checked_sub(plan.fill_before_bytes).ok_or_else(|| {
             Error::Invalid(format!("{}: a prepared write fills before the start of the disk", self.names[0]))
@@ -208,12 +206,17 @@ impl Image {
         slices.extend_from_slice(bufs);
         slices.push(IoSlice::new(&tail));
         storage.write_vectored_at(&slices, at)?;
-        // With what was filled around the bytes: it stands there as well.
-        let guest_bytes = start - head.len() as u64..end + tail.len() as u64; // parts of the same clusters
-        let step = WriteStep { guest_bytes, file: plan.file, at: HostOffset(at) };
-        prepared.commit()?;
-        self.noted.note(|log| log.mapped(&step));
-        Ok(())
+        self.commit_noted(prepared)
+    }
+
+    fn commit_noted(&self, prepared: PreparedWrite<'_>) -> Result<()> {
+        match prepared.plan().mapping() {
+            None => prepared.commit(),
+            Some(mapping) => self
+                .noted
+                .around(Change::Mapped(&mapping), || prepared.commit().map(|()| true))
+                .map(|_has_happened| ()),
+        }
     }
 
     /// What the guest reads in a range now, behind the end of the disk zeroes. Empty when these are zeroes and
@@ -269,13 +272,12 @@ impl Image {
 
     /// Lets the map say that a range of whole granules is zero; false where it cannot.
     fn zero_mapped(&self, guest_bytes: &Range<u64>, may_unmap: bool) -> Result<bool> {
-        let result = self.writer()?.write_zeroes(guest_bytes.clone(), may_unmap);
+        let writer = self.writer()?;
+        let result = self
+            .noted
+            .around(Change::Zeroed(guest_bytes), || writer.write_zeroes(guest_bytes.clone(), may_unmap));
         self.gate.progressed();
-        let is_mapped = result?;
-        if is_mapped {
-            self.noted.note(|log| log.zeroed(guest_bytes));
-        }
-        Ok(is_mapped)
+        result
     }
 
     fn write_zero_bytes(&self, guest_bytes: Range<u64>) -> Result<()> {

@@ -37,14 +37,7 @@ impl Qcow2Layer {
             let token = state.begin(Write { clusters: guest..guest + cluster, host: at, kind, also: None });
             Ok((token, at))
         })?;
-        let plan = WritePlan {
-            guest_bytes: guest..guest + cluster,
-            file: HostFile::IMAGE,
-            at: HostOffset(at),
-            fill_before_bytes: 0,
-            fill_after_bytes: 0,
-            fill_is_zeroed: false,
-        };
+        let plan = WritePlan::in_place(guest..guest + cluster, HostFile::IMAGE, HostOffset(at));
         Ok((token, plan))
     }
 

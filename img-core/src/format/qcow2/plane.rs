@@ -143,29 +143,30 @@ impl Qcow2Layer {
         };
         let Some(alike) = alike else { return Ok(None) };
         let in_first = geometry.in_cluster(alike.guest.start);
-        let step = |host: u64| WriteStep {
-            guest_bytes: alike.guest.clone(),
-            file: self.map.data_file(),
-            at: HostOffset(host + in_first),
+        let in_place = |host: u64| {
+            WriteStep::in_place(alike.guest.clone(), self.map.data_file(), HostOffset(host + in_first))
         };
         if let Way::InPlace(host) = alike.way {
             let at = host + in_first;
             self.check_data_write(&(at..at + (alike.guest.end - alike.guest.start)))?;
-            return Ok(Some(Piece { step: step(host), write: None }));
+            return Ok(Some(Piece { step: in_place(host), write: None }));
         }
-        let Some(write) = self.reserve_alike(state, &alike, zeroes_below)? else { return Ok(None) };
-        Ok(Some(Piece { step: step(write.host), write: Some(write) }))
+        let Shape { clusters, fill, kind } = self.shape(&alike)?;
+        let Some(host) = self.place(state, &alike, &clusters, &fill, zeroes_below)? else { return Ok(None) };
+        let step = WriteStep { maps: fill, ..in_place(host) };
+        Ok(Some(Piece { step, write: Some(Write { clusters, host, kind, also: None }) }))
     }
 
-    /// Reserves the clusters of a write that is not in place.
-    fn reserve_alike(
+    /// Finds host clusters for a write that is not in place.
+    fn place(
         &self,
         state: &mut State,
         alike: &Alike,
+        clusters: &Range<u64>,
+        fill: &Range<u64>,
         zeroes_below: &ZeroesBelow<'_>,
-    ) -> Result<Option<Write>> {
+    ) -> Result<Option<u64>> {
         let geometry = self.geometry;
-        let Shape { clusters, fill, kind } = self.shape(alike)?;
         let (before, after) = (fill.start..alike.guest.start, alike.guest.end..fill.end);
         let needs_fill = !before.is_empty() || !after.is_empty();
         if needs_fill
@@ -175,17 +176,16 @@ impl Qcow2Layer {
             return Ok(None);
         }
         let length = clusters.end - clusters.start;
-        let host = match alike.way {
+        match alike.way {
             // Old bytes stand there, or may.
-            Way::Reuse(_) if needs_fill => None,
+            Way::Reuse(_) if needs_fill => Ok(None),
             Way::Reuse(host) => {
                 self.check_data_write(&(host..host + length))?;
-                Some(host)
+                Ok(Some(host))
             }
-            _ if geometry.external_data => (!needs_fill).then_some(clusters.start),
-            _ => self.allocate_cached(state, length >> geometry.cluster_bits, needs_fill)?,
-        };
-        Ok(host.map(|host| Write { clusters, host, kind, also: None }))
+            _ if geometry.external_data => Ok((!needs_fill).then_some(clusters.start)),
+            _ => self.allocate_cached(state, length >> geometry.cluster_bits, needs_fill),
+        }
     }
 
     /// Whether a part of a cluster reads as zeroes, by its entry and by the layers below.

@@ -164,14 +164,7 @@ impl Qcow2Layer {
         let Some(host) = start.filter(|_| at > guest.start) else { return Ok(None) };
         let guest_bytes = guest.start..at;
         self.check_data_write(&(host..host + (at - guest.start)))?;
-        Ok(Some(WritePlan {
-            guest_bytes,
-            file: self.map.data_file(),
-            at: HostOffset(host),
-            fill_before_bytes: 0,
-            fill_after_bytes: 0,
-            fill_is_zeroed: false,
-        }))
+        Ok(Some(WritePlan::in_place(guest_bytes, self.map.data_file(), HostOffset(host))))
     }
 
     pub(super) fn check_data_write(&self, host: &Range<u64>) -> Result<()> {
@@ -243,6 +236,7 @@ impl Qcow2Layer {
             fill_before_bytes,
             fill_after_bytes,
             fill_is_zeroed,
+            maps: fill,
         };
         Ok((token, plan))
     }

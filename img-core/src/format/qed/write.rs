@@ -61,14 +61,7 @@ impl QedLayer {
         let Some(host) = host_start else { return Ok(None) };
         let guest_bytes = guest.start..at;
         self.check_overlap(&(host..host + (at - guest.start)))?;
-        Ok(Some(WritePlan {
-            guest_bytes,
-            file: HostFile::IMAGE,
-            at: HostOffset(host),
-            fill_before_bytes: 0,
-            fill_after_bytes: 0,
-            fill_is_zeroed: false,
-        }))
+        Ok(Some(WritePlan::in_place(guest_bytes, HostFile::IMAGE, HostOffset(host))))
     }
 
     /// A write over what is there, from memory alone; any other is for who may wait.
@@ -121,6 +114,7 @@ impl QedLayer {
             // What is left out behind the end of the file reads as zeroes, once the file is that long.
             fill_is_zeroed: host >= self.file().len_bytes()?,
             guest_bytes: guest.start..end,
+            maps: clusters.clone(),
         };
         Ok((state.begin(Write { clusters, host }), plan))
     }

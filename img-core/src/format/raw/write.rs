@@ -22,14 +22,7 @@ impl RawLayer {
 impl LayerWriter for RawLayer {
     fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>> {
         let at = HostOffset(self.start_bytes + guest_bytes.start);
-        let plan = WritePlan {
-            guest_bytes,
-            file: HostFile::IMAGE,
-            at,
-            fill_before_bytes: 0,
-            fill_after_bytes: 0,
-            fill_is_zeroed: false,
-        };
+        let plan = WritePlan::in_place(guest_bytes, HostFile::IMAGE, at);
         Ok(PreparedWrite::new(self, WriteToken(0), plan))
     }
 
@@ -40,7 +33,7 @@ impl LayerWriter for RawLayer {
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
         let at = HostOffset(self.start_bytes + guest_bytes.start);
-        WriteStep { guest_bytes, file: HostFile::IMAGE, at }.push_to(steps);
+        WriteStep::in_place(guest_bytes, HostFile::IMAGE, at).push_to(steps);
         Ok(Attempt::Done(None))
     }
 

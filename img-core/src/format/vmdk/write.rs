@@ -20,8 +20,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Attempt, HostFile, HostOffset, Layer as _, LayerWriter, Place, PreparedWrite, WritePlan, WriteStep,
-        WriteToken, in_flight::GuestRanges, table_cache::lock_wait,
+        Attempt, HostOffset, Layer as _, LayerWriter, Place, PreparedWrite, WritePlan, WriteStep, WriteToken,
+        in_flight::GuestRanges, table_cache::lock_wait,
     },
     storage::{Flush, Preallocation},
 };
@@ -111,18 +111,6 @@ impl State {
     }
 }
 
-/// A plan without fills.
-fn plan(guest_bytes: Range<u64>, file: HostFile, at: u64) -> WritePlan {
-    WritePlan {
-        guest_bytes,
-        file,
-        at: HostOffset(at),
-        fill_before_bytes: 0,
-        fill_after_bytes: 0,
-        fill_is_zeroed: false,
-    }
-}
-
 impl VmdkLayer {
     /// Crash order 1. Called before every change of guest bytes.
     pub(super) fn before_guest_change(&self) -> Result<()> {
@@ -156,7 +144,7 @@ impl VmdkLayer {
             Kind::Zero => Err(Error::unsupported(self.path(), "writing to a ZERO extent")),
             Kind::Flat { file, at_bytes } => {
                 self.before_guest_change()?;
-                Ok((IN_PLACE, plan(guest, *file, at_bytes + inside.start)))
+                Ok((IN_PLACE, WritePlan::in_place(guest, *file, HostOffset(at_bytes + inside.start))))
             }
             Kind::Sparse(sparse) if sparse.compressed => {
                 Err(Error::unsupported(self.path(), "writing uncompressed data to a streamOptimized image"))
@@ -222,7 +210,12 @@ impl VmdkLayer {
             fill_before_bytes: written.start - grains.start,
             fill_after_bytes: grains.end - written.end,
             fill_is_zeroed: host >= sparse.storage.len_bytes()?,
-            ..plan(written.clone(), sparse.file, host + (written.start - grains.start))
+            maps: grains.clone(),
+            ..WritePlan::in_place(
+                written.clone(),
+                sparse.file,
+                HostOffset(host + (written.start - grains.start)),
+            )
         };
         let write = Write { extent: index, guest: grains, host, taken_bytes, sets_entries: true };
         Ok((state.begin(write), plan))
@@ -262,7 +255,7 @@ impl VmdkLayer {
         let Some(host) = start else { return Ok(None) };
         let len = inside.end.min(end * sparse.grain_bytes) - inside.start;
         let at = host + (inside.start - first * sparse.grain_bytes);
-        Ok(Some(plan(guest.start..guest.start + len, sparse.file, at)))
+        Ok(Some(WritePlan::in_place(guest.start..guest.start + len, sparse.file, HostOffset(at))))
     }
 
     /// A write over what is there, from memory alone; any other is for who may wait.
@@ -347,7 +340,8 @@ impl VmdkLayer {
             let at = self.take_place(&mut state, index, sparse, taken_bytes, SECTOR_BYTES)?;
             (GrainPlace::new(at, inside, stored_bytes), true)
         };
-        let plan = plan(range.clone(), sparse.file, place.at + sparse.lead_bytes());
+        let at = HostOffset(place.at + sparse.lead_bytes());
+        let plan = WritePlan::in_place(range.clone(), sparse.file, at);
         let write = Write { extent: index, guest: range, host: place.at, taken_bytes, sets_entries };
         Ok((state.begin(write), plan, place))
     }

@@ -120,14 +120,8 @@ impl Layer for FixedLayer {
 
 impl LayerWriter for FixedLayer {
     fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>> {
-        let plan = WritePlan {
-            file: HostFile::IMAGE,
-            at: HostOffset(guest_bytes.start),
-            fill_before_bytes: 0,
-            fill_after_bytes: 0,
-            fill_is_zeroed: false,
-            guest_bytes,
-        };
+        let at = HostOffset(guest_bytes.start);
+        let plan = WritePlan::in_place(guest_bytes, HostFile::IMAGE, at);
         Ok(PreparedWrite::new(self, WriteToken(0), plan))
     }
 
@@ -142,7 +136,7 @@ impl LayerWriter for FixedLayer {
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
         let at = HostOffset(guest_bytes.start);
-        WriteStep { guest_bytes, file: HostFile::IMAGE, at }.push_to(steps);
+        WriteStep::in_place(guest_bytes, HostFile::IMAGE, at).push_to(steps);
         Ok(Attempt::Done(None))
     }
 

@@ -42,13 +42,13 @@ enum Met {
     NoBlock,
 }
 
-/// What is written around the bytes of a write.
+/// What is there when a write is done.
 #[derive(Clone, Copy)]
-enum Fill {
-    /// The sectors are there, or read as zeroes on the host.
-    Nothing,
-    /// What the guest reads now in the rest of the first and of the last sector.
+enum Mapped {
+    /// Its sectors, after the rest of the first and of the last was filled with what the guest reads there now.
     Sectors,
+    /// All of its block, which reads as zeroes on the host.
+    Block,
 }
 
 impl SparseLayer {
@@ -70,7 +70,7 @@ impl SparseLayer {
         let block_guest = self.map.guest_of(block);
         let guest = guest.start..guest.end.min(block_guest.end);
         if let Met::There { at_bytes, guest } = self.meet(block, &guest)? {
-            return Ok((WriteToken(IN_PLACE), self.plan(at_bytes, guest, Fill::Nothing)));
+            return Ok((WriteToken(IN_PLACE), self.plan_in_place(at_bytes, guest)));
         }
         let mut state = self.state();
         if self.map.bitmaps.wants_writing() {
@@ -78,18 +78,18 @@ impl SparseLayer {
         }
         loop {
             // Someone else's write may have changed what is there meanwhile.
-            let (held, fill, at_bytes, guest) = match self.meet(block, &guest)? {
+            let (held, mapped, at_bytes, guest) = match self.meet(block, &guest)? {
                 Met::There { at_bytes, guest } => {
-                    return Ok((WriteToken(IN_PLACE), self.plan(at_bytes, guest, Fill::Nothing)));
+                    return Ok((WriteToken(IN_PLACE), self.plan_in_place(at_bytes, guest)));
                 }
                 Met::NotThere { at_bytes, guest } => {
-                    (whole_sectors(&guest), Fill::Sectors, Some(at_bytes), guest)
+                    (whole_sectors(&guest), Mapped::Sectors, Some(at_bytes), guest)
                 }
                 Met::NoBlock if self.disk_type == DiskType::Differencing => {
-                    (block_guest.clone(), Fill::Sectors, None, guest.clone())
+                    (block_guest.clone(), Mapped::Sectors, None, guest.clone())
                 }
                 // The new block is there as a whole, and reads as zeroes.
-                Met::NoBlock => (block_guest.clone(), Fill::Nothing, None, guest.clone()),
+                Met::NoBlock => (block_guest.clone(), Mapped::Block, None, guest.clone()),
             };
             if state.in_flight.overlaps(&held) {
                 state = lock_wait(&self.landed, state);
@@ -101,23 +101,30 @@ impl SparseLayer {
                 None => self.reserve(&mut state)?,
             };
             let write = Write { held, guest: whole_sectors(&guest), block, at_bytes, is_new };
-            return Ok((begin(&mut state, write), self.plan(at_bytes, guest, fill)));
+            return Ok((begin(&mut state, write), self.plan(at_bytes, guest, mapped)));
         }
     }
 
-    /// The plan of a write inside a block at `at_bytes`.
-    fn plan(&self, at_bytes: u64, guest: Range<u64>, fill: Fill) -> WritePlan {
-        let filled = match fill {
-            Fill::Nothing => guest.clone(),
-            Fill::Sectors => whole_sectors(&guest),
-        };
-        WritePlan {
-            file: HostFile::IMAGE,
-            at: HostOffset(self.map.data_at(at_bytes, guest.start)),
-            fill_before_bytes: guest.start - filled.start,
-            fill_after_bytes: filled.end - guest.end,
-            fill_is_zeroed: false,
-            guest_bytes: guest,
+    /// The plan of a write over what is there, inside a block at `at_bytes`.
+    fn plan_in_place(&self, at_bytes: u64, guest: Range<u64>) -> WritePlan {
+        let at = HostOffset(self.map.data_at(at_bytes, guest.start));
+        WritePlan::in_place(guest, HostFile::IMAGE, at)
+    }
+
+    /// The plan of a write that changes the map, inside a block at `at_bytes`.
+    fn plan(&self, at_bytes: u64, guest: Range<u64>, mapped: Mapped) -> WritePlan {
+        let sectors = whole_sectors(&guest);
+        let in_place = self.plan_in_place(at_bytes, guest.clone());
+        match mapped {
+            Mapped::Sectors => WritePlan {
+                fill_before_bytes: guest.start - sectors.start,
+                fill_after_bytes: sectors.end - guest.end,
+                maps: sectors,
+                ..in_place
+            },
+            Mapped::Block => {
+                WritePlan { maps: self.map.guest_of(self.map.block_of(guest.start)), ..in_place }
+            }
         }
     }
 
