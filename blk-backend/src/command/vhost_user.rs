@@ -112,10 +112,13 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     for (device, listening, socket) in devices {
         let server = Server::serve(device, listening, Arc::clone(&told))
             .map_err(|error| Failure::new(format_args!("{}: {error}", socket.display())))?;
-        writeln!(out, "listening on {}", server.path().display())?;
         servers.push(server);
     }
     let controls = args.control.start(&daemon)?;
+    // Who reads this finds the control socket as well.
+    for server in &servers {
+        writeln!(out, "listening on {}", server.path().display())?;
+    }
     out.flush()?;
     controls.serve_until_end(&daemon, &asked_to_end, || servers.into_iter().for_each(Server::stop))?;
     Ok(ExitCode::SUCCESS)
