@@ -22,10 +22,12 @@ use io_uring::{
 use crate::request::{Errno, iovec};
 
 /// Files of images that a lane can have in its table. A chain that has more is served by workers beyond that.
-const IMAGE_FILES: u32 = 1024;
+const IMAGE_FILES: u32 = 768;
 
 /// Descriptors that a lane can watch.
 const WATCHES: u32 = 256;
+// The kernel refuses a table that is larger than a process may have files, which is 1024 nearly everywhere.
+const _: () = assert!(IMAGE_FILES + WATCHES <= 1024);
 
 /// Set in the user data of polls; the rest is the number of the watch and how often it was used.
 const WATCH: u64 = 1 << 63;
