@@ -8,6 +8,7 @@ use vmm_runner::{
     console::ConsoleConfig,
     drive::DiskConfig,
     machine::{CpuConfig, MemoryConfig},
+    tap::NetConfig,
 };
 
 use crate::demo::DemoOptions;
@@ -87,6 +88,10 @@ pub(crate) struct RunOptions {
     /// vhost-user-blk backend serves: vhost-user=SOCKET[,queues=N]. A comma in a value is written twice.
     #[arg(long, value_name = "SPEC")]
     pub(crate) disk: Vec<DiskConfig>,
+
+    /// A network card on a TAP interface: tap=NAME[,mac=XX:XX:XX:XX:XX:XX], or fd=N for one that is open already.
+    #[arg(long, value_name = "SPEC")]
+    pub(crate) net: Vec<NetConfig>,
 
     /// Writes go to temporary overlays, which are gone afterwards.
     #[arg(long)]

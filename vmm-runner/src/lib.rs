@@ -18,6 +18,7 @@ mod error;
 pub mod machine;
 pub mod pci;
 pub mod stats;
+pub mod tap;
 pub mod virtio;
 
 pub use error::{Error, Result};

@@ -24,7 +24,8 @@ use vmm_runner::{
     drive::{DiskConfig, Drive, DriveConfig, GuestDisk, close_all},
     machine::{End, Machine, MachineConfig},
     stats::Timeline,
-    virtio::Entropy,
+    tap::Tap,
+    virtio::{Entropy, Net},
 };
 
 fn main() -> ExitCode {
@@ -135,6 +136,8 @@ fn run_machines(
         .as_ref()
         .map(|address| Qmp::start(address, Arc::clone(&runner)).map_err(Error::file(address.to_string())))
         .transpose()?;
+    let cards = options.net.iter().map(|net| Ok((Arc::new(Tap::open(&net.tap)?), net.mac)));
+    let cards = cards.collect::<Result<Vec<_>>>()?;
     loop {
         let boot = what_to_boot(options, drives)?;
         let mut memory = options.memory;
@@ -144,6 +147,9 @@ fn run_machines(
         let mut machine = Machine::new(config, timeline.watching(console.writer()))?;
         for (index, disk) in disks.iter().enumerate() {
             machine.add_device(disk.device(index, options.cpus.count, Arc::new(tell))?)?;
+        }
+        for (tap, mac) in &cards {
+            machine.add_device(Box::new(Net::new(tap, *mac)))?;
         }
         if options.rng {
             machine.add_device(Box::new(Entropy::default()))?;

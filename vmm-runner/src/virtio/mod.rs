@@ -1,6 +1,7 @@
 //! Virtio devices (Virtual I/O Device Version 1.2): the PCI transport, written once, and the devices behind it.
 
 mod block;
+mod net;
 mod pci;
 mod queue;
 mod rng;
@@ -11,6 +12,7 @@ use std::{fmt, sync::Arc};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use block::Block;
+pub use net::Net;
 pub use pci::{TransportSlot, VirtioPci};
 pub use queue::QueueThread;
 pub use rng::Entropy;
@@ -18,6 +20,10 @@ pub use vhost_user::{Tell, VhostUserBlock};
 
 use crate::{Result, machine::GuestMemory};
 
+/// Feature bit: chains may go on in a table of their own (section 2.7.5.3).
+pub const FEATURE_INDIRECT: u64 = 1 << 28;
+/// Feature bit: each side says at which index it wants to be told (section 2.7.7).
+pub const FEATURE_EVENT_IDX: u64 = 1 << 29;
 /// Feature bit: the driver knows version 1 (section 6).
 pub const FEATURE_VERSION_1: u64 = 1 << 32;
 

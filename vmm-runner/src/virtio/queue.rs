@@ -1,7 +1,7 @@
 //! A thread that serves one queue of a simple device.
 
 use std::{
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, BorrowedFd},
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread::{self, JoinHandle},
 };
@@ -11,14 +11,27 @@ use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::QueueSetup;
+use super::{FEATURE_EVENT_IDX, QueueSetup};
 use crate::{
     Error, Result,
     machine::{GuestMemory, new_eventfd},
 };
 
+/// Chains that are served before the thread looks whether it is asked to stop: a driver on another processor may
+/// make new ones available for ever.
+const BATCH: usize = 256;
+
 /// What a device does with one chain: returns how many bytes it wrote.
 pub(super) type Serve = Box<dyn FnMut(DescriptorChain<&GuestMemory>) -> u32 + Send>;
+
+/// What the thread of a queue does.
+pub(super) trait Work: Send {
+    /// Waits for something to do; false when it is time to stop.
+    fn wait(&self, stop: &EventFd) -> bool;
+
+    /// Does some of it. False when no more can be done, until the driver resets the device.
+    fn run(&mut self) -> bool;
+}
 
 /// A thread on a queue; stops when dropped.
 #[derive(Debug)]
@@ -37,22 +50,24 @@ impl QueueThread {
         name: &str,
         memory: &Arc<GuestMemory>,
         setup: QueueSetup,
-        mut serve: Serve,
+        features: u64,
+        serve: Serve,
     ) -> Result<Self> {
-        let mut queue = rings(memory, &setup)?;
+        let queue = rings(memory, &setup, features)?;
+        Self::work(name, Chains { memory: Arc::clone(memory), queue, setup, serve })
+    }
+
+    /// Does any work.
+    ///
+    /// # Errors
+    /// When the host has no thread.
+    pub(super) fn work(name: &str, mut work: impl Work + 'static) -> Result<Self> {
         let stop = Arc::new(new_eventfd()?);
         let gate = Arc::<Gate>::default();
-        let (memory, stopped, open) = (Arc::clone(memory), Arc::clone(&stop), Arc::clone(&gate));
+        let (stopped, open) = (Arc::clone(&stop), Arc::clone(&gate));
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || {
-                while wait(&setup.kick, &stopped) {
-                    // Rings that are broken end the work on this queue, until the driver resets the device.
-                    if !open.pass(|| run(&mut queue, &memory, &setup, &mut serve)) {
-                        break;
-                    }
-                }
-            })
+            .spawn(move || while work.wait(&stopped) && open.pass(|| work.run()) {})
             .map_err(Error::host("a thread for a queue"))?;
         Ok(Self { stop, gate, thread: Some(thread) })
     }
@@ -104,7 +119,7 @@ impl Drop for QueueThread {
 }
 
 /// The rings of a queue, checked to lie in memory.
-fn rings(memory: &GuestMemory, setup: &QueueSetup) -> Result<Queue> {
+pub(super) fn rings(memory: &GuestMemory, setup: &QueueSetup, features: u64) -> Result<Queue> {
     let broken = |what: &str| Error::Guest(format!("queue {}: {what}", setup.index));
     let mut queue = Queue::new(setup.size).map_err(|error| broken(&error.to_string()))?;
     queue.set_size(setup.size);
@@ -116,6 +131,7 @@ fn rings(memory: &GuestMemory, setup: &QueueSetup) -> Result<Queue> {
     for result in set {
         result.map_err(|error| broken(&error.to_string()))?;
     }
+    queue.set_event_idx(features & FEATURE_EVENT_IDX != 0);
     queue.set_ready(true);
     if !queue.is_valid(memory) {
         return Err(broken("its rings are not in memory"));
@@ -123,59 +139,78 @@ fn rings(memory: &GuestMemory, setup: &QueueSetup) -> Result<Queue> {
     Ok(queue)
 }
 
-/// Waits for a kick; false when it is time to stop.
-fn wait(kick: &EventFd, stop: &EventFd) -> bool {
-    // SAFETY: both descriptors are open for the whole call.
-    let borrow = |event: &EventFd| unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) };
+/// Waits until something can be read from `fd`; false when it is time to stop.
+pub(super) fn wait(fd: BorrowedFd<'_>, stop: &EventFd) -> bool {
     loop {
-        let fds = [borrow(kick), borrow(stop)];
         let mut fds = [
-            PollFd::from_borrowed_fd(fds[0], PollFlags::IN),
-            PollFd::from_borrowed_fd(fds[1], PollFlags::IN),
+            PollFd::from_borrowed_fd(borrow(stop), PollFlags::IN),
+            PollFd::from_borrowed_fd(fd, PollFlags::IN),
         ];
         match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) => continue,
+            Err(rustix::io::Errno::INTR) => {}
             Err(_) => return false,
-            Ok(_) => {}
-        }
-        if !fds[1].revents().is_empty() {
-            return false;
-        }
-        if !fds[0].revents().is_empty() {
-            // Someone else may have taken the kick.
-            drop(kick.read());
-            return true;
+            Ok(_) => return fds[0].revents().is_empty(),
         }
     }
 }
 
-/// Serves what is available. False when the rings are broken.
-fn run(queue: &mut Queue, memory: &GuestMemory, setup: &QueueSetup, serve: &mut Serve) -> bool {
-    loop {
-        let mut used = false;
-        if queue.disable_notification(memory).is_err() {
-            return false;
-        }
-        while let Some(chain) = queue.pop_descriptor_chain(memory) {
-            let head = chain.head_index();
-            let written = serve(chain);
-            if queue.add_used(memory, head, written).is_err() {
-                return false;
+/// The descriptor of an event.
+pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: it is open as long as the event lives, which is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// A queue whose chains are served as they come.
+struct Chains {
+    memory: Arc<GuestMemory>,
+    queue: Queue,
+    setup: QueueSetup,
+    serve: Serve,
+}
+
+impl Work for Chains {
+    fn wait(&self, stop: &EventFd) -> bool {
+        wait(borrow(&self.setup.kick), stop)
+    }
+
+    fn run(&mut self) -> bool {
+        // Someone else may have taken the kick.
+        drop(self.setup.kick.read());
+        self.serve().is_ok()
+    }
+}
+
+impl Chains {
+    /// Serves what is available.
+    ///
+    /// # Errors
+    /// When the rings are broken.
+    fn serve(&mut self) -> std::result::Result<(), virtio_queue::Error> {
+        let memory = &*self.memory;
+        let mut served = 0;
+        self.queue.disable_notification(memory)?;
+        loop {
+            while served < BATCH
+                && let Some(chain) = self.queue.pop_descriptor_chain(memory)
+            {
+                let head = chain.head_index();
+                let written = (self.serve)(chain);
+                self.queue.add_used(memory, head, written)?;
+                served += 1;
             }
-            used = true;
-        }
-        if used {
-            match queue.needs_notification(memory) {
-                // A counter that is full is an interrupt that is pending already.
-                Ok(true) => drop(setup.call.write(1)),
-                Ok(false) => {}
-                Err(_) => return false,
+            if served == BATCH {
+                // A counter that is full is a kick that is there already.
+                drop(self.setup.kick.write(1));
+                break;
+            }
+            if !self.queue.enable_notification(memory)? {
+                break;
             }
         }
-        match queue.enable_notification(memory) {
-            Ok(true) => {}
-            Ok(false) => return true,
-            Err(_) => return false,
+        if served > 0 && self.queue.needs_notification(memory)? {
+            // A counter that is full is an interrupt that is pending already.
+            drop(self.setup.call.write(1));
         }
+        Ok(())
     }
 }

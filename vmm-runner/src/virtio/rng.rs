@@ -40,7 +40,7 @@ impl VirtioDevice for Entropy {
 
     fn write_config(&mut self, _: u64, _: &[u8]) {}
 
-    fn activate(&mut self, memory: &Arc<GuestMemory>, _: u64, queues: Vec<QueueSetup>) -> Result<()> {
+    fn activate(&mut self, memory: &Arc<GuestMemory>, features: u64, queues: Vec<QueueSetup>) -> Result<()> {
         let Some(queue) = queues.into_iter().next() else { return Ok(()) };
         let serve = |chain: virtio_queue::DescriptorChain<&GuestMemory>| {
             let memory = chain.memory().clone();
@@ -61,7 +61,7 @@ impl VirtioDevice for Entropy {
             }
             written
         };
-        self.thread = Some(QueueThread::start("virtio-rng", memory, queue, Box::new(serve))?);
+        self.thread = Some(QueueThread::start("virtio-rng", memory, queue, features, Box::new(serve))?);
         Ok(())
     }
 

@@ -18,9 +18,9 @@ use std::{
 use blk_backend::virtio::{
     Features,
     config::{CONFIG_BYTES, WRITEBACK_AT_BYTES},
-    ring::RingLayout,
+    ring::{RingLayout, is_inside},
 };
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::link::{Inflight, Link, LinkError};
@@ -292,7 +292,7 @@ impl Drop for VhostUserBlock {
     }
 }
 
-/// A queue whose rings are in memory, each in one piece.
+/// A queue whose rings are in memory.
 fn checked(memory: &GuestMemory, queue: QueueSetup) -> Result<ActiveQueue> {
     let rings = RingLayout {
         size: queue.size,
@@ -300,16 +300,8 @@ fn checked(memory: &GuestMemory, queue: QueueSetup) -> Result<ActiveQueue> {
         available: GuestAddress(queue.available),
         used: GuestAddress(queue.used),
     };
-    let parts = [
-        (rings.descriptors, RingLayout::descriptors_bytes(rings.size), 16),
-        (rings.available, RingLayout::available_bytes(rings.size), 2),
-        (rings.used, RingLayout::used_bytes(rings.size), 4),
-    ];
-    for (start, bytes, alignment) in parts {
-        let is_inside = usize::try_from(bytes).is_ok_and(|bytes| memory.get_slice(start, bytes).is_ok());
-        if !is_inside || !start.0.is_multiple_of(alignment) {
-            return Err(Error::Guest(format!("queue {}: its rings are not in memory", queue.index)));
-        }
+    if !is_inside(&rings, memory) {
+        return Err(Error::Guest(format!("queue {}: its rings are not in memory", queue.index)));
     }
     Ok(ActiveQueue { index: queue.index, rings, kick: queue.kick, call: queue.call })
 }
