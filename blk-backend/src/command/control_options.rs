@@ -2,7 +2,7 @@
 
 use std::{io, io::PipeReader, os::fd::AsFd, path::Path, sync::Arc};
 
-use blk_backend::control::{ControlAddress, Daemon, Metrics, Qmp, summary};
+use blk_backend::control::{ControlAddress, Daemon, Metrics, Qmp, remove_stale_socket, summary};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
@@ -31,6 +31,14 @@ impl ControlArgs {
     /// The sockets in the file system.
     pub(crate) fn socket_paths(&self) -> impl Iterator<Item = &Path> {
         [&self.qmp, &self.metrics].into_iter().flatten().filter_map(ControlAddress::path)
+    }
+
+    /// Takes away sockets that dead processes left. In a sandbox nobody can find out whether they are dead.
+    pub(crate) fn remove_stale_sockets(&self) -> Result<(), Failure> {
+        self.socket_paths().try_for_each(|path| {
+            remove_stale_socket(path)
+                .map_err(|error| Failure::new(format_args!("{}: {error}", path.display())))
+        })
     }
 
     /// Listens as asked.

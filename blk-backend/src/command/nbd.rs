@@ -3,7 +3,7 @@
 use std::{io::Write, process::ExitCode, sync::Arc};
 
 use blk_backend::{
-    control::Daemon,
+    control::{Daemon, remove_stale_socket},
     nbd::{Export, ExportOptions, ListenAddress, Log, Server, ServerOptions},
 };
 
@@ -58,6 +58,10 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
         lane: args.engine.lane_options(),
         allow_remote_writes: args.allow_remote_writes,
     };
+    args.control.remove_stale_sockets()?;
+    if let Some(path) = args.listen.path() {
+        remove_stale_socket(path).map_err(|error| Failure::new(format_args!("{}: {error}", args.listen)))?;
+    }
     let sockets = args.control.socket_paths().chain(args.listen.path());
     args.sandbox.enter([&*disk], sockets)?;
     args.engine.announce()?;

@@ -101,6 +101,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
         let failed = |error| Failure::new(format_args!("{}: {error}", args.socket.display()));
         devices.push((device, Listening::at(&args.socket).map_err(failed)?, &args.socket));
     }
+    args.control.remove_stale_sockets()?;
     let disks = daemon.disks();
     let sockets = devices.iter().map(|(_, _, socket)| socket.as_path());
     args.sandbox.enter(disks.iter().map(|(_, disk)| &**disk), args.control.socket_paths().chain(sockets))?;

@@ -152,8 +152,11 @@ fn listen_tcp(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
     Ok((listener.into(), bound))
 }
 
-/// Removes a socket that nobody listens on any more.
-pub(crate) fn remove_stale_socket(path: &Path) -> io::Result<()> {
+/// Removes a socket that nobody listens on any more. Connects to it to find out, which a sandbox forbids.
+///
+/// # Errors
+/// When it cannot be removed.
+pub fn remove_stale_socket(path: &Path) -> io::Result<()> {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
     let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
     if is_socket && std::os::unix::net::UnixStream::connect(path).is_err_and(refused) {
