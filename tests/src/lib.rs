@@ -6,6 +6,7 @@
 //! directories ([`twin`]), a guest that drives a virtio device ([`guest`]), and one
 //! in a virtual machine ([`vm`]).
 
+pub mod board;
 pub mod command;
 pub mod craft;
 pub mod daemon;

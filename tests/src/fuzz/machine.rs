@@ -1,11 +1,7 @@
 //! A guest that reads and writes the registers of all devices as it likes: ports, PCI configuration, BARs, fw_cfg and
 //! its DMA, with memory that it has written before.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    os::fd::AsRawFd,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::Arc;
 
 use blk_backend::{
     disk::{Disk, DiskOptions},
@@ -15,19 +11,15 @@ use img_core::{
     format::OpenMode,
     storage::{MemoryStorage, Storage},
 };
-use kvm_bindings::{KVM_IRQ_ROUTING_MSI, kvm_irq_routing_entry};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_runner::{
-    Error, Result,
-    machine::{End, GuestMemory, Hardware, Hypervisor, MachineConfig},
+    machine::{End, Hardware, MachineConfig},
     virtio::{Block, Entropy},
 };
-use vmm_sys_util::eventfd::EventFd;
 
 use super::script::Script;
-use crate::memory;
+use crate::{board::board, memory};
 
-const RAM_BYTES: usize = 0x10_0000;
 /// Where there is something, and where nothing should be.
 const PORTS: [u16; 12] = [0x60, 0x70, 0x92, 0x3F8, 0x402, 0x510, 0x514, 0x600, 0xB000, 0xCD0, 0xCF8, 0xFFF8];
 /// Bus addresses of all functions, as configuration ports have them.
@@ -39,62 +31,6 @@ const PARTS: [u64; 6] = [0, 0x1000, 0x2000, 0x3000, 0x8000, 0x9000];
 const DOORBELLS: u64 = 0x3000;
 const CONFIG_ADDRESS: u16 = 0xCF8;
 const CONFIG_DATA: u16 = 0xCFC;
-/// The numbers of messages begin behind those of pins.
-const FIRST_MESSAGE: u32 = 24;
-
-/// A hypervisor that does nothing, and holds the runner to the rules of the real one.
-#[derive(Default)]
-struct Rules(Mutex<Known>);
-
-#[derive(Default)]
-struct Known {
-    /// Descriptor and number.
-    interrupts: BTreeSet<(i32, u32)>,
-    messages: BTreeSet<u32>,
-    /// Descriptor by address.
-    doorbells: BTreeMap<u64, i32>,
-}
-
-impl Rules {
-    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Hypervisor for Rules {
-    fn bind_interrupt(&self, event: &EventFd, gsi: u32) -> Result<()> {
-        let mut known = self.known();
-        assert!(known.interrupts.insert((event.as_raw_fd(), gsi)), "interrupt {gsi} is bound twice");
-        assert!(gsi < FIRST_MESSAGE || known.messages.contains(&gsi), "interrupt {gsi} leads nowhere");
-        Ok(())
-    }
-
-    fn unbind_interrupt(&self, event: &EventFd, gsi: u32) -> Result<()> {
-        assert!(self.known().interrupts.remove(&(event.as_raw_fd(), gsi)), "interrupt {gsi} was not bound");
-        Ok(())
-    }
-
-    fn route(&self, routes: &[kvm_irq_routing_entry]) -> Result<()> {
-        let messages = routes.iter().filter(|route| route.type_ == KVM_IRQ_ROUTING_MSI);
-        self.known().messages = messages.map(|route| route.gsi).collect();
-        Ok(())
-    }
-
-    fn place_doorbell(&self, event: &EventFd, address: u64) -> Result<()> {
-        let mut known = self.known();
-        if known.doorbells.contains_key(&address) {
-            return Err(Error::Invalid("there is a doorbell already".to_owned()));
-        }
-        known.doorbells.insert(address, event.as_raw_fd());
-        Ok(())
-    }
-
-    fn remove_doorbell(&self, event: &EventFd, address: u64) -> Result<()> {
-        assert_eq!(self.known().doorbells.remove(&address), Some(event.as_raw_fd()), "at {address:#x}");
-        Ok(())
-    }
-}
-
 /// The guest's hands.
 struct Guest(Hardware);
 
@@ -137,8 +73,15 @@ impl Guest {
         let write = |offset: u64, data: &[u8]| self.write_bar(function, offset, data);
         write(20, &[0]);
         write(20, &[3]);
+        // Version 1, and the reset of queues where it is offered.
+        write(0, &1u32.to_le_bytes());
         write(8, &1u32.to_le_bytes());
-        write(12, &1u32.to_le_bytes());
+        let offered = self.bar(function).map_or(0, |bar| {
+            let mut data = [0; 4];
+            self.0.pci().read_memory(bar + 4, &mut data);
+            u32::from_le_bytes(data)
+        });
+        write(12, &(offered & 0x101).to_le_bytes());
         write(20, &[0xB]);
         write(22, &0u16.to_le_bytes());
         write(24, &16u16.to_le_bytes());
@@ -219,16 +162,11 @@ pub fn machine(input: &[u8]) {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::from_bytes("fuzz.qcow2", &bytes));
     let image = memory::open(storage, OpenMode::Write).expect("nothing is broken in it");
     let disk = Disk::over(image, &DiskOptions::default());
-    let ram = GuestMemory::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).expect("memory");
-    let rules = Arc::new(Rules::default());
-    let config = MachineConfig::default();
-    let mut hardware =
-        Hardware::new(Arc::clone(&rules) as _, Arc::new(ram), &config, Box::new(std::io::sink()))
-            .expect("a board");
+    let (mut hardware, rules) = board();
     let block = Block::new(&disk, &DeviceOptions::default()).expect("a device");
     hardware.add_device(Box::new(block)).expect("a slot");
     hardware.add_device(Box::new(Entropy::default())).expect("a slot");
-    hardware.add_firmware_ports(&config, None).expect("free ports");
+    hardware.add_firmware_ports(&MachineConfig::default(), None).expect("free ports");
     let guest = Guest(hardware);
 
     let before = guest.identities();
@@ -250,7 +188,7 @@ pub fn machine(input: &[u8]) {
     let end = guest.0.control().ended();
     assert!(matches!(end, None | Some(End::PowerOff | End::Reset)), "{end:?}");
     let bars: Vec<u64> = [DISK, ENTROPY].into_iter().filter_map(|device| guest.bar(device)).collect();
-    for address in rules.known().doorbells.keys() {
+    for address in &rules.doorbells() {
         let is_behind_bar = |bar: &u64| (bar + DOORBELLS..bar + DOORBELLS + 0x1000).contains(address);
         assert!(bars.iter().any(is_behind_bar), "a doorbell at {address:#x}, BARs at {bars:#x?}");
     }

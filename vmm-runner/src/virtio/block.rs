@@ -1,6 +1,7 @@
 //! The block device (section 5.2): the data plane's, with a thread and a ring a queue, in this process.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     os::fd::{FromRawFd, IntoRawFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
@@ -16,7 +17,7 @@ use blk_backend::{
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ConfigNotifier, QueueSetup, VirtioDevice};
+use super::{ConfigNotifier, QueueReset, QueueSetup, VirtioDevice};
 use crate::{Error, Result, machine::GuestMemory};
 
 /// Descriptors of each queue.
@@ -25,7 +26,8 @@ const QUEUE_SIZE: u16 = 256;
 /// A disk of the guest.
 pub struct Block {
     device: Arc<Device>,
-    queues: Vec<QueueThread>,
+    /// By number.
+    queues: BTreeMap<u16, QueueThread>,
     notifier: Arc<Mutex<Option<Arc<dyn ConfigNotifier>>>>,
 }
 
@@ -53,7 +55,7 @@ impl Block {
                 }
             }
         });
-        Ok(Self { device, queues: Vec::new(), notifier })
+        Ok(Self { device, queues: BTreeMap::new(), notifier })
     }
 }
 
@@ -89,32 +91,8 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, memory: &Arc<GuestMemory>, features: u64, queues: Vec<QueueSetup>) -> Result<()> {
-        let accepted = Features(features);
-        self.device.negotiate(accepted).map_err(|error| Error::Guest(error.to_string()))?;
-        for queue in queues {
-            let setup = BackendQueue {
-                ram: Arc::clone(memory),
-                rings: RingLayout {
-                    size: queue.size,
-                    descriptors: GuestAddress(queue.descriptors),
-                    available: GuestAddress(queue.available),
-                    used: GuestAddress(queue.used),
-                },
-                next_avail: 0,
-                features: accepted,
-                kick: Some(owned(queue.kick)),
-                call: Some(owned(queue.call.try_clone().map_err(Error::host("an event for a queue"))?)),
-                error: None,
-                inflight: None,
-                redo: None,
-                log: None,
-                paused: false,
-            };
-            let name = format!("blk-q{}", queue.index);
-            let thread = QueueThread::start(&self.device, &name, setup);
-            self.queues.push(thread.map_err(|error| Error::Guest(error.to_string()))?);
-        }
-        Ok(())
+        self.device.negotiate(Features(features)).map_err(|error| Error::Guest(error.to_string()))?;
+        queues.into_iter().try_for_each(|queue| self.start_queue(memory, features, queue))
     }
 
     fn reset(&mut self) {
@@ -124,18 +102,55 @@ impl VirtioDevice for Block {
     }
 
     fn pause(&self) {
-        for queue in &self.queues {
+        for queue in self.queues.values() {
             // One that has ended by itself has broken the device, and touches nothing.
             queue.pause().ok();
         }
     }
 
     fn resume(&self) {
-        self.queues.iter().for_each(QueueThread::resume);
+        self.queues.values().for_each(QueueThread::resume);
+    }
+
+    fn queue_reset(&mut self) -> Option<&mut dyn QueueReset> {
+        Some(self)
     }
 
     fn set_config_notifier(&mut self, notifier: Arc<dyn ConfigNotifier>) {
         *self.notifier.lock().unwrap_or_else(PoisonError::into_inner) = Some(notifier);
+    }
+}
+
+impl QueueReset for Block {
+    fn stop_queue(&mut self, index: u16) {
+        // It drains what is under way before it ends.
+        self.queues.remove(&index);
+    }
+
+    fn start_queue(&mut self, memory: &Arc<GuestMemory>, features: u64, queue: QueueSetup) -> Result<()> {
+        let setup = BackendQueue {
+            ram: Arc::clone(memory),
+            rings: RingLayout {
+                size: queue.size,
+                descriptors: GuestAddress(queue.descriptors),
+                available: GuestAddress(queue.available),
+                used: GuestAddress(queue.used),
+            },
+            next_avail: 0,
+            features: Features(features),
+            kick: Some(owned(queue.kick)),
+            call: Some(owned(queue.call.try_clone().map_err(Error::host("an event for a queue"))?)),
+            error: None,
+            inflight: None,
+            redo: None,
+            log: None,
+            paused: false,
+        };
+        let name = format!("blk-q{}", queue.index);
+        let thread = QueueThread::start(&self.device, &name, setup);
+        let thread = thread.map_err(|error| Error::Guest(error.to_string()))?;
+        self.queues.insert(queue.index, thread);
+        Ok(())
     }
 }
 

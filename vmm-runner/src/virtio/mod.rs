@@ -26,6 +26,8 @@ pub const FEATURE_INDIRECT: u64 = 1 << 28;
 pub const FEATURE_EVENT_IDX: u64 = 1 << 29;
 /// Feature bit: the driver knows version 1 (section 6).
 pub const FEATURE_VERSION_1: u64 = 1 << 32;
+/// Feature bit: queues can be reset one at a time (section 6).
+pub const FEATURE_RING_RESET: u64 = 1 << 40;
 
 /// A queue that a driver has set up. All numbers are the driver's: addresses may be anywhere.
 #[derive(Debug)]
@@ -53,6 +55,18 @@ pub trait ConfigNotifier: Send + Sync + fmt::Debug {
 
     /// Tells that only a reset of the device helps (section 2.1.2).
     fn needs_reset(&self);
+}
+
+/// A device of which queues are reset one at a time, while the others go on (section 2.6.1).
+pub trait QueueReset {
+    /// Ends the work on a queue. Returns when no more of the guest's memory is touched for it.
+    fn stop_queue(&mut self, index: u16);
+
+    /// Works on a queue again, which the driver has set up anew.
+    ///
+    /// # Errors
+    /// When the queue cannot be; the driver is told that the device needs a reset.
+    fn start_queue(&mut self, memory: &Arc<GuestMemory>, features: u64, queue: QueueSetup) -> Result<()>;
 }
 
 /// A device behind the transport. Calls come from processors, one at a time.
@@ -89,6 +103,11 @@ pub trait VirtioDevice: Send + fmt::Debug {
 
     /// Goes on.
     fn resume(&self);
+
+    /// How its queues are reset one at a time; a device that offers [`FEATURE_RING_RESET`] says how.
+    fn queue_reset(&mut self) -> Option<&mut dyn QueueReset> {
+        None
+    }
 
     /// Where the device tells of changes; given once, before the guest runs.
     fn set_config_notifier(&mut self, notifier: Arc<dyn ConfigNotifier>) {

@@ -13,7 +13,7 @@ use std::{
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ConfigNotifier, FEATURE_VERSION_1, QueueSetup, VirtioDevice};
+use super::{ConfigNotifier, FEATURE_RING_RESET, FEATURE_VERSION_1, QueueSetup, VirtioDevice};
 use crate::{
     Error, Result,
     machine::{GuestMemory, Hypervisor, Interrupts, new_eventfd},
@@ -52,9 +52,6 @@ const STATUS_NEEDS_RESET: u8 = 0x40;
 /// ISR: the configuration changed.
 const ISR_CONFIG: u8 = 2;
 
-/// Feature: queues can be reset one at a time (not offered yet by this transport).
-const FEATURE_RING_RESET: u64 = 1 << 40;
-
 /// What a transport needs of the machine.
 #[derive(Clone)]
 pub struct TransportSlot {
@@ -80,6 +77,8 @@ struct Queue {
     max_size: u16,
     size: u16,
     is_enabled: bool,
+    /// It was reset while the driver runs, and may be set up anew.
+    was_reset: bool,
     descriptors: u64,
     available: u64,
     used: u64,
@@ -96,6 +95,7 @@ impl Queue {
             max_size,
             size: max_size,
             is_enabled: false,
+            was_reset: false,
             descriptors: 0,
             available: 0,
             used: 0,
@@ -108,6 +108,7 @@ impl Queue {
     fn reset(&mut self) {
         (self.size, self.is_enabled, self.vector) = (self.max_size, false, NO_VECTOR);
         (self.descriptors, self.available, self.used) = (0, 0, 0);
+        self.was_reset = false;
     }
 }
 
@@ -127,6 +128,25 @@ struct State {
     config_vector: u16,
     /// Where doorbells are registered.
     doorbells_at: Option<u64>,
+}
+
+impl State {
+    /// A queue as the driver has set it up; `None` for one that it left out.
+    fn setup(&self, index: u16) -> Result<Option<QueueSetup>> {
+        let Some(queue) = self.queues.get(usize::from(index)).filter(|queue| queue.is_enabled) else {
+            return Ok(None);
+        };
+        let call = self.msix.vector(queue.vector).map_or(&queue.unheard, |vector| vector.event());
+        Ok(Some(QueueSetup {
+            index,
+            size: queue.size,
+            descriptors: queue.descriptors,
+            available: queue.available,
+            used: queue.used,
+            kick: queue.kick.try_clone().map_err(Error::host("an event for a queue"))?,
+            call: Arc::clone(call),
+        }))
+    }
 }
 
 /// A device in a PCI slot.
@@ -298,7 +318,7 @@ impl VirtioPci {
         let of_queue = |field: fn(&Queue) -> u64| queue.map_or(0, field);
         let value = match offset {
             0 => u64::from(state.features_select),
-            4 => half(offered(&*state.device), state.features_select),
+            4 => half(state.device.features(), state.features_select),
             8 => u64::from(state.driver_features_select),
             12 => half(state.driver_features, state.driver_features_select),
             16 => u64::from(state.config_vector),
@@ -347,13 +367,14 @@ impl VirtioPci {
             }
             (20, 1) => self.write_status(state, byte),
             (22, 2) => state.queue_select = short,
-            (24.., _) => Self::write_queue(state, offset, data.len(), (short, word, value)),
+            (58, 2) if short == 1 => Self::reset_queue(state),
+            (24.., _) => self.write_queue(state, offset, data.len(), (short, word, value)),
             _ => {}
         }
     }
 
     /// `values` are what was written, as two, four and eight bytes.
-    fn write_queue(state: &mut State, offset: u64, length: usize, values: (u16, u32, u64)) {
+    fn write_queue(&self, state: &mut State, offset: u64, length: usize, values: (u16, u32, u64)) {
         let (short, word, value) = values;
         if (offset, length) == (26, 2) {
             let vector = known_vector(state, short);
@@ -363,14 +384,19 @@ impl VirtioPci {
             return;
         }
         // What was said of a queue holds once it is enabled, and behind the driver's start.
-        let is_fixed = state.status & STATUS_DRIVER_OK != 0;
+        let is_running = state.status & STATUS_DRIVER_OK != 0;
         let Some(queue) = state.queues.get_mut(usize::from(state.queue_select)) else { return };
-        if queue.is_enabled || is_fixed {
+        if queue.is_enabled || is_running && !queue.was_reset {
             return;
         }
         match (offset, length) {
             (24, 2) if short.is_power_of_two() && short <= queue.max_size => queue.size = short,
-            (28, 2) if short == 1 => queue.is_enabled = true,
+            (28, 2) if short == 1 => {
+                (queue.is_enabled, queue.was_reset) = (true, false);
+                if is_running {
+                    self.news.told(self.restart_queue(state));
+                }
+            }
             (32, 4) => put_half(&mut queue.descriptors, 0, word),
             (36, 4) => put_half(&mut queue.descriptors, 1, word),
             (40, 4) => put_half(&mut queue.available, 0, word),
@@ -381,6 +407,29 @@ impl VirtioPci {
             (40, 8) => queue.available = value,
             (48, 8) => queue.used = value,
             _ => {}
+        }
+    }
+
+    /// Resets the selected queue where the driver may ask for that (section 2.6.1); it is done before this returns.
+    fn reset_queue(state: &mut State) {
+        let needed = STATUS_DRIVER_OK | STATUS_FEATURES_OK;
+        let may = state.status & needed == needed && state.driver_features & FEATURE_RING_RESET != 0;
+        let queue = state.queues.get_mut(usize::from(state.queue_select)).filter(|queue| queue.is_enabled);
+        if let (true, Some(queue), Some(device)) = (may, queue, state.device.queue_reset()) {
+            device.stop_queue(state.queue_select);
+            queue.reset();
+            queue.was_reset = true;
+        }
+    }
+
+    /// Starts the selected queue, which was reset.
+    fn restart_queue(&self, state: &mut State) -> Result<()> {
+        let setup = state.setup(state.queue_select)?;
+        match (state.device.queue_reset(), setup) {
+            (Some(device), Some(setup)) => {
+                device.start_queue(&self.slot.memory, state.driver_features, setup)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -405,7 +454,7 @@ impl VirtioPci {
         let news = status & !state.status;
         state.status |= status & !STATUS_NEEDS_RESET;
         if news & STATUS_FEATURES_OK != 0 {
-            let unknown = state.driver_features & !offered(&*state.device);
+            let unknown = state.driver_features & !state.device.features();
             if unknown != 0 || state.driver_features & FEATURE_VERSION_1 == 0 {
                 state.status &= !STATUS_FEATURES_OK;
             }
@@ -420,20 +469,8 @@ impl VirtioPci {
 
     fn activate(&self, state: &mut State) -> Result<()> {
         let mut setups = Vec::new();
-        for (index, queue) in (0u16..).zip(&state.queues) {
-            if !queue.is_enabled {
-                continue;
-            }
-            let call = state.msix.vector(queue.vector).map_or(&queue.unheard, |vector| vector.event());
-            setups.push(QueueSetup {
-                index,
-                size: queue.size,
-                descriptors: queue.descriptors,
-                available: queue.available,
-                used: queue.used,
-                kick: queue.kick.try_clone().map_err(Error::host("an event for a queue"))?,
-                call: Arc::clone(call),
-            });
+        for index in (0u16..).take(state.queues.len()) {
+            setups.extend(state.setup(index)?);
         }
         state.device.activate(&self.slot.memory, state.driver_features, setups)
     }
@@ -551,10 +588,6 @@ impl Drop for VirtioPci {
     fn drop(&mut self) {
         self.lock().device.reset();
     }
-}
-
-fn offered(device: &dyn VirtioDevice) -> u64 {
-    device.features() & !FEATURE_RING_RESET
 }
 
 /// A vector that exists, or none.
