@@ -166,7 +166,7 @@ pub fn machine(input: &[u8]) {
     let block = Block::new(&disk, &DeviceOptions::default()).expect("a device");
     hardware.add_device(Box::new(block)).expect("a slot");
     hardware.add_device(Box::new(Entropy::default())).expect("a slot");
-    hardware.add_firmware_ports(&MachineConfig::default(), None).expect("free ports");
+    hardware.add_firmware_devices(&MachineConfig::default(), None).expect("free ports");
     let guest = Guest(hardware);
 
     let before = guest.identities();

@@ -19,6 +19,8 @@ use crate::{
 
 /// Each device's BAR starts in a piece of this size of the PCI window.
 const BAR_STEP: u32 = 0x1_0000;
+/// The slot and function of power management: beside the bridge to ISA.
+const POWER_MANAGEMENT_AT: (u8, u8) = (1, 3);
 /// The number of block devices among virtio's.
 const DISK: u16 = 2;
 
@@ -58,11 +60,9 @@ impl Hardware {
     ) -> Result<Self> {
         let interrupts = Interrupts::new(Arc::clone(&hypervisor))?;
         let control = Arc::new(RunControl::default());
-        let power_management = PowerManagement::new(Arc::clone(&control));
         let pci = Arc::new(PciBus::default());
         pci.insert(0, 0, host_bridge())?;
         pci.insert(1, 0, isa_bridge())?;
-        pci.insert(1, 3, Arc::clone(&power_management) as _)?;
         let serial = SerialPort::new(interrupts.pin(COM1_GSI)?, console);
         let rtc = Rtc::new(config.memory.size_bytes, config.cpus.count);
         let config_ports = ConfigPorts::new(Arc::clone(&pci), Arc::clone(&control));
@@ -72,7 +72,6 @@ impl Hardware {
         ports.claim(RTC_PORTS, RTC_PORT_COUNT, rtc)?;
         ports.claim(SLEEP_CONTROL_PORT, SLEEP_PORT_COUNT, AcpiPorts::new(Arc::clone(&control)))?;
         ports.claim(SYSTEM_CONTROL_PORT, 1, ResetPort::new(Arc::clone(&control)))?;
-        ports.add_movable(power_management);
         let power_button = Arc::new(interrupts.pin(acpi::POWER_BUTTON_GSI)?);
         let next_bar = u32::try_from(layout::PCI_WINDOW_START).expect("below 4 GiB");
         let (devices, disks) = (Vec::new(), Vec::new());
@@ -113,11 +112,15 @@ impl Hardware {
         Ok(slot)
     }
 
-    /// Adds what firmware asks for the machine, once all devices are in it, and the port to which it says what it does.
+    /// Adds what firmware needs, once all devices are in the machine: fw_cfg, power management, and the port to which
+    /// it says what it does. A kernel that is booted without firmware would only spend its time on looking at them.
     ///
     /// # Errors
-    /// When that is there already.
-    pub fn add_firmware_ports(&mut self, config: &MachineConfig, log: Option<&Arc<File>>) -> Result<()> {
+    /// When they are there already.
+    pub fn add_firmware_devices(&mut self, config: &MachineConfig, log: Option<&Arc<File>>) -> Result<()> {
+        let power_management = PowerManagement::new(Arc::clone(&self.control));
+        self.pci.insert(POWER_MANAGEMENT_AT.0, POWER_MANAGEMENT_AT.1, Arc::clone(&power_management) as _)?;
+        self.ports.add_movable(power_management);
         let items = firmware::items(config.memory.size_bytes, config.cpus.count, &self.disks)?;
         let fw_cfg = FwCfg::new(items, Arc::clone(&self.memory));
         self.ports.claim(FW_CFG_PORTS, FW_CFG_PORT_COUNT, fw_cfg)?;

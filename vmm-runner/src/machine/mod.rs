@@ -193,7 +193,7 @@ impl Machine {
             }
             Boot::Firmware { firmware, log } => {
                 self.firmware = Some(firmware.map(&self.vm, self.hardware.memory())?);
-                self.hardware.add_firmware_ports(&self.config, log.as_ref())?;
+                self.hardware.add_firmware_devices(&self.config, log.as_ref())?;
                 Entry::Firmware
             }
         };
