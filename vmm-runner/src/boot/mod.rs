@@ -79,7 +79,7 @@ pub enum Boot {
     Direct(DirectBoot),
     /// With firmware, which finds a boot loader on the disks.
     Firmware {
-        /// SeaBIOS or OVMF.
+        /// SeaBIOS.
         firmware: Firmware,
         /// Where it writes down what it does.
         log: Option<Arc<File>>,
