@@ -79,6 +79,11 @@ pub(crate) enum Layout {
 }
 
 impl OutputArgs {
+    /// Whether one was asked for.
+    pub(crate) fn is_given(&self) -> bool {
+        self.output.is_some()
+    }
+
     /// # Errors
     /// When it is neither.
     pub(crate) fn layout(&self) -> Result<Layout, Failure> {

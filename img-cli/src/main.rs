@@ -15,6 +15,7 @@ mod names;
 mod object;
 mod option_list;
 mod output;
+mod picture;
 mod progress;
 mod qdict;
 mod size;

@@ -1,10 +1,13 @@
 //! `img map`: where the guest's bytes live, layer by layer.
 
+use clap::ValueHint;
 use img_core::{
     format::OpenMode,
+    image::Image,
     job::{
         bitmaps::marks,
         map::{MapEntry, map, marked_entries},
+        plot::plot,
     },
     text,
 };
@@ -12,9 +15,10 @@ use img_core::{
 use crate::{
     args::{FileArg, FormatArgs, Layout, Opening, OutputArgs, ShareArgs},
     context::Context,
-    error::{Failure, Outcome},
+    error::{Failure, Outcome, os_text},
     object::ObjectArgs,
     output::Out,
+    picture::picture,
     size,
 };
 
@@ -43,6 +47,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BITMAP")]
     dirty_bitmap: Option<String>,
 
+    /// Draw the guest's disk and the host files into an SVG file, instead of a list
+    #[arg(long, value_name = "FILE.svg", value_hint = ValueHint::FilePath)]
+    plot: Option<String>,
+
     #[command(flatten)]
     file: FileArg,
 }
@@ -51,6 +59,7 @@ pub(crate) struct Args {
 const EXAMPLES: &str = "\
 Examples:
   img map disk.qcow2
+  img map --plot disk.svg disk.qcow2
   img map --output json --start-offset 1G --max-length 64M disk.qcow2";
 
 /// Runs the command.
@@ -62,12 +71,22 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let start_bytes = bytes("start offset", &args.start_offset)?.unwrap_or(0);
     let length_bytes = bytes("max length", &args.max_length)?;
     let layout = args.output.layout()?;
+    let is_part = args.start_offset.is_some() || args.max_length.is_some() || args.dirty_bitmap.is_some();
+    if args.plot.is_some() && (is_part || args.output.is_given()) {
+        return Err(Failure::new(
+            "--plot shows the whole image in a form of its own: it does not go with --start-offset, --max-length, \
+             --dirty-bitmap or --output",
+        ));
+    }
     args.objects.check(context)?;
     let file = args.file.one()?;
     let opening =
         Opening { force_share: args.share.force_share, ..Opening::new(file, &args.formats, OpenMode::Read) };
     let image = opening.open(context)?;
 
+    if let Some(target) = &args.plot {
+        return write_plot(&image, target);
+    }
     let mut printer = Printer::new(layout, &context.out);
     let mut refused = None;
     let marks = args.dirty_bitmap.as_deref().map(|name| marks(&image, name)).transpose()?;
@@ -98,6 +117,23 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
             Ok(0)
         }
     }
+}
+
+/// Draws the picture. It appears under its name when it is complete.
+fn write_plot(image: &Image, target: &str) -> Outcome {
+    let plot = plot(image).map_err(|error| {
+        Failure::new(format!("Could not read file metadata: {}", crate::error::reason(&error)))
+    })?;
+    let path = text::to_path(target);
+    let partial = text::to_path(&format!("{target}.{}.partial", std::process::id()));
+    let written =
+        std::fs::write(&partial, picture(&plot, image)).and_then(|()| std::fs::rename(&partial, path));
+    if let Err(error) = written {
+        // It may not have been made.
+        std::fs::remove_file(&partial).ok();
+        return Err(Failure::new(format!("Could not write '{target}': {}", os_text(&error))));
+    }
+    Ok(0)
 }
 
 /// Prints rows as a table or as one JSON array.

@@ -299,6 +299,16 @@ pub trait Layer: Send + Sync + fmt::Debug {
     /// The side that changes the map; `None` when opened without write access.
     fn writer(&self) -> Option<&dyn LayerWriter>;
 
+    /// Tells what the image file is used for beside the guest's data, each place once unless the image is damaged: what
+    /// is neither told nor data belongs to snapshots and bitmaps, or leaks. False where the layer cannot tell: then
+    /// what is not data is headers and tables.
+    ///
+    /// # Errors
+    /// When tables cannot be read.
+    fn host_uses(&self, _visit: &mut dyn FnMut(HostUse, Range<u64>)) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Internal snapshots, where the format has them.
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         None
@@ -321,6 +331,21 @@ pub trait Layer: Send + Sync + fmt::Debug {
             format_args!("checking {} images", self.driver().name()),
         ))
     }
+}
+
+/// What a part of an image file is used for beside the guest's data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostUse {
+    /// The header, and the tables of the disk.
+    Tables,
+    /// Reference counts.
+    Refcounts,
+    /// Tables of internal snapshots.
+    Snapshots,
+    /// Anything else.
+    Other,
+    /// Nothing.
+    Free,
 }
 
 /// What a layer does with data that should be compressed.

@@ -28,8 +28,8 @@ pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
 pub use front::{FrontReader, FrontRequest, FrontRun, FrontWriter, LookAhead};
 use host_file::{file_preallocation, first_block, refuse_file_options};
 pub use layer::{
-    Backing, Beyond, CheckReport, CompressedWrites, CreateRequest, Driver, Finding, Layer, Lease, LeaseToken,
-    OpenContext, OpenFile, OpenMode, Repair, SnapshotInfo, Snapshots,
+    Backing, Beyond, CheckReport, CompressedWrites, CreateRequest, Driver, Finding, HostUse, Layer, Lease,
+    LeaseToken, OpenContext, OpenFile, OpenMode, Repair, SnapshotInfo, Snapshots,
 };
 pub use measure::{MeasureRequest, MeasureSource, Measured};
 pub use options::{

@@ -13,6 +13,7 @@ pub mod convert;
 pub mod create;
 pub mod map;
 pub mod measure;
+pub mod plot;
 pub mod rebase;
 
 #[cfg(test)]

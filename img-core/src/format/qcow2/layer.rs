@@ -27,7 +27,7 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, Bitmaps, CheckReport, Codec, Driver, Extent, Finding, HostFile, HostOffset, Layer,
+        Backing, Bitmaps, CheckReport, Codec, Driver, Extent, Finding, HostFile, HostOffset, HostUse, Layer,
         LayerWriter, LeaseToken, OpenContext, OpenMode, Repair, Snapshots,
         table_cache::{SliceCache, lock},
     },
@@ -448,6 +448,10 @@ impl Layer for Qcow2Layer {
             self.reload()?;
         }
         report
+    }
+
+    fn host_uses(&self, visit: &mut dyn FnMut(HostUse, Range<u64>)) -> Result<bool> {
+        self.visit_uses(visit).map(|()| true)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

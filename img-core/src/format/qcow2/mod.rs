@@ -47,6 +47,7 @@ mod snapshot;
 mod snapshot_counts;
 mod snapshot_table;
 mod snapshot_tree;
+mod uses;
 mod write;
 mod zero;
 

@@ -180,6 +180,20 @@ impl Places {
         }
     }
 
+    /// Tells all of them. A cluster that several structures share is told for the first of their kinds.
+    pub(super) fn visit(&self, visit: &mut dyn FnMut(Kind, Range<u64>)) {
+        for (&cluster, &kinds) in &self.clusters {
+            if let Some((kind, ..)) = KINDS.iter().find(|(kind, ..)| kinds & kind.bit() != 0) {
+                visit(*kind, cluster..cluster + 1);
+            }
+        }
+        for (runs, (kind, ..)) in self.runs.iter().zip(KINDS) {
+            for (&start, &end) in runs {
+                visit(kind, start..end);
+            }
+        }
+    }
+
     /// The name of a structure that a write to `host` would damage. `own` is the kind that is written;
     /// `None` for guest data.
     pub(super) fn hit(&self, host: &Range<u64>, own: Option<Kind>) -> Option<&'static str> {
