@@ -1,7 +1,7 @@
 //! The command line as clap defines it: the one source of the parser, the help, the manual pages and the
 //! completions.
 
-use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser};
+use clap::{ArgMatches, Args as _, CommandFactory as _, FromArgMatches as _, Parser};
 
 use crate::{
     command::{
@@ -10,6 +10,7 @@ use crate::{
     },
     context::Context,
     error::{Failure, Outcome},
+    limits::LimitArgs,
 };
 
 /// Make, inspect, convert and check disk images
@@ -94,7 +95,7 @@ impl Command {
     }
 
     fn definition(self) -> clap::Command {
-        (self.arguments)(clap::Command::new(self.name)).args_override_self(true)
+        LimitArgs::augment_args((self.arguments)(clap::Command::new(self.name))).args_override_self(true)
     }
 
     /// clap's definition, built.
@@ -113,6 +114,7 @@ impl Command {
     ) -> Outcome {
         let words = [self.name.to_owned()].into_iter().chain(words);
         let matches = definition.try_get_matches_from(words).map_err(|error| refusal(&error))?;
+        LimitArgs::from_arg_matches(&matches).map_err(|error| refusal(&error))?.apply(context)?;
         (self.run)(&matches, context)
     }
 }

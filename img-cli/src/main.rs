@@ -11,6 +11,7 @@ mod context;
 mod created;
 mod error;
 mod getopt;
+mod limits;
 mod names;
 mod object;
 mod option_list;
@@ -28,6 +29,9 @@ use std::{env, process::ExitCode};
 use img_core::text;
 
 use crate::{cli::Command, context::Context, error::Failure, output::Out, output::complain};
+
+#[global_allocator]
+static ALLOCATOR: limits::Bounded = limits::Bounded;
 
 fn main() -> ExitCode {
     let mut words: Vec<String> = env::args_os().map(|word| text::from_os(&word)).collect();

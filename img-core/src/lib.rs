@@ -15,6 +15,7 @@ mod error;
 pub mod format;
 pub mod image;
 pub mod job;
+pub mod limits;
 pub mod storage;
 pub mod text;
 mod zeroes;

@@ -199,6 +199,7 @@ fn open_backing(file: &str, options: &mut OptionSet, context: &Context) -> Resul
     let backing = options.get("backing_file").unwrap_or_default().to_owned();
     let format = options.get("backing_fmt").map(str::to_owned);
     let name = names::full_backing_name(file, &backing).map_err(Failure::new)?;
+    img_core::limits::check_reference(names::path(&name))?;
     let opening = Opening {
         name: &name,
         image_opts: false,

@@ -4,6 +4,7 @@ use std::{collections::HashSet, fmt::Write as _, fs, os::unix::fs::FileTypeExt a
 
 use img_core::{
     format::{HostFile, OpenMode, SnapshotInfo},
+    limits,
     storage::{Identity, Storage},
     text,
 };
@@ -83,7 +84,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
 /// The image and all below it. Each is opened by the name the one above gives it.
 fn chain(top: Opening<'_>, context: &Context) -> Result<Vec<Facts>, Failure> {
     let mut all: Vec<Facts> = Vec::new();
-    let mut names = HashSet::new();
+    let mut seen = HashSet::new();
     let mut files = HashSet::new();
     let mut next = Some((top.name.to_owned(), top.format.map(str::to_owned)));
     while let Some((name, format)) = next.take() {
@@ -94,8 +95,14 @@ fn chain(top: Opening<'_>, context: &Context) -> Result<Vec<Facts>, Failure> {
             ..top
         };
         let endless = || Failure::new(format!("Backing file '{name}' creates an infinite loop."));
-        if !names.insert(name.clone()) {
+        if !seen.insert(name.clone()) {
             return Err(endless());
+        }
+        if !all.is_empty() {
+            limits::check_reference(names::path(&name)).map_err(|error| Failure::open(&name, &error))?;
+        }
+        if all.len() == limits::chain_depth() {
+            return Err(Failure::new(format!("the backing chain is deeper than {} images", all.len())));
         }
         let (facts, identity) = Facts::gather(&opening, context)?;
         // A loop whose names grow with every turn is found by the file itself.

@@ -150,6 +150,7 @@ fn open_new(
     context: &Context,
 ) -> Result<Image, Failure> {
     let full = names::full_backing_name(file, name).map_err(Failure::new)?;
+    img_core::limits::check_reference(names::path(&full))?;
     let opening = Opening {
         name: &full,
         image_opts: false,

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     Error, Result,
     format::OpenMode,
+    limits,
     storage::{FileOptions, Identity, Storage, lock::Use},
     text,
 };
@@ -82,7 +83,7 @@ impl HostAccess {
     ) -> Result<Arc<dyn Storage>> {
         let path = data_file_path(image_path, name)?;
         let access = Self { mode, ..self };
-        let storage = access.open(&path)?;
+        let storage = limits::open_reference(&path, || access.open(&path))?;
         if image.is_some() && storage.identity() == image {
             return Err(Error::Invalid(format!("'{path}' is named as the data file of itself")));
         }

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     Error, Result,
     format::{Backing, Driver, Layer, OpenContext, OpenMode, OptionSet, registry},
+    limits,
     storage::{DetectZeroes, Identity, Storage},
 };
 
@@ -151,16 +152,15 @@ fn open_chain(top: &Node, options: &OpenOptions) -> Result<Opened> {
         is_recorded: false,
         discards: options.discards,
     });
-    let mut opening = Opening { seen: Vec::new(), heads_only: options.probe_heads_only };
+    let mut opening = Opening { seen: Vec::new(), heads_only: options.probe_heads_only, is_top: true };
     let mut warnings = Vec::new();
     let mut layers: Vec<OpenedLayer> = Vec::new();
     let mut above: Vec<String> = Vec::new();
     while let Some(pending) = next.take() {
-        if layers.len() == MAX_CHAIN_DEPTH {
-            return Err(inside(
-                &above,
-                Error::Invalid(format!("the backing chain is deeper than {MAX_CHAIN_DEPTH} images")),
-            ));
+        let most = limits::chain_depth().min(MAX_CHAIN_DEPTH);
+        if layers.len() == most {
+            let error = Error::Invalid(format!("the backing chain is deeper than {most} images"));
+            return Err(inside(&above, error));
         }
         let (layer, pending) = opening.found(pending).map_err(|error| inside(&above, error))?;
         if pending.is_recorded
@@ -195,6 +195,8 @@ fn inside(above: &[String], error: Error) -> Error {
 struct Opening {
     seen: Vec<Identity>,
     heads_only: bool,
+    /// The user named it; all others are references.
+    is_top: bool,
 }
 
 impl Opening {
@@ -206,7 +208,10 @@ impl Opening {
             let pending =
                 Pending { node, other_names: Vec::new(), format: pending.format.clone(), ..pending };
             match self.layer(&pending) {
-                Ok(layer) => return Ok((layer, pending)),
+                Ok(layer) => {
+                    self.is_top = false;
+                    return Ok((layer, pending));
+                }
                 Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOENT.raw_os_error()) => {
                     first_error = first_error.or(Some(error));
                 }
@@ -220,7 +225,8 @@ impl Opening {
         let Pending { node, format, access, discards, .. } = pending;
         let access = access.for_node(node)?;
         let named = format.as_deref().map(driver_called).transpose()?;
-        let mut storage = access.open(&node.path)?;
+        let open = || access.open(&node.path);
+        let mut storage = if self.is_top { open()? } else { limits::open_reference(&node.path, open)? };
         let identity = storage.identity();
         if let Some(identity) = identity {
             if self.seen.contains(&identity) {

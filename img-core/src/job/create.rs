@@ -10,6 +10,7 @@ use crate::{
     error::os_text,
     format::{Backing, CreateRequest, Driver, OpenMode, OptionSet},
     image::{ImageName, data_file_path},
+    limits,
     storage::{FileOptions, FileStorage, Preallocation, Storage, lock::Use},
     text,
 };
@@ -106,9 +107,11 @@ pub fn create(request: &CreateImage<'_>) -> Result<Created> {
             }
             return Ok(Arc::new(file));
         }
-        let file = FileOptions::new().open(text::to_path(&path))?;
-        file.lock(Use::Read)?;
-        Ok(Arc::new(file))
+        limits::open_reference(&path, || {
+            let file = FileOptions::new().open(text::to_path(&path))?;
+            file.lock(Use::Read)?;
+            Ok(Arc::new(file))
+        })
     };
     request.driver.create(
         &storage,

@@ -21,7 +21,7 @@ use super::{
     CacheMode, Flush, Identity, Limits, Preallocation, Storage, block, direct::Direct, lock, offload, space,
     transfer,
 };
-use crate::{Error, Result};
+use crate::{Error, Result, limits};
 
 mod open;
 
@@ -173,6 +173,7 @@ impl FileStorage {
         match preallocation {
             Preallocation::Off => Ok(()),
             Preallocation::Falloc => {
+                limits::take_output(&self.path, len - old)?;
                 let reserved = self.change("preallocate", old..len, |fd| space::reserve(fd, old..len))?;
                 // Without `fallocate` only writing takes space.
                 if reserved { Ok(()) } else { self.write_zeroes_plainly(old..len) }
@@ -234,6 +235,7 @@ impl Storage for FileStorage {
         if !self.writable || self.kind == Kind::Character || end > transfer::MAX_LEN_BYTES {
             self.check_change("write", &(at_bytes..end))?;
         }
+        limits::take_output(&self.path, end - at_bytes)?;
         let written = match &self.direct {
             Some(direct) => direct.write(self.fd.as_fd(), bufs, at_bytes),
             None => {
@@ -315,6 +317,7 @@ impl Storage for FileStorage {
         if preallocation == Preallocation::Falloc || !inside.is_empty() {
             let wanted =
                 if preallocation == Preallocation::Full { inside.clone() } else { range_bytes.clone() };
+            limits::take_output(&self.path, wanted.end - wanted.start)?;
             let reserved = self.change("preallocate", wanted.clone(), |fd| space::reserve(fd, wanted))?;
             if reserved && preallocation == Preallocation::Falloc {
                 return self.settle();
@@ -369,6 +372,8 @@ impl Storage for FileStorage {
             self.punch_hole(range_bytes.clone())?;
             return self.grow_to(range_bytes.end);
         }
+        // Where the host has no short way they are counted once more, as they are written.
+        limits::take_output(&self.path, range_bytes.end - range_bytes.start)?;
         let done = match self.kind {
             Kind::Block => block::zero(self, self.block_bytes, &range_bytes)?,
             Kind::Regular | Kind::Character => self.change("write zeroes", range_bytes.clone(), |fd| {
@@ -439,6 +444,7 @@ impl Storage for FileStorage {
         }
         let copied = offload::copy(source_fd, source_at_bytes, self.fd.as_fd(), at_bytes, len_bytes)
             .map_err(self.failed("copy", at_bytes))?;
+        limits::take_output(&self.path, copied)?;
         self.settle()?;
         Ok(copied)
     }

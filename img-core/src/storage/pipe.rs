@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Error, Result};
+use crate::{Error, Result, limits};
 
 /// Zeroes that fill gaps.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
@@ -50,6 +50,7 @@ impl Pipe {
     /// [`Error::Io`] with the place, a reader that has gone included: whoever waits for an image must know that it
     /// is not whole.
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        limits::take_output(&self.name, bytes.len() as u64)?;
         self.out
             .write_all(bytes)
             .map_err(|error| Error::io_at(&self.name, "write", self.written_bytes, error))?;

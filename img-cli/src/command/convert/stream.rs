@@ -26,7 +26,7 @@ use crate::{
     context::Context,
     created::Created,
     error::{Failure, os_text},
-    names, size,
+    limits, names, size,
 };
 
 /// What may come out of a compressed source when nobody says.
@@ -95,8 +95,8 @@ impl StreamArgs {
         };
         let mut input: Box<dyn Read + Send> = Box::new(file.map_err(failed)?);
         if unwraps {
-            let options =
-                UnwrapOptions { wrappers, member: self.member.clone(), max_bytes: MAX_UNWRAPPED_BYTES };
+            let max_bytes = limits::unwrapped_bytes().unwrap_or(MAX_UNWRAPPED_BYTES);
+            let options = UnwrapOptions { wrappers, member: self.member.clone(), max_bytes };
             input = unwrap(input, &options).map_err(failed)?;
         }
         let name = if is_stdin { "standard input".to_owned() } else { name.to_owned() };
