@@ -133,6 +133,7 @@ fn open(args: &DeviceArgs) -> Result<(Arc<Disk>, Arc<Device>), Failure> {
         block_bytes: args.block_size,
         poll: args.engine.poll,
         engine: args.engine.engine,
+        ..DeviceOptions::default()
     };
     let device = Device::new(&disk, &options).map_err(Failure::new)?;
     Ok((disk, device))

@@ -95,6 +95,7 @@ const BLOCK_LIST: Shape = Shape::List(&Shape::Object(&[
     required("removable", Shape::Switch),
     required("locked", Shape::Switch),
     required("inserted", NODE),
+    optional("io-status", Shape::Choice(&["ok", "failed", "nospace"])),
 ]));
 
 const STATS: Shape = Shape::Object(&[
@@ -148,10 +149,14 @@ const SNAPSHOT_SYNC_ARGUMENTS: Shape = Shape::Object(&[
 
 fn query_block<S: Service>(service: &S, _: &Arguments<'_>) -> Outcome {
     let device = |node: Node| -> Outcome {
-        Ok(json!({
+        let mut entry = json!({
             "device": node.name, "type": "unknown", "removable": false, "locked": false,
             "inserted": node_of(&node.disk.image(), 0, &node)?,
-        }))
+        });
+        if let Some(status) = node.io_status {
+            entry["io-status"] = status.name().into();
+        }
+        Ok(entry)
     };
     service.nodes().all().into_iter().map(device).collect()
 }

@@ -29,7 +29,7 @@ pub use daemon::{Daemon, ExportKind};
 pub use general::General;
 pub use listen::{ControlAddress, remove_stale_socket};
 pub use metrics::{Metrics, summary};
-pub use nodes::{Node, Nodes};
+pub use nodes::{IoStatus, Node, Nodes};
 pub use qmp::Qmp;
 pub use service::{Service, Subscribers};
 pub use shape::{Member, Shape, Union, optional, required};

@@ -9,6 +9,30 @@ use img_core::image::CacheMode;
 use super::command::CommandError;
 use crate::disk::Disk;
 
+/// Whether a guest is held for a disk's sake.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoStatus {
+    /// It is not.
+    #[default]
+    Ok,
+    /// Because of a failure.
+    Failed,
+    /// Because the host has no space.
+    NoSpace,
+}
+
+impl IoStatus {
+    /// QMP's word.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Failed => "failed",
+            Self::NoSpace => "nospace",
+        }
+    }
+}
+
 /// A disk under a name.
 #[derive(Clone, Debug)]
 pub struct Node {
@@ -18,13 +42,16 @@ pub struct Node {
     pub disk: Arc<Disk>,
     /// The mode in which the disk was opened.
     pub cache: CacheMode,
+    /// Whether the guest's requests end well, where the service says so.
+    pub io_status: Option<IoStatus>,
     /// Names of layers that have one of their own, from the top down.
     pub(super) layer_names: Vec<String>,
 }
 
 impl Node {
-    /// The node name of the layer at `depth`.
-    pub(super) fn layer_name(&self, depth: usize) -> String {
+    /// The node name of the layer at `depth`, 0 being the top.
+    #[must_use]
+    pub fn layer_name(&self, depth: usize) -> String {
         self.layer_names.get(depth).cloned().unwrap_or_else(|| format!("#{}-{depth}", self.name))
     }
 }
@@ -51,9 +78,17 @@ impl Nodes {
             name: name.to_owned(),
             disk: Arc::clone(disk),
             cache,
+            io_status: None,
             layer_names: vec![name.to_owned()],
         });
         Ok(())
+    }
+
+    /// Says how requests of a disk end.
+    pub fn set_io_status(&self, name: &str, status: IoStatus) {
+        if let Some(node) = self.list().iter_mut().find(|node| node.name == name) {
+            node.io_status = Some(status);
+        }
     }
 
     /// All of them, in the order of their coming.

@@ -163,6 +163,8 @@ impl Door {
         self.device.observe(move |event| {
             let told = match event {
                 DeviceEvent::Broken { why } => format!("{name}: a queue is broken: {why}"),
+                // The guest was told.
+                DeviceEvent::Failed(_) => return,
                 DeviceEvent::Config => {
                     let channel = observer.lock().unwrap_or_else(PoisonError::into_inner);
                     match channel.as_ref().map(message::send_config_change) {

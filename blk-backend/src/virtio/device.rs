@@ -13,11 +13,13 @@ use zerocopy::IntoBytes;
 use super::{
     command::DiskShape,
     config::{CONFIG_BYTES, ConfigValues, WRITEBACK_AT_BYTES},
+    failure::{Action, Failure, OnError},
     features::Features,
 };
 use crate::{
     disk::{Disk, DiskEvent},
     engine::{EngineChoice, LaneOptions, Poll},
+    request::Errno,
 };
 
 /// Bytes of the device's id (5.2.6).
@@ -42,6 +44,11 @@ pub struct DeviceOptions {
     pub poll: Poll,
     /// What its queues stand on.
     pub engine: EngineChoice,
+    /// What becomes of reads that fail.
+    pub on_read_error: OnError,
+    /// What becomes of writes, discards, zeroes and flushes that fail. One that is [kept](Action::Stop) is lost when its
+    /// queue is stopped: this is for devices whose queues belong to one process.
+    pub on_write_error: OnError,
 }
 
 impl Default for DeviceOptions {
@@ -52,6 +59,8 @@ impl Default for DeviceOptions {
             block_bytes: 512,
             poll: Poll::Off,
             engine: EngineChoice::Auto,
+            on_read_error: OnError::Report,
+            on_write_error: OnError::Report,
         }
     }
 }
@@ -91,6 +100,8 @@ pub enum DeviceEvent {
         /// Why, for people.
         why: String,
     },
+    /// The host failed a request.
+    Failed(Failure),
 }
 
 type Observer = Box<dyn Fn(&DeviceEvent) + Send + Sync>;
@@ -108,6 +119,8 @@ pub struct Device {
     negotiated: AtomicU64,
     /// `writeback` of the configuration.
     writeback: AtomicBool,
+    on_read_error: OnError,
+    on_write_error: OnError,
     needs_reset: AtomicBool,
     observers: Mutex<Vec<Observer>>,
 }
@@ -144,6 +157,8 @@ impl Device {
             id,
             block_bytes: options.block_bytes,
             poll: options.poll,
+            on_read_error: options.on_read_error,
+            on_write_error: options.on_write_error,
             engine: options.engine,
             size_bytes: AtomicU64::new(disk.size_bytes()),
             negotiated: AtomicU64::new(0),
@@ -248,6 +263,13 @@ impl Device {
     pub(crate) fn break_down(&self, why: &dyn fmt::Display) {
         self.needs_reset.store(true, SeqCst);
         self.tell(&DeviceEvent::Broken { why: why.to_string() });
+    }
+
+    /// Decides what becomes of a request that the host failed, and tells it.
+    pub(crate) fn failed(&self, is_read: bool, errno: Errno) -> Action {
+        let action = if is_read { self.on_read_error } else { self.on_write_error }.action(errno);
+        self.tell(&DeviceEvent::Failed(Failure { is_read, errno, action }));
+        action
     }
 
     /// The configuration space as it is now.

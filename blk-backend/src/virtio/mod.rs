@@ -2,7 +2,8 @@
 //!
 //! [`features`] and [`config`] are what it says of itself; [`chain`] follows a descriptor chain and [`command`]
 //! understands it; [`ring`] gives chains back; [`worker`] is the loop of one queue on one
-//! [`Lane`](crate::engine::Lane), made of a [`setup`] and reached by [`orders`]; [`device`] is what queues share. [`inflight`],
+//! [`Lane`](crate::engine::Lane), made of a [`setup`] and reached by [`orders`]; [`device`] is what queues share, [`failure`] what becomes of
+//! requests that the host failed. [`inflight`],
 //! [`redo`] and [`dirty_log`] are what a device remembers for others. [`driver`] is the other side of a ring, for load generators and tests.
 //!
 //! Everything that a guest wrote is hostile: copied out of its memory once, checked, then used. What can be
@@ -17,6 +18,7 @@ pub mod config;
 pub mod device;
 pub mod dirty_log;
 pub mod driver;
+pub mod failure;
 pub mod features;
 pub mod inflight;
 pub mod orders;
@@ -27,6 +29,7 @@ pub mod worker;
 
 pub use command::Status;
 pub use device::{Device, DeviceEvent, DeviceOptions};
+pub use failure::{Action, Failure, OnError};
 pub use features::Features;
 
 /// The memory of a guest, mapped into this process.

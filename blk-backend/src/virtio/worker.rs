@@ -24,6 +24,7 @@ use super::{
     command::{Command, DiskRange, Parsed, Status, parse},
     device::Device,
     dirty_log::QueueLog,
+    failure::Action,
     features::Features,
     inflight::InflightQueue,
     orders::{Order, Orders},
@@ -55,7 +56,8 @@ struct Flight {
     /// Parts that the lane has, or that wait for it.
     parts: u32,
     /// The first failure wins.
-    failed: Option<Status>,
+    failed: Option<Errno>,
+    is_read: bool,
     /// What is told to the driver on success, the status byte included.
     written_bytes: u32,
     /// What the device writes, the status byte not included; filled while a log is kept.
@@ -93,12 +95,14 @@ pub struct Worker {
     in_flight: usize,
     /// Heads that are taken off the available ring, or were an earlier worker's, and not begun.
     heads: VecDeque<u16>,
-    /// How many of `heads`, from the front, are an earlier worker's.
+    /// How many of `heads`, from the front, are an earlier worker's, or were begun before.
     replayed: usize,
     /// Parts of requests that the lane had no room for.
     parts: VecDeque<(u16, Op, DiskRange)>,
     /// Ended since the driver was last shown.
     ended: Vec<u16>,
+    /// Heads of requests that failed and are to be done again. While there are some, no other begins.
+    kept: Vec<u16>,
     paused: bool,
     broken: bool,
     waiting: VecDeque<Order>,
@@ -163,6 +167,7 @@ impl Worker {
             heads,
             parts: VecDeque::with_capacity(descriptors),
             ended: Vec::with_capacity(descriptors),
+            kept: Vec::new(),
             paused: setup.paused,
             broken: false,
             waiting: VecDeque::new(),
@@ -219,8 +224,16 @@ impl Worker {
         self.error = error;
     }
 
+    /// Going on begins with requests that failed and were kept.
     pub(crate) fn set_paused(&mut self, paused: bool) {
         self.paused = paused;
+        if !paused {
+            // They are in the ring no more, like those of an earlier worker.
+            self.replayed += self.kept.len();
+            for head in self.kept.drain(..).rev() {
+                self.heads.push_front(head);
+            }
+        }
     }
 
     /// While no request is under way: what is written from now on is logged.
@@ -279,7 +292,7 @@ impl Worker {
                 return Ok(());
             }
         }
-        if self.broken || self.paused || self.waits_for_checkpoint() {
+        if self.broken || self.paused || !self.kept.is_empty() || self.waits_for_checkpoint() {
             return Ok(());
         }
         if self.heads.is_empty() && self.waiting.is_empty() {
@@ -314,7 +327,7 @@ impl Worker {
 
     /// Waits until there is something to do.
     fn wait(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
-        let takes = !self.paused && !self.broken && self.waiting.is_empty();
+        let takes = !self.paused && !self.broken && self.kept.is_empty() && self.waiting.is_empty();
         if !self.ended.is_empty() || (self.in_flight == 0 && !self.waiting.is_empty()) {
             // There are answers to give, or orders to follow.
             return self.lane.run_once(Wait::No, events);
@@ -358,6 +371,7 @@ impl Worker {
         flight.status_at = status_at;
         flight.parts = 1;
         flight.failed = None;
+        flight.is_read = matches!(command, Ok(Command::In { .. }));
         flight.written_bytes = 1;
         flight.logged.clear();
         self.in_flight += 1;
@@ -472,15 +486,27 @@ impl Worker {
     fn part_ended(&mut self, head: u16, result: Result<(), Errno>) -> Result<(), QueueError> {
         let flight = &mut self.flights[usize::from(head)];
         if let Err(errno) = result {
-            let status = if errno == Errno::OPNOTSUPP { Status::Unsupported } else { Status::IoError };
-            flight.failed.get_or_insert(status);
+            flight.failed.get_or_insert(errno);
         }
         if flight.parts > 1 {
             flight.parts -= 1;
             return Ok(());
         }
-        let status = flight.failed.unwrap_or(Status::Ok);
-        self.finish(head, status)
+        match flight.failed {
+            None => self.finish(head, Status::Ok),
+            // Not the host's failure: it has no such thing.
+            Some(Errno::OPNOTSUPP) => self.finish(head, Status::Unsupported),
+            Some(errno) => match self.device.failed(flight.is_read, errno) {
+                Action::Report => self.finish(head, Status::IoError),
+                Action::Ignore => self.finish(head, Status::Ok),
+                Action::Stop => {
+                    flight.parts = 0;
+                    self.in_flight -= 1;
+                    self.kept.push(head);
+                    Ok(())
+                }
+            },
+        }
     }
 
     /// Answers a request, once. The driver sees it with [`Self::give_back`].
