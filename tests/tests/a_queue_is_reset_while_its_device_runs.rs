@@ -113,7 +113,7 @@ fn a_queue_is_reset_while_its_device_runs() {
     let disk = Disk::open(&name, &options).expect("it opens");
     let (mut hardware, rules) = board();
     let options = DeviceOptions { queues: QUEUES, ..DeviceOptions::default() };
-    hardware.add_device(Box::new(Block::new(&disk, &options).expect("a device"))).expect("a slot");
+    hardware.add_device(Box::new(Block::new(&disk, &options, |_| {}).expect("a device"))).expect("a slot");
     let driver = Driver(hardware, rules);
 
     driver.negotiate(WANTED);

@@ -84,7 +84,7 @@ pub(crate) struct RunOptions {
     #[arg(value_name = "DISK")]
     pub(crate) disks: Vec<String>,
 
-    /// A disk with options: path=FILE[,format=..][,read-only][,cache=MODE][,queues=N][,serial=TEXT], or one that a
+    /// A disk with options: path=FILE[,format=..][,read-only][,cache=MODE][,queues=N][,serial=TEXT][,werror=ACTION][,rerror=ACTION], or one that a
     /// vhost-user-blk backend serves: vhost-user=SOCKET[,queues=N]. A comma in a value is written twice.
     #[arg(long, value_name = "SPEC")]
     pub(crate) disk: Vec<DiskConfig>,

@@ -8,7 +8,7 @@ use std::{
 
 use blk_backend::{
     disk::{Disk, DiskOptions},
-    virtio::DeviceOptions,
+    virtio::{DeviceOptions, Failure, OnError},
 };
 use img_core::{
     format::{Backing, OpenMode, OptionSet, registry},
@@ -39,6 +39,11 @@ pub struct DriveConfig {
     pub queues: Option<u16>,
     /// What the guest sees as serial number.
     pub serial: Option<String>,
+    /// What becomes of reads that the host fails; the guest is told where nothing is said.
+    pub on_read_error: Option<OnError>,
+    /// What becomes of writes and flushes; where nothing is said the guest is held when the host has no space, as long
+    /// as somebody can continue it.
+    pub on_write_error: Option<OnError>,
 }
 
 impl DriveConfig {
@@ -52,15 +57,24 @@ impl DriveConfig {
             cache: CacheMode::Writeback,
             queues: None,
             serial: None,
+            on_read_error: None,
+            on_write_error: None,
         }
+    }
+
+    /// Whether a guest may be held for this disk's sake because the user wants so.
+    #[must_use]
+    pub fn wants_holding(&self) -> bool {
+        let holds = |on_error| matches!(on_error, Some(OnError::Stop | OnError::StopWithoutSpace));
+        holds(self.on_read_error) || holds(self.on_write_error)
     }
 }
 
 impl FromStr for DriveConfig {
     type Err = String;
 
-    /// `FILE`, or `path=FILE[,format=..][,read-only[=on]][,cache=..][,queues=N][,serial=..]`. A comma in a value is
-    /// written twice, as the reference has it.
+    /// `FILE`, or `path=FILE[,format=..][,read-only[=on]][,cache=..][,queues=N][,serial=..][,werror=..][,rerror=..]`. A
+    /// comma in a value is written twice, as the reference has it.
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let mut config = Self::new("");
         for (index, part) in split_at_commas(text).into_iter().enumerate() {
@@ -87,6 +101,14 @@ impl FromStr for DriveConfig {
                 }
                 "queues" => config.queues = Some(parse_queues(needed()?)?),
                 "serial" => config.serial = Some(needed()?.to_owned()),
+                "werror" => {
+                    let known = OnError::from_name(needed()?);
+                    config.on_write_error = Some(known.ok_or("werror is report, ignore, stop or enospc")?);
+                }
+                "rerror" => {
+                    let known = OnError::from_name(needed()?).filter(|it| *it != OnError::StopWithoutSpace);
+                    config.on_read_error = Some(known.ok_or("rerror is report, ignore or stop")?);
+                }
                 _ => return Err(format!("a disk has no option '{name}'")),
             }
         }
@@ -193,16 +215,24 @@ impl Drive {
     }
 
     /// The device through which a guest with that many processors sees it; `index` makes up a serial number.
+    /// `on_failure` is told of requests that the host failed.
     ///
     /// # Errors
     /// When an option cannot be.
-    pub fn device(&self, index: usize, cpus: u32) -> Result<Block> {
+    pub fn device(
+        &self,
+        index: usize,
+        cpus: u32,
+        on_failure: impl Fn(Failure) + Send + Sync + 'static,
+    ) -> Result<Block> {
         let options = DeviceOptions {
             queues: self.config.queues.unwrap_or_else(|| usual_queues(cpus)),
             serial: self.config.serial.clone().unwrap_or_else(|| format!("disk{index}")),
+            on_read_error: self.config.on_read_error.unwrap_or_default(),
+            on_write_error: self.config.on_write_error.unwrap_or_default(),
             ..DeviceOptions::default()
         };
-        Block::new(&self.disk, &options)
+        Block::new(&self.disk, &options, on_failure)
     }
 
     /// Flushes and marks the image clean.
@@ -285,13 +315,21 @@ impl GuestDisk {
     }
 
     /// The device through which a guest with that many processors sees it; `tell` gets what people should know of it
-    /// later.
+    /// later, `on_failure` the requests that the host failed, with `index`.
     ///
     /// # Errors
     /// As [`Drive::device`] and [`VhostUserBlock::connect`].
-    pub fn device(&self, index: usize, cpus: u32, tell: Tell) -> Result<Box<dyn VirtioDevice>> {
+    pub fn device(
+        &self,
+        index: usize,
+        cpus: u32,
+        tell: Tell,
+        on_failure: Arc<dyn Fn(usize, Failure) + Send + Sync>,
+    ) -> Result<Box<dyn VirtioDevice>> {
         Ok(match self {
-            Self::Image(drive) => Box::new(drive.device(index, cpus)?),
+            Self::Image(drive) => {
+                Box::new(drive.device(index, cpus, move |failure| on_failure(index, failure))?)
+            }
             Self::VhostUser(config) => {
                 let queues = config.queues.unwrap_or_else(|| usual_queues(cpus));
                 Box::new(VhostUserBlock::connect(&config.socket, queues, tell)?)
@@ -326,10 +364,24 @@ mod tests {
         assert_eq!(parse("path=a,,b=c,read-only").expect("a name").path, "a,b=c");
         let all = parse("path=d,format=raw,read-only=on,cache=none,queues=2,serial=S1").expect("all options");
         assert_eq!((all.format.as_deref(), all.read_only, all.queues), (Some("raw"), true, Some(2)));
+        let on_error = parse("d,werror=ignore,rerror=stop").expect("both");
+        assert_eq!(
+            (on_error.on_write_error, on_error.on_read_error),
+            (Some(OnError::Ignore), Some(OnError::Stop))
+        );
+        assert!(on_error.wants_holding() && !all.wants_holding());
         assert_eq!((all.cache, all.serial.as_deref()), (CacheMode::None, Some("S1")));
-        for bad in
-            ["", "format=raw", "d,cache=fast", "d,queues=0", "d,colour=red", "d,read-only=maybe", "d,serial"]
-        {
+        for bad in [
+            "",
+            "format=raw",
+            "d,cache=fast",
+            "d,queues=0",
+            "d,colour=red",
+            "d,read-only=maybe",
+            "d,serial",
+            "d,werror=auto",
+            "d,rerror=enospc",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

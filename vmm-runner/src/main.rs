@@ -12,7 +12,7 @@ use std::{
     sync::Arc,
 };
 
-use blk_backend::control::Qmp;
+use blk_backend::{control::Qmp, virtio::OnError};
 use choice::what_to_boot;
 use clap::Parser;
 use cli::{Cli, Command, RunOptions};
@@ -69,7 +69,7 @@ fn open_disks(options: &RunOptions, scratch: &Path) -> Result<Vec<GuestDisk>> {
     let mut disks = Vec::new();
     for (index, config) in named.chain(options.disk.iter().cloned()).enumerate() {
         let config = match config {
-            DiskConfig::Image(config) => config,
+            DiskConfig::Image(config) => with_errors(config, options.qmp.is_some())?,
             DiskConfig::VhostUser(config) => {
                 disks.push(GuestDisk::VhostUser(config));
                 continue;
@@ -91,6 +91,22 @@ fn open_disks(options: &RunOptions, scratch: &Path) -> Result<Vec<GuestDisk>> {
         return Err(Error::Invalid("--snapshot needs images: a vhost-user disk has no overlay".to_owned()));
     }
     Ok(disks)
+}
+
+/// A guest is held for a disk's sake only where somebody can continue it.
+fn with_errors(config: DriveConfig, has_clients: bool) -> Result<DriveConfig> {
+    if has_clients {
+        let on_write_error = config.on_write_error.or(Some(OnError::StopWithoutSpace));
+        return Ok(DriveConfig { on_write_error, ..config });
+    }
+    if config.wants_holding() {
+        let text = format!(
+            "{}: werror and rerror hold the guest only with --qmp: nobody could continue it",
+            config.path
+        );
+        return Err(Error::Invalid(text));
+    }
+    Ok(config)
 }
 
 /// Prints what the first disk can boot.
@@ -128,7 +144,7 @@ fn run_machines(
     timeline: &Timeline,
 ) -> Result<()> {
     let mut console = OpenConsole::open(&options.serial)?;
-    let runner = Runner::new(drives)?;
+    let runner = Runner::new(disks)?;
     signals::end_on_termination(Arc::clone(&runner))?;
     // Dropped last: clients learn of the end.
     let _qmp = options
@@ -146,7 +162,8 @@ fn run_machines(
         let config = MachineConfig { cpus: options.cpus.clone(), memory };
         let mut machine = Machine::new(config, timeline.watching(console.writer()))?;
         for (index, disk) in disks.iter().enumerate() {
-            machine.add_device(disk.device(index, options.cpus.count, Arc::new(tell))?)?;
+            let device = disk.device(index, options.cpus.count, Arc::new(tell), runner.on_failure())?;
+            machine.add_device(device)?;
         }
         for (tap, mac) in &cards {
             machine.add_device(Box::new(Net::new(tap, *mac)))?;

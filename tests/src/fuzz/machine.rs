@@ -163,7 +163,7 @@ pub fn machine(input: &[u8]) {
     let image = memory::open(storage, OpenMode::Write).expect("nothing is broken in it");
     let disk = Disk::over(image, &DiskOptions::default());
     let (mut hardware, rules) = board();
-    let block = Block::new(&disk, &DeviceOptions::default()).expect("a device");
+    let block = Block::new(&disk, &DeviceOptions::default(), |_| {}).expect("a device");
     hardware.add_device(Box::new(block)).expect("a slot");
     hardware.add_device(Box::new(Entropy::default())).expect("a slot");
     hardware.add_firmware_devices(&MachineConfig::default(), None).expect("free ports");

@@ -7,7 +7,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     thread::JoinHandle,
 };
@@ -62,8 +62,39 @@ impl Vm {
     #[track_caller]
     pub fn start<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item = A>) -> Self {
         let mut vm = Self::spawn(directory, arguments);
-        assert_eq!(vm.line(), "ready", "{:?}", vm.stderr.take().map(JoinHandle::join));
+        vm.await_guest();
         vm
+    }
+
+    /// Like [`Self::start`], in a mount name space of its own where `full` is a file system of 4 MiB with a copy of `disk`
+    /// and a file `ballast` that leaves half a MiB.
+    ///
+    /// # Panics
+    /// When it does not get so far.
+    #[track_caller]
+    pub fn start_without_space<A: AsRef<OsStr>>(
+        directory: &Path,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Self {
+        let script = "mkdir full && mount -t tmpfs -o size=4M full full && cp disk full/ && \
+            head -c 3500000 /dev/zero > full/ballast && exec \"$0\" \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--map-root-user", "--mount", "sh", "-c", script]).arg(vmm_runner_binary());
+        let mut vm = Self::spawn_by(command, directory, arguments);
+        vm.await_guest();
+        vm
+    }
+
+    /// What the runner sees at a path.
+    #[must_use]
+    pub fn inside(&self, path: &Path) -> PathBuf {
+        let root = PathBuf::from(format!("/proc/{}/root", self.pid().as_raw_nonzero()));
+        root.join(path.strip_prefix("/").expect("an absolute path"))
+    }
+
+    #[track_caller]
+    fn await_guest(&mut self) {
+        assert_eq!(self.line(), "ready", "{:?}", self.stderr.take().map(JoinHandle::join));
     }
 
     /// Starts a runner, which may not get to its guest.
@@ -71,11 +102,19 @@ impl Vm {
     /// # Panics
     /// When it cannot be run at all.
     pub fn spawn<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item = A>) -> Self {
+        Self::spawn_by(Command::new(vmm_runner_binary()), directory, arguments)
+    }
+
+    fn spawn_by<A: AsRef<OsStr>>(
+        mut command: Command,
+        directory: &Path,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Self {
         fs::write(directory.join("guest.elf"), elf()).expect("room");
         // A pipe takes tens of thousands of single bytes until it is full, and a socket only hundreds: tests wait for
         // that.
         let (ours, theirs) = UnixStream::pair().expect("sockets");
-        let mut child = Command::new(vmm_runner_binary())
+        let mut child = command
             .args(["--kernel", "guest.elf", "--memory", "32M"])
             .args(arguments)
             .current_dir(directory)

@@ -50,6 +50,17 @@ static EVENTS: &[Event] = &[
     Event { name: "STOP", data: &[] },
     Event { name: "RESUME", data: &[] },
     Event { name: "POWERDOWN", data: &[] },
+    Event { name: "BLOCK_IO_ERROR", data: FAILURE },
+];
+
+const FAILURE: &[Member] = &[
+    required("qom-path", Shape::Text),
+    required("device", Shape::Text),
+    optional("node-name", Shape::Text),
+    required("operation", Shape::Choice(&["read", "write"])),
+    required("action", Shape::Choice(&["report", "ignore", "stop"])),
+    optional("nospace", Shape::Switch),
+    required("reason", Shape::Text),
 ];
 
 const CAUSE: &[Member] = &[
@@ -70,7 +81,7 @@ const CAUSE: &[Member] = &[
 
 const STATUS: Shape = Shape::Object(&[
     required("running", Shape::Switch),
-    required("status", Shape::Choice(&["running", "paused", "shutdown"])),
+    required("status", Shape::Choice(&["running", "paused", "io-error", "shutdown"])),
 ]);
 
 const CPU_LIST: Shape = Shape::List(&Shape::Object(&[

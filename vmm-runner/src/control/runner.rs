@@ -8,12 +8,17 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use blk_backend::control::{Nodes, Subscribers};
+use blk_backend::{
+    control::{IoStatus, Nodes, Subscribers},
+    request::Errno,
+    virtio::{Action, Failure},
+};
 use serde_json::json;
 
+use super::failures::{self, Failures};
 use crate::{
     Result,
-    drive::Drive,
+    drive::GuestDisk,
     machine::{End, MachineHandle},
 };
 
@@ -25,6 +30,8 @@ pub enum Status {
     Running,
     /// A client holds it.
     Paused,
+    /// It is held because the host failed a request.
+    IoError,
     /// It is over.
     Shutdown,
 }
@@ -36,6 +43,7 @@ impl Status {
         match self {
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::IoError => "io-error",
             Self::Shutdown => "shutdown",
         }
     }
@@ -43,7 +51,7 @@ impl Status {
     /// Whether the guest is held, and may go on.
     #[must_use]
     pub const fn is_held(self) -> bool {
-        matches!(self, Self::Paused)
+        matches!(self, Self::Paused | Self::IoError)
     }
 }
 
@@ -62,6 +70,18 @@ struct State {
     /// `None` before the first machine, between two, and behind the last.
     machine: Option<MachineHandle>,
     asked: Option<Asked>,
+    /// How many machines there have been.
+    machines: u64,
+}
+
+/// A request of a disk that the host failed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FailedRequest {
+    /// By its place on the command line.
+    pub(super) disk: usize,
+    /// The number of the machine that asked.
+    pub(super) machine: u64,
+    pub(super) failure: Failure,
 }
 
 /// What is controlled.
@@ -72,19 +92,40 @@ pub struct Runner {
     /// Held while a machine is held, continued, or exchanged.
     changing: Mutex<()>,
     state: Mutex<State>,
+    failures: Arc<Failures>,
+}
+
+impl Drop for Runner {
+    fn drop(&mut self) {
+        self.failures.close();
+    }
 }
 
 impl Runner {
     /// A run with these disks, which are called `disk0` and so on.
     ///
     /// # Errors
-    /// When a name is taken.
-    pub fn new(drives: &[Drive]) -> Result<Arc<Self>> {
+    /// When the host has no thread.
+    pub fn new(disks: &[GuestDisk]) -> Result<Arc<Self>> {
         let runner = Self::default();
-        for (index, drive) in drives.iter().enumerate() {
-            runner.nodes.add(&format!("disk{index}"), drive.disk(), drive.cache())?;
+        for (index, disk) in disks.iter().enumerate() {
+            // A backend's disk is controlled where the backend is.
+            if let Some(drive) = disk.drive() {
+                runner.nodes.add(&name(index), drive.disk(), drive.cache())?;
+                runner.nodes.set_io_status(&name(index), IoStatus::Ok);
+            }
         }
-        Ok(Arc::new(runner))
+        let runner = Arc::new(runner);
+        failures::start(&runner.failures, Arc::downgrade(&runner))?;
+        Ok(runner)
+    }
+
+    /// Where the queues of the next machine tell of requests of a disk that the host failed. Never waits.
+    #[must_use]
+    pub fn on_failure(&self) -> Arc<dyn Fn(usize, Failure) + Send + Sync> {
+        let failures = Arc::clone(&self.failures);
+        let machine = self.state().machines + 1;
+        Arc::new(move |disk, failure| failures.add(FailedRequest { disk, machine, failure }))
     }
 
     /// What it does.
@@ -108,6 +149,7 @@ impl Runner {
         let (status, asked) = {
             let mut state = self.state();
             state.machine = Some(machine.clone());
+            state.machines += 1;
             if state.asked == Some(Asked::Reset) {
                 // There is a new one just now.
                 state.asked = None;
@@ -151,18 +193,60 @@ impl Runner {
     /// # Errors
     /// As [`MachineHandle::pause`].
     pub fn stop(&self) -> Result<()> {
+        self.hold(Status::Paused, |_| true)
+    }
+
+    /// Holds the guest where it runs and `is_due` says so.
+    fn hold(&self, status: Status, is_due: impl FnOnce(&State) -> bool) -> Result<()> {
         let _one = self.change();
         let machine = {
             let mut state = self.state();
-            if state.status != Status::Running {
+            if state.status != Status::Running || !is_due(&state) {
                 return Ok(());
             }
-            state.status = Status::Paused;
+            state.status = status;
             state.machine.clone()
         };
         let held = machine.map_or(Ok(()), |machine| machine.pause());
+        // What the images say of themselves is in their files, for whoever copies them.
+        let flushed: Vec<_> =
+            self.nodes.all().iter().map(|node| node.disk.drained(|| node.disk.image().flush())).collect();
         self.subscribers.emit("STOP", None);
-        held
+        held?;
+        Ok(flushed.into_iter().collect::<img_core::Result<()>>()?)
+    }
+
+    /// Tells clients that the host failed a request, and holds the guest where it has to be.
+    pub(super) fn failed(&self, request: FailedRequest) {
+        let FailedRequest { disk, machine, failure: Failure { is_read, errno, action } } = request;
+        let name = name(disk);
+        let (operation, has_no_space) = (if is_read { "read" } else { "write" }, errno == Errno::NOSPC);
+        let reason = std::io::Error::from(errno).to_string();
+        let node = self.nodes.find(&name, "").map(|node| node.layer_name(0)).unwrap_or_default();
+        if action == Action::Stop {
+            let status = if has_no_space { IoStatus::NoSpace } else { IoStatus::Failed };
+            self.nodes.set_io_status(&name, status);
+        }
+        self.subscribers.emit(
+            "BLOCK_IO_ERROR",
+            Some(json!({
+                "qom-path": format!("/machine/{name}"), "device": name, "node-name": node,
+                "operation": operation, "action": action.name(), "nospace": has_no_space, "reason": reason,
+            })),
+        );
+        if action == Action::Stop {
+            Self::tell(&format!(
+                "{name}: a {operation} failed: {reason}; the guest is held until a client says cont"
+            ));
+            // The requests of a machine that is no more went with it, and hold no other one.
+            let is_here = |state: &State| {
+                state.machines == machine
+                    && state.machine.as_ref().is_some_and(|machine| !machine.has_ended())
+            };
+            if let Err(error) = self.hold(Status::IoError, is_here) {
+                Self::tell(&error.to_string());
+            }
+        }
     }
 
     /// Lets the guest go on.
@@ -179,6 +263,9 @@ impl Runner {
             state.status = Status::Running;
             state.machine.clone()
         };
+        for node in self.nodes.all() {
+            self.nodes.set_io_status(&node.name, IoStatus::Ok);
+        }
         // Before the first thing that it does then.
         self.subscribers.emit("RESUME", None);
         machine.map_or(Ok(()), |machine| machine.resume())
@@ -231,4 +318,9 @@ impl Runner {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a disk is called, by its place on the command line.
+fn name(disk: usize) -> String {
+    format!("disk{disk}")
 }

@@ -309,7 +309,7 @@ impl Write for Screen {
 /// Boots the guest on an image and returns how often it left to this program.
 fn boot(top: &ImageFile, sum: u32) -> Result<u64> {
     let drive = top.drive()?;
-    let result = boot_on(Box::new(drive.device(0, 1)?), false, sum);
+    let result = boot_on(Box::new(drive.device(0, 1, |_| {})?), false, sum);
     drive.close()?;
     result
 }

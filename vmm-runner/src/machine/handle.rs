@@ -72,6 +72,12 @@ impl MachineHandle {
         self.control.end(why);
     }
 
+    /// Whether it has ended, or is about to.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.control.ended().is_some()
+    }
+
     /// Presses the power button: what happens is the guest's business.
     ///
     /// # Errors

@@ -11,7 +11,8 @@ use blk_backend::{
     disk::Disk,
     in_process::QueueThread,
     virtio::{
-        Device, DeviceEvent, DeviceOptions, Features, ring::RingLayout, setup::QueueSetup as BackendQueue,
+        Device, DeviceEvent, DeviceOptions, Failure, Features, ring::RingLayout,
+        setup::QueueSetup as BackendQueue,
     },
 };
 use vm_memory::GuestAddress;
@@ -38,21 +39,29 @@ impl fmt::Debug for Block {
 }
 
 impl Block {
-    /// A device over an opened disk.
+    /// A device over an opened disk. Its queues tell `on_failure` of requests that the host failed.
     ///
     /// # Errors
     /// When an option cannot be.
-    pub fn new(disk: &Arc<Disk>, options: &DeviceOptions) -> Result<Self> {
+    pub fn new(
+        disk: &Arc<Disk>,
+        options: &DeviceOptions,
+        on_failure: impl Fn(Failure) + Send + Sync + 'static,
+    ) -> Result<Self> {
         let device = Device::new(disk, options).map_err(|error| Error::Invalid(error.to_string()))?;
         let notifier: Arc<Mutex<Option<Arc<dyn ConfigNotifier>>>> = Arc::default();
         let to_tell = Arc::clone(&notifier);
         device.observe(move |event| {
-            let notifier = to_tell.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            if let Some(notifier) = notifier {
-                match event {
-                    DeviceEvent::Config => notifier.config_changed(),
-                    DeviceEvent::Broken { .. } => notifier.needs_reset(),
+            let notify = |what: fn(&dyn ConfigNotifier)| {
+                let notifier = to_tell.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                if let Some(notifier) = notifier {
+                    what(&*notifier);
                 }
+            };
+            match event {
+                DeviceEvent::Config => notify(|notifier| notifier.config_changed()),
+                DeviceEvent::Broken { .. } => notify(|notifier| notifier.needs_reset()),
+                DeviceEvent::Failed(failure) => on_failure(*failure),
             }
         });
         Ok(Self { device, queues: BTreeMap::new(), notifier })
