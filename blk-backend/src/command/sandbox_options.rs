@@ -50,9 +50,10 @@ impl SandboxArgs {
             }
         }
         directories.extend(sockets.into_iter().map(directory_of));
-        let Fences { landlock, seccomp } = sandbox::enter(&Sandbox { directories }).map_err(|error| {
-            Failure::new(format_args!("the sandbox: {error} (--sandbox off goes without)"))
-        })?;
+        let Fences { landlock, seccomp } = sandbox::enter(&Sandbox { directories, ..Sandbox::default() })
+            .map_err(|error| {
+                Failure::new(format_args!("the sandbox: {error} (--sandbox off goes without)"))
+            })?;
         if !landlock {
             super::warn("this kernel has no Landlock: files outside the image's directory stay in reach");
         }

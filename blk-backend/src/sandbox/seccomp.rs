@@ -1,5 +1,6 @@
 //! The system calls that serving an image takes. Any other answers `ENOSYS`, as a kernel would that has never heard
 //! of it: the C library then falls back from new calls to old ones, and nothing is killed halfway through a write.
+//! Those that no honest way leads to kill the process. Where filters disagree the kernel does the harsher thing.
 
 use std::{collections::BTreeMap, io};
 
@@ -137,21 +138,89 @@ const OLD: &[i64] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLD: &[i64] = &[];
 
-/// Filters the system calls of all threads of the process. False where there is no list for the processor.
+/// Other programs, other processes' memory, more rights, another view of the host: nothing here asks for them, and no
+/// library does on its way to something else.
+const HOSTILE: &[i64] = &[
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_setns,
+    libc::SYS_unshare,
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_capset,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_kexec_load,
+    libc::SYS_add_key,
+    libc::SYS_keyctl,
+];
+
+/// What gives files that are not open yet, or takes them away. (A panic looks for a program's symbols in this way: it is
+/// to be told all the same, so that these fail and do not kill.)
+const OPENING: &[i64] = &[
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_unlinkat,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_open,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_unlink,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chmod,
+];
+
+/// What gives peers.
+const CONNECTING: &[i64] =
+    &[libc::SYS_socket, libc::SYS_bind, libc::SYS_listen, libc::SYS_accept4, libc::SYS_connect];
+
+/// Filters the system calls of all threads of the process; `more` are allowed beside those of serving. False where there
+/// is no list for the processor.
 ///
 /// # Errors
 /// When the kernel refuses the filter.
-pub(super) fn restrict_calls() -> io::Result<bool> {
+pub(super) fn restrict_calls(more: &[i64]) -> io::Result<bool> {
     let Ok(arch) = TargetArch::try_from(std::env::consts::ARCH) else { return Ok(false) };
-    let filter = SeccompFilter::new(
-        rules().map_err(io::Error::other)?,
-        SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
-        SeccompAction::Allow,
-        arch,
-    );
-    let program: BpfProgram = filter.and_then(BpfProgram::try_from).map_err(io::Error::other)?;
-    seccompiler::apply_filter_all_threads(&program).map_err(io::Error::other)?;
+    let mut rules = rules().map_err(io::Error::other)?;
+    rules.extend(more.iter().map(|call| (*call, Vec::new())));
+    let missing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let filter = SeccompFilter::new(rules, missing, SeccompAction::Allow, arch);
+    let allowed: BpfProgram = filter.and_then(BpfProgram::try_from).map_err(io::Error::other)?;
+    let deadly = all_but(HOSTILE, SeccompAction::KillProcess, arch)?;
+    seccompiler::apply_filter_all_threads(&deadly).map_err(io::Error::other)?;
+    seccompiler::apply_filter_all_threads(&allowed).map_err(io::Error::other)?;
     Ok(true)
+}
+
+/// Filters the system calls of this thread and of those it starts later, where there is a list for the processor.
+pub(super) fn restrict_thread() -> io::Result<()> {
+    let Ok(arch) = TargetArch::try_from(std::env::consts::ARCH) else { return Ok(()) };
+    let refused = SeccompAction::Errno(libc::EACCES.unsigned_abs());
+    for (calls, action) in [(OPENING, refused), (CONNECTING, SeccompAction::KillProcess)] {
+        seccompiler::apply_filter(&all_but(calls, action, arch)?).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+/// A filter that allows all but these.
+fn all_but(calls: &[i64], action: SeccompAction, arch: TargetArch) -> io::Result<BpfProgram> {
+    let rules = calls.iter().map(|call| (*call, Vec::new())).collect();
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, action, arch);
+    filter.and_then(BpfProgram::try_from).map_err(io::Error::other)
 }
 
 fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
