@@ -260,7 +260,7 @@ asyncio.run(main())
 
 #[test]
 fn the_reference_s_own_client_drives_a_guest_under_load() {
-    let (directory, mut vm, mut monitor) = start(&[]);
+    let (directory, mut vm, mut monitor) = start(&["--allow-dir", "."]);
     vm.tell(Do::Load(64));
     let script = Command::new(python()).args(["-c", SCRIPT]).current_dir(directory.path()).status();
     assert!(script.unwrap().success());

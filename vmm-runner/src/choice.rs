@@ -19,7 +19,7 @@ use crate::cli::RunOptions;
 /// The command line of a kernel that is given without one.
 const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 quiet";
 /// Where distributions put SeaBIOS.
-const SEABIOS: [&str; 2] = ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin"];
+pub(crate) const SEABIOS: [&str; 2] = ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin"];
 
 /// What to boot now. Asked anew after each reset, as a guest may have a new kernel by then.
 pub(crate) fn what_to_boot(options: &RunOptions, drives: &[Drive]) -> Result<Boot> {

@@ -109,6 +109,14 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "ADDR")]
     pub(crate) qmp: Option<ControlAddress>,
 
+    /// Gives up all files and system calls that running the guest does not take: on, off.
+    #[arg(long, value_name = "on|off", default_value = "on", value_parser = ["on", "off"])]
+    pub(crate) sandbox: String,
+
+    /// A directory in which live snapshots may be made (may be repeated).
+    #[arg(long, value_name = "DIR")]
+    pub(crate) allow_dir: Vec<PathBuf>,
+
     /// A source of random numbers for the guest.
     #[arg(long)]
     pub(crate) rng: bool,

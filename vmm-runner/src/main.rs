@@ -3,6 +3,7 @@
 mod choice;
 mod cli;
 mod demo;
+mod fence;
 mod signals;
 
 use std::{
@@ -51,20 +52,22 @@ fn tell(text: &str) {
 
 fn run(options: &RunOptions) -> Result<()> {
     let timeline = Timeline::default();
-    let scratch = tempfile::tempdir().map_err(Error::host("a temporary directory"))?;
-    let disks = open_disks(options, scratch.path())?;
+    let scratch = options.snapshot.then(tempfile::tempdir).transpose();
+    let scratch = scratch.map_err(Error::host("a temporary directory"))?;
+    let scratch = scratch.as_ref().map(tempfile::TempDir::path);
+    let disks = open_disks(options, scratch)?;
     let drives: Vec<Drive> = disks.iter().filter_map(GuestDisk::drive).cloned().collect();
     let result = if options.list_boot {
         list_boot(&drives)
     } else {
-        run_machines(options, &disks, &drives, &timeline)
+        run_machines(options, scratch, &disks, &drives, &timeline)
     };
     // What the guest flushed is safe whatever happened; this marks the images clean.
     result.and(close_all(drives))
 }
 
 /// Opens the disks in the order in which the guest sees them.
-fn open_disks(options: &RunOptions, scratch: &Path) -> Result<Vec<GuestDisk>> {
+fn open_disks(options: &RunOptions, scratch: Option<&Path>) -> Result<Vec<GuestDisk>> {
     let named = options.disks.iter().map(|path| DiskConfig::Image(DriveConfig::new(path)));
     let mut disks = Vec::new();
     for (index, config) in named.chain(options.disk.iter().cloned()).enumerate() {
@@ -75,9 +78,9 @@ fn open_disks(options: &RunOptions, scratch: &Path) -> Result<Vec<GuestDisk>> {
                 continue;
             }
         };
-        let drive = match &options.overlay {
-            Some(overlay) if index == 0 => Drive::open_on_overlay(config, overlay)?,
-            _ if options.snapshot && !config.read_only => {
+        let drive = match (&options.overlay, scratch) {
+            (Some(overlay), _) if index == 0 => Drive::open_on_overlay(config, overlay)?,
+            (_, Some(scratch)) if !config.read_only => {
                 Drive::open_on_overlay(config, &scratch.join(format!("overlay{index}.qcow2")))?
             }
             _ => Drive::open(config)?,
@@ -139,11 +142,16 @@ fn list_boot(drives: &[Drive]) -> Result<()> {
 /// One machine after the other, until one does not reset.
 fn run_machines(
     options: &RunOptions,
+    scratch: Option<&Path>,
     disks: &[GuestDisk],
     drives: &[Drive],
     timeline: &Timeline,
 ) -> Result<()> {
     let mut console = OpenConsole::open(&options.serial)?;
+    let cards = options.net.iter().map(|net| Ok((Arc::new(Tap::open(&net.tap)?), net.mac)));
+    let cards = cards.collect::<Result<Vec<_>>>()?;
+    // All that stays open is open by now, and no thread has been started.
+    let is_fenced = fence::enter(options, scratch)?;
     let runner = Runner::new(disks)?;
     signals::end_on_termination(Arc::clone(&runner))?;
     // Dropped last: clients learn of the end.
@@ -152,14 +160,12 @@ fn run_machines(
         .as_ref()
         .map(|address| Qmp::start(address, Arc::clone(&runner)).map_err(Error::file(address.to_string())))
         .transpose()?;
-    let cards = options.net.iter().map(|net| Ok((Arc::new(Tap::open(&net.tap)?), net.mac)));
-    let cards = cards.collect::<Result<Vec<_>>>()?;
     loop {
         let boot = what_to_boot(options, drives)?;
         let mut memory = options.memory;
         // Backends map it.
         memory.is_shared |= disks.len() > drives.len();
-        let config = MachineConfig { cpus: options.cpus.clone(), memory };
+        let config = MachineConfig { cpus: options.cpus.clone(), memory, is_fenced };
         let mut machine = Machine::new(config, timeline.watching(console.writer()))?;
         for (index, disk) in disks.iter().enumerate() {
             let device = disk.device(index, options.cpus.count, Arc::new(tell), runner.on_failure())?;

@@ -66,6 +66,23 @@ impl Vm {
         vm
     }
 
+    /// Like [`Self::start`], with these variables in its environment.
+    ///
+    /// # Panics
+    /// When it does not get so far.
+    #[track_caller]
+    pub fn start_with<A: AsRef<OsStr>>(
+        directory: &Path,
+        arguments: impl IntoIterator<Item = A>,
+        variables: [(&str, &OsStr); 1],
+    ) -> Self {
+        let mut command = Command::new(vmm_runner_binary());
+        command.envs(variables);
+        let mut vm = Self::spawn_by(command, directory, arguments);
+        vm.await_guest();
+        vm
+    }
+
     /// Like [`Self::start`], in a mount name space of its own where `full` is a file system of 4 MiB with a copy of `disk`
     /// and a file `ballast` that leaves half a MiB.
     ///

@@ -98,6 +98,8 @@ pub struct MachineConfig {
     pub cpus: CpuConfig,
     /// RAM.
     pub memory: MemoryConfig,
+    /// The process has entered its sandbox, and the threads of processors and queues give up more.
+    pub is_fenced: bool,
 }
 
 /// A machine that is put together and does not run yet, or that runs.
@@ -213,6 +215,7 @@ impl Machine {
             pci: Arc::clone(self.hardware.pci()),
             control: Arc::clone(&control),
             exits: Arc::clone(&self.exits),
+            is_fenced: self.config.is_fenced,
         };
         let mut processors = Vec::new();
         for cpu in 0..cpus {

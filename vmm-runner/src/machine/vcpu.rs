@@ -70,6 +70,7 @@ pub(super) struct Board {
     pub(super) pci: Arc<PciBus>,
     pub(super) control: Arc<RunControl>,
     pub(super) exits: Arc<ExitCounts>,
+    pub(super) is_fenced: bool,
 }
 
 thread_local! {
@@ -142,6 +143,10 @@ fn run(index: u32, mut vcpu: VcpuFd, board: &Board, host_cpus: Option<Vec<usize>
         let mut set = rustix::thread::CpuSet::new();
         cpus.iter().for_each(|&cpu| set.set(cpu));
         rustix::thread::sched_setaffinity(None, &set).map_err(Error::host("pin a processor"))?;
+    }
+    if board.is_fenced {
+        // Queues are started by this thread, and are no better off.
+        blk_backend::sandbox::restrict_thread().map_err(Error::host("restrict a processor's thread"))?;
     }
     RUN_AREA.set(ptr::from_mut(vcpu.get_kvm_run()));
     board.exits.entered.get_or_init(Instant::now);
