@@ -63,6 +63,42 @@ impl ProgressArgs {
     }
 }
 
+/// What commands that change one image share.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ChangeArgs {
+    /// Print nothing
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+
+    #[command(flatten)]
+    progress: ProgressArgs,
+
+    #[command(flatten)]
+    pub(crate) formats: FormatArgs,
+
+    /// Cache mode of the image: none, writeback, writethrough, directsync or unsafe
+    #[arg(short = 't', long, value_name = "CACHE")]
+    cache: Option<String>,
+}
+
+impl ChangeArgs {
+    /// # Errors
+    /// As [`ProgressArgs::style`].
+    pub(crate) fn style(&self) -> Result<Style, Failure> {
+        self.progress.style(self.quiet)
+    }
+
+    /// # Errors
+    /// When there is no such mode.
+    pub(crate) fn cache_mode(&self) -> Result<CacheMode, Failure> {
+        match self.cache.as_deref() {
+            None => Ok(CacheMode::Writeback),
+            Some(text) => CacheMode::from_name(text)
+                .ok_or_else(|| Failure::new(format!("Invalid cache option: {text}"))),
+        }
+    }
+}
+
 /// How a report is laid out.
 #[derive(Debug, clap::Args)]
 pub(crate) struct OutputArgs {
@@ -166,26 +202,13 @@ pub(crate) fn missing_format(name: &str) -> String {
     format!("The format '{name}' is not supported yet")
 }
 
-/// A `-t` or `-T` value.
-pub(crate) fn cache_mode(text: &str) -> Option<CacheMode> {
-    match text {
-        "none" | "off" => Some(CacheMode::None),
-        "writeback" => Some(CacheMode::Writeback),
-        "writethrough" => Some(CacheMode::Writethrough),
-        "directsync" => Some(CacheMode::Directsync),
-        "unsafe" => Some(CacheMode::Unsafe),
-        _ => None,
-    }
-}
-
 /// # Errors
 /// When `text` is no cache mode.
 pub(crate) fn source_cache(text: Option<&str>) -> Result<CacheMode, Failure> {
     match text {
         None => Ok(CacheMode::Writeback),
-        Some(text) => {
-            cache_mode(text).ok_or_else(|| Failure::new(format!("Invalid source cache option: {text}")))
-        }
+        Some(text) => CacheMode::from_name(text)
+            .ok_or_else(|| Failure::new(format!("Invalid source cache option: {text}"))),
     }
 }
 

@@ -18,7 +18,7 @@ pub struct Golden {
 }
 
 /// The formats that have golden images.
-pub const FORMATS: [&str; 3] = ["qcow2", "qed", "vmdk"];
+pub const FORMATS: [&str; 4] = ["qcow2", "qed", "vmdk", "vpc"];
 
 /// Where the golden images of `format` are.
 #[must_use]

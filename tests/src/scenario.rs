@@ -22,6 +22,13 @@ pub enum Layout {
     Qcow2(Qcow2),
     /// See [`Qed`].
     Qed(Qed),
+    /// monolithicSparse, with grains that can be said to be zero or without.
+    Vmdk {
+        /// The entry of a grain can say that it is zero.
+        zeroed_grains: bool,
+    },
+    /// A dynamic VHD.
+    Vpc,
 }
 
 /// Create options of qcow2.
@@ -57,15 +64,19 @@ impl Layout {
         match self {
             Self::Qcow2(_) => "qcow2",
             Self::Qed(_) => "qed",
+            Self::Vmdk { .. } => "vmdk",
+            Self::Vpc => "vpc",
         }
     }
 
-    /// Host bytes of a cluster.
+    /// Host bytes of a cluster; for VHDs of half a block, so that disks of some clusters are not large.
     #[must_use]
     pub const fn cluster_bytes(&self) -> u64 {
         match self {
             Self::Qcow2(layout) => 1 << layout.cluster_bits,
             Self::Qed(layout) => 1 << layout.cluster_bits,
+            Self::Vmdk { .. } => 64 << 10,
+            Self::Vpc => 1 << 20,
         }
     }
 
@@ -77,6 +88,10 @@ impl Layout {
             Self::Qed(layout) => {
                 format!("cluster_size={},table_size={}", self.cluster_bytes(), 1 << layout.table_bits)
             }
+            Self::Vmdk { zeroed_grains } => {
+                format!("subformat=monolithicSparse,zeroed_grain={}", on_off(*zeroed_grains))
+            }
+            Self::Vpc => "subformat=dynamic,force_size=on".to_owned(),
         }
     }
 
@@ -90,6 +105,7 @@ impl Layout {
                 Self::Qcow2(Qcow2 { cluster_bits, ..old })
             }
             Self::Qed(old) => Self::Qed(Qed { cluster_bits: 12, table_bits: old.table_bits % 2 }),
+            Self::Vmdk { .. } | Self::Vpc => self,
         }
     }
 
@@ -99,7 +115,7 @@ impl Layout {
         match self {
             Self::Qcow2(Qcow2 { zstd: true, .. }) => Some(Codec::Zstd),
             Self::Qcow2(_) => Some(Codec::Deflate),
-            Self::Qed(_) => None,
+            Self::Qed(_) | Self::Vmdk { .. } | Self::Vpc => None,
         }
     }
 
@@ -114,8 +130,13 @@ impl Layout {
     pub const fn refcount_bits(&self) -> Option<u32> {
         match self {
             Self::Qcow2(layout) => Some(layout.refcount_bits),
-            Self::Qed(_) => None,
+            Self::Qed(_) | Self::Vmdk { .. } | Self::Vpc => None,
         }
+    }
+
+    /// Whether a disk can become larger.
+    const fn can_grow(&self) -> bool {
+        !matches!(self, Self::Vmdk { .. })
     }
 
     /// Whether a disk can become smaller.
@@ -195,6 +216,11 @@ pub fn qcow2_layout() -> impl Strategy<Value = Layout> {
 pub fn qed_layout() -> impl Strategy<Value = Layout> {
     (12..=20u32, 1..=4u32)
         .prop_map(|(cluster_bits, table_bits)| Layout::Qed(Qed { cluster_bits, table_bits }))
+}
+
+/// Any layout of a sparse VMDK.
+pub fn vmdk_layout() -> impl Strategy<Value = Layout> {
+    any::<bool>().prop_map(|zeroed_grains| Layout::Vmdk { zeroed_grains })
 }
 
 /// How a wished range is rounded.
@@ -496,7 +522,9 @@ impl Planner {
                 // The reference leaves old bytes in the tail of a cluster that is cut in two.
                 let unit = if self.ours_alone { 512 } else { cluster };
                 let size = (u64::from(size) % self.most_bytes + 1).next_multiple_of(unit);
-                if size == self.size() || (size < self.size() && !self.layout.can_shrink()) {
+                let can_be =
+                    if size < self.size() { self.layout.can_shrink() } else { self.layout.can_grow() };
+                if size == self.size() || !can_be {
                     return None;
                 }
                 // What is cut off may come back from a snapshot only; growing touches what zeroes hide.

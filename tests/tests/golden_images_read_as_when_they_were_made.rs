@@ -8,6 +8,9 @@ use img_core::{
 };
 use img_tests::{command, golden, open, open_options, pattern::assert_same, read_all};
 
+/// What the reference's `check` ends with for formats that it cannot check.
+const NO_AUDIT: i32 = 63;
+
 /// A copy that tests may write to: opening for reading must not change the originals, and locks need
 /// files of our own.
 fn copies(format: &str) -> tempfile::TempDir {
@@ -82,7 +85,9 @@ fn every_image_checks_as_the_reference_checks_it() {
                 _ if report.leaks > 0 => 3,
                 _ => 0,
             };
-            assert_eq!(code, theirs.code, "{}: ours {report:?} {texts:#?}\ntheirs {theirs}", image.name);
+            // The reference has no audit of VHDs; ours finds nothing in what it wrote.
+            let expected = if theirs.code == NO_AUDIT { 0 } else { theirs.code };
+            assert_eq!(code, expected, "{}: ours {report:?} {texts:#?}\ntheirs {theirs}", image.name);
         }
     }
 }

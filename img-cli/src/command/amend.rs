@@ -2,12 +2,12 @@
 
 use img_core::{
     format::{Driver, OpenMode, OptionSet},
-    image::{CacheMode, Image},
+    image::Image,
     job::amend::amend,
 };
 
 use crate::{
-    args::{FileArg, FormatArgs, Opening, ProgressArgs, cache_mode},
+    args::{ChangeArgs, FileArg, Opening},
     command::create,
     context::Context,
     error::{Failure, Outcome},
@@ -23,19 +23,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "img amend [OPTIONS] -o OPTIONS FILENAME", after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Print nothing
-    #[arg(short, long)]
-    quiet: bool,
-
     #[command(flatten)]
-    progress: ProgressArgs,
-
-    #[command(flatten)]
-    formats: FormatArgs,
-
-    /// Cache mode of the image: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 't', long, value_name = "CACHE")]
-    cache: Option<String>,
+    change: ChangeArgs,
 
     /// Allow what could lose the last key of an encrypted image; such images are refused here, others have nothing
     /// to force
@@ -66,7 +55,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let Some(list) = list else {
         return Err(Failure::usage("Must specify options (-o)"));
     };
-    let reporter = Reporter::start(args.progress.style(args.quiet)?, 1.0, context)?;
+    let reporter = Reporter::start(args.change.style()?, 1.0, context)?;
     let done = change(args, &list, &reporter, context);
     reporter.finish();
     done.map_err(|failure| reporter.interrupted().unwrap_or(failure))?;
@@ -75,19 +64,14 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
 
 fn change(args: &Args, list: &str, reporter: &Reporter, context: &Context) -> Result<(), Failure> {
     let asks_for_help = option_list::asks_for_help(list);
-    if let Some(format) = &args.formats.format
+    if let Some(format) = &args.change.formats.format
         && asks_for_help
     {
         return help(create::driver(format)?, context);
     }
     let file = args.file.one().map_err(|failure| Failure { show_help_hint: false, ..failure })?;
-    let cache = match args.cache.as_deref() {
-        None => CacheMode::Writeback,
-        Some(text) => {
-            cache_mode(text).ok_or_else(|| Failure::new(format!("Invalid cache option: {text}")))?
-        }
-    };
-    let opening = Opening { cache, ..Opening::new(file, &args.formats, OpenMode::Write) };
+    let cache = args.change.cache_mode()?;
+    let opening = Opening { cache, ..Opening::new(file, &args.change.formats, OpenMode::Write) };
     let image = opening.open(context)?;
     let driver = image.layers()[0].driver();
     if asks_for_help {

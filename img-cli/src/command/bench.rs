@@ -2,11 +2,12 @@
 
 use img_core::{
     format::OpenMode,
+    image::CacheMode,
     job::bench::{Bench, FlushEvery, bench},
 };
 
 use crate::{
-    args::{FileArg, FormatArgs, Opening, ShareArgs, cache_mode},
+    args::{FileArg, FormatArgs, Opening, ShareArgs},
     context::Context,
     error::{Failure, Outcome, system_reason},
     size,
@@ -98,7 +99,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let interval =
         size::count("flush interval", &args.flush_interval, 0, size::MAX_SMALL).map_err(Failure::new)?;
     let aio = aio(args)?;
-    let cache = cache_mode(args.cache.as_deref().unwrap_or("writeback"))
+    let cache = CacheMode::from_name(args.cache.as_deref().unwrap_or("writeback"))
         .ok_or_else(|| Failure::new("Invalid cache mode"))?;
     let file = args.file.one()?;
     if !args.write && interval != 0 {

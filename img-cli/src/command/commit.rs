@@ -11,7 +11,7 @@ use img_core::{
 };
 
 use crate::{
-    args::{FileArg, FormatArgs, Opening, ProgressArgs, cache_mode, print_warnings},
+    args::{ChangeArgs, FileArg, Opening, print_warnings},
     context::Context,
     error::{Failure, Outcome},
     names,
@@ -24,19 +24,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "img commit [OPTIONS] FILENAME", after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Print nothing
-    #[arg(short, long)]
-    quiet: bool,
-
     #[command(flatten)]
-    progress: ProgressArgs,
-
-    #[command(flatten)]
-    formats: FormatArgs,
-
-    /// Cache mode: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 't', long, value_name = "CACHE_MODE")]
-    cache: Option<String>,
+    change: ChangeArgs,
 
     /// Do not empty the overlay
     #[arg(short, long)]
@@ -70,13 +59,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     };
     args.objects.check(context)?;
     let file = args.file.one()?;
-    let cache = match args.cache.as_deref() {
-        None => CacheMode::Writeback,
-        Some(text) => {
-            cache_mode(text).ok_or_else(|| Failure::new(format!("Invalid cache option: {text}")))?
-        }
-    };
-    let reporter = Reporter::start(args.progress.style(args.quiet)?, 1.0, context)?;
+    let cache = args.change.cache_mode()?;
+    let reporter = Reporter::start(args.change.style()?, 1.0, context)?;
     reporter.begin();
     let outcome = run_commit(args, file, cache, rate_bytes, &reporter, context);
     if outcome.is_ok() {
@@ -84,7 +68,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     }
     reporter.finish();
     outcome.map_err(|failure| reporter.interrupted().unwrap_or(failure))?;
-    if !args.quiet {
+    if !args.change.quiet {
         context.out.line("Image committed.");
     }
     Ok(0)
@@ -107,7 +91,8 @@ fn run_commit(
 ) -> Result<(), Failure> {
     // The chain is opened to find the base, and again in two parts: nothing below the base is read, and only the
     // base and the overlay are written.
-    let looked_at = Opening { cache, discards: true, ..Opening::new(file, &args.formats, OpenMode::Read) };
+    let looked_at =
+        Opening { cache, discards: true, ..Opening::new(file, &args.change.formats, OpenMode::Read) };
     let base = find_base(&looked_at.open_quietly(context)?, file, args.base.as_deref())?;
     let opening = Opening { mode: OpenMode::Write, ..looked_at };
     let mut options = opening.options(context)?;

@@ -24,7 +24,7 @@ use self::{
     stream::{StreamArgs, StreamSource},
 };
 use crate::{
-    args::{Opening, ProgressArgs, ShareArgs, cache_mode, source_cache},
+    args::{Opening, ProgressArgs, ShareArgs, source_cache},
     command::create,
     context::Context,
     created::Created,
@@ -384,9 +384,8 @@ impl Job<'_> {
     fn target_cache(&self) -> Result<CacheMode, Failure> {
         match self.args.output_cache.as_deref() {
             None => Ok(CacheMode::Unsafe),
-            Some(text) => {
-                cache_mode(text).ok_or_else(|| Failure::new(format!("Invalid cache option: {text}")))
-            }
+            Some(text) => CacheMode::from_name(text)
+                .ok_or_else(|| Failure::new(format!("Invalid cache option: {text}"))),
         }
     }
 

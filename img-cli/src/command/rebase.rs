@@ -8,7 +8,7 @@ use img_core::{
 };
 
 use crate::{
-    args::{FileArg, FormatArgs, Opening, ProgressArgs, ShareArgs, cache_mode, source_cache},
+    args::{ChangeArgs, FileArg, Opening, ShareArgs, source_cache},
     context::Context,
     error::{Failure, Outcome, words},
     names,
@@ -23,19 +23,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "img rebase [OPTIONS] -b BACKING_FILENAME FILENAME", after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Print nothing
-    #[arg(short, long)]
-    quiet: bool,
-
     #[command(flatten)]
-    progress: ProgressArgs,
-
-    #[command(flatten)]
-    formats: FormatArgs,
-
-    /// Cache mode of the overlay: none, writeback, writethrough, directsync or unsafe
-    #[arg(short = 't', long, value_name = "CACHE")]
-    cache: Option<String>,
+    change: ChangeArgs,
 
     /// The new backing file; "" for none
     #[arg(short = 'b', long, value_name = "BACKING_FILENAME", value_hint = ValueHint::FilePath)]
@@ -79,7 +68,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     if !args.backing_unsafe && args.backing.is_none() {
         return Err(Failure::usage("Must specify backing file (-b) or use unsafe mode (-u)"));
     }
-    let reporter = Reporter::start(args.progress.style(args.quiet)?, 1.0, context)?;
+    let reporter = Reporter::start(args.change.style()?, 1.0, context)?;
     reporter.begin();
     let outcome = run_rebase(args, file, &reporter, context);
     if outcome.is_ok() {
@@ -91,17 +80,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
 }
 
 fn run_rebase(args: &Args, file: &str, reporter: &Reporter, context: &Context) -> Result<(), Failure> {
-    let cache = match args.cache.as_deref() {
-        None => CacheMode::Writeback,
-        Some(text) => {
-            cache_mode(text).ok_or_else(|| Failure::new(format!("Invalid cache option: {text}")))?
-        }
-    };
+    let cache = args.change.cache_mode()?;
     let backing_cache = source_cache(args.backing_cache.as_deref())?;
     let opening = Opening {
         cache,
         backing: !args.backing_unsafe,
-        ..Opening::new(file, &args.formats, OpenMode::Write)
+        ..Opening::new(file, &args.change.formats, OpenMode::Write)
     };
     let image = opening.open(context)?;
     let done = change(args, file, &image, backing_cache, reporter, context);

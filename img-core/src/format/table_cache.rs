@@ -128,6 +128,24 @@ impl SliceCache {
         Some((self.peek(start)?, within))
     }
 
+    /// Fills `bytes`, whole slices from `start` on, with what they are now: one read of the file, over which the slices
+    /// that are here, and may be newer, are laid. Keeps none.
+    pub(super) fn read_past(&self, storage: &dyn Storage, start: u64, bytes: &mut [u8]) -> Result<()> {
+        let slice_len = usize::try_from(self.slice_bytes).expect("a slice is small");
+        // Taken before the read: a slice that is changed, written and dropped meanwhile is kept here.
+        let starts = (start..start + bytes.len() as u64).step_by(slice_len);
+        let cached: Vec<_> = starts.map(|start| self.peek(start)).collect();
+        if cached.iter().any(Option::is_none) {
+            storage.read_at(bytes, start)?;
+        }
+        for (slice, bytes) in cached.iter().zip(bytes.chunks_exact_mut(slice_len)) {
+            if let Some(slice) = slice {
+                bytes.copy_from_slice(&slice.read());
+            }
+        }
+        Ok(())
+    }
+
     /// Changes the slice that holds host byte `at` and remembers that it must be written. `change` gets the
     /// slice's bytes and where in them that byte stands. Reads on a miss.
     pub(super) fn update<T>(

@@ -375,9 +375,8 @@ mod tests {
 
     #[test]
     fn steps_that_continue_each_other_are_one_and_keep_what_they_map() {
-        let in_place = |start: u64| {
-            WriteStep::in_place(start..start + 512, HostFile::IMAGE, HostOffset(65536 + start))
-        };
+        let in_place =
+            |start: u64| WriteStep::in_place(start..start + 512, HostFile::IMAGE, HostOffset(65536 + start));
         let mut steps = Vec::new();
         (0..3).for_each(|number| in_place(512 * number).push_to(&mut steps));
         assert_eq!(steps.len(), 1);
@@ -386,7 +385,8 @@ mod tests {
         WriteStep { maps: 1536..4096, ..in_place(1536) }.push_to(&mut steps);
         WriteStep { maps: 4096..8192, ..in_place(2048) }.push_to(&mut steps);
         assert_eq!(steps.len(), 2);
-        let mapping = Mapping { guest_bytes: 1536..8192, file: HostFile::IMAGE, at: HostOffset(65536 + 1536) };
+        let mapping =
+            Mapping { guest_bytes: 1536..8192, file: HostFile::IMAGE, at: HostOffset(65536 + 1536) };
         assert_eq!(steps[1].mapping(), Some(mapping));
     }
 }

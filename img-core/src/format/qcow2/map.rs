@@ -266,22 +266,7 @@ impl TableMap {
     pub(super) fn read_table(&self, table: u64, buffer: &mut Vec<u8>) -> Result<()> {
         let cluster = self.geometry.cluster_bytes();
         buffer.resize(usize::try_from(cluster).expect("at most 2 MiB"), 0);
-        // Taken before the read: a slice that is changed, written and dropped meanwhile is kept here.
-        let starts = (table..table + cluster).step_by(self.l2_slice_len());
-        let cached: Vec<_> = starts.map(|start| self.l2.peek(start)).collect();
-        if cached.iter().any(Option::is_none) {
-            self.file.read_at(buffer, table)?;
-        }
-        for (slice, bytes) in cached.iter().zip(buffer.chunks_exact_mut(self.l2_slice_len())) {
-            if let Some(slice) = slice {
-                bytes.copy_from_slice(&slice.read());
-            }
-        }
-        Ok(())
-    }
-
-    fn l2_slice_len(&self) -> usize {
-        usize::try_from(self.l2.slice_bytes()).expect("at most a cluster")
+        self.l2.read_past(&*self.file, table, buffer)
     }
 
     /// The host cluster behind an entry, checked against the rules that hold for every entry.

@@ -218,18 +218,7 @@ impl Walk<'_> {
                 continue;
             }
             bytes.resize(usize::try_from(until - start).expect("a piece"), 0);
-            // Taken before the read: a slice that is changed, written and dropped meanwhile is kept here.
-            let starts = (start..until).step_by(usize::try_from(slice_bytes).expect("4 KiB"));
-            let cached: Vec<_> = starts.map(|start| map.l2.peek(start)).collect();
-            if cached.iter().any(Option::is_none) {
-                map.file.read_at(&mut bytes, start)?;
-            }
-            let pieces = bytes.chunks_exact_mut(usize::try_from(slice_bytes).expect("4 KiB"));
-            for (slice, bytes) in cached.iter().zip(pieces) {
-                if let Some(slice) = slice {
-                    bytes.copy_from_slice(&slice.read());
-                }
-            }
+            map.l2.read_past(&*map.file, start, &mut bytes)?;
             self.entries(&bytes[usize::try_from(host - start).expect("in the piece")..], host)?;
         }
         Ok(())

@@ -19,11 +19,11 @@ use crate::{
 
 /// A raw image: guest byte `g` stands at `start_bytes + g`.
 #[derive(Debug)]
-pub(super) struct RawLayer {
-    pub(super) storage: Arc<dyn Storage>,
+pub(in crate::format) struct RawLayer {
+    pub(in crate::format) storage: Arc<dyn Storage>,
     pub(super) start_bytes: u64,
     /// Whole sectors; the last may reach past the end of the file, where bytes read as zeroes.
-    pub(super) virtual_size_bytes: AtomicU64,
+    pub(in crate::format) virtual_size_bytes: AtomicU64,
     /// Whether the option `size` fixed the size.
     pub(super) fixed_size: bool,
     writable: bool,
@@ -51,6 +51,16 @@ impl RawLayer {
 }
 
 impl RawLayer {
+    /// The disk of so many bytes, whole sectors, at the start of a file that holds more.
+    pub(in crate::format) fn at_the_start(
+        storage: Arc<dyn Storage>,
+        virtual_size_bytes: u64,
+        writable: bool,
+    ) -> Self {
+        let virtual_size_bytes = AtomicU64::new(virtual_size_bytes);
+        Self { storage, start_bytes: 0, virtual_size_bytes, fixed_size: true, writable }
+    }
+
     /// The extent of a range; `None` for an empty one.
     fn extent(&self, guest_bytes: &Range<u64>) -> Option<Extent> {
         let len_bytes = guest_bytes.end.checked_sub(guest_bytes.start).filter(|len| *len > 0)?;

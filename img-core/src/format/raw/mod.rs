@@ -12,6 +12,8 @@ mod write;
 
 use std::{path::Path, sync::Arc};
 
+pub(in crate::format) use layer::RawLayer;
+
 use super::{
     CreateRequest, Driver, FrontReader, FrontRequest, FrontWriter, Layer, MeasureRequest, Measured,
     OpenContext, OptionDescription, OptionKind, OptionSet, file_preallocation, first_block,

@@ -3,10 +3,7 @@
 use std::{
     fmt,
     ops::Range,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, atomic::Ordering},
 };
 
 use serde_json::Value;
@@ -21,27 +18,22 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Attempt, Backing, CheckReport, Driver, Extent, Finding, HostFile, HostOffset, Layer, LayerWriter,
-        OpenMode, Place, PreparedWrite, Repair, WritePlan, WriteStep, WriteToken, table_cache::lock,
+        Attempt, Backing, CheckReport, Driver, Extent, Finding, HostFile, Layer, LayerWriter, OpenMode,
+        PreparedWrite, Repair, WriteStep, WriteToken, raw::RawLayer, table_cache::lock,
     },
     storage::{Flush, Preallocation, Storage},
 };
 
-/// An opened image.
+/// An opened image: a raw disk, and the footer behind it.
 pub(super) struct FixedLayer {
-    storage: Arc<dyn Storage>,
-    mode: OpenMode,
+    disk: RawLayer,
     rule: SizeRule,
-    virtual_size_bytes: AtomicU64,
     footer: Mutex<Footer>,
 }
 
 impl fmt::Debug for FixedLayer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FixedLayer")
-            .field("storage", &self.storage)
-            .field("mode", &self.mode)
-            .finish_non_exhaustive()
+        f.debug_struct("FixedLayer").field("disk", &self.disk).finish_non_exhaustive()
     }
 }
 
@@ -53,16 +45,13 @@ impl FixedLayer {
         rule: SizeRule,
         footer: Footer,
     ) -> Result<Self> {
-        let virtual_size_bytes = AtomicU64::new(footer.virtual_size_bytes(storage.path(), rule)?);
-        Ok(Self { storage, mode, rule, virtual_size_bytes, footer: Mutex::new(footer) })
+        let virtual_size_bytes = footer.virtual_size_bytes(storage.path(), rule)?;
+        let disk = RawLayer::at_the_start(storage, virtual_size_bytes, mode == OpenMode::Write);
+        Ok(Self { disk, rule, footer: Mutex::new(footer) })
     }
 
-    /// The extent of a range; `None` for an empty one.
-    fn extent(&self, guest_bytes: &Range<u64>) -> Option<Extent> {
-        let len_bytes = guest_bytes.end.checked_sub(guest_bytes.start).filter(|len| *len > 0)?;
-        let writable = self.mode == OpenMode::Write;
-        let place = Place::Data { file: HostFile::IMAGE, at: HostOffset(guest_bytes.start), writable };
-        Some(Extent { len_bytes, place })
+    fn storage(&self) -> &dyn Storage {
+        &*self.disk.storage
     }
 }
 
@@ -72,7 +61,7 @@ impl Layer for FixedLayer {
     }
 
     fn virtual_size_bytes(&self) -> u64 {
-        self.virtual_size_bytes.load(Ordering::SeqCst)
+        self.disk.virtual_size_bytes()
     }
 
     fn cluster_size_bytes(&self) -> Option<u32> {
@@ -80,7 +69,7 @@ impl Layer for FixedLayer {
     }
 
     fn file(&self, file: HostFile) -> Option<&Arc<dyn Storage>> {
-        (file == HostFile::IMAGE).then_some(&self.storage)
+        self.disk.file(file)
     }
 
     fn backing(&self) -> Option<&Backing> {
@@ -96,72 +85,62 @@ impl Layer for FixedLayer {
     }
 
     fn map_range(&self, guest_bytes: Range<u64>, extents: &mut Vec<Extent>) -> Result<()> {
-        if let Some(extent) = self.extent(&guest_bytes) {
-            extent.push_to(extents);
-        }
-        Ok(())
+        self.disk.map_range(guest_bytes, extents)
     }
 
     fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
-        if let Some(extent) = self.extent(&guest_bytes) {
-            found(extent);
-        }
-        Ok(true)
+        self.disk.try_map_range(guest_bytes, found)
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {
-        (self.mode == OpenMode::Write).then_some(self)
+        self.disk.writer().map(|_| self as &dyn LayerWriter)
     }
 
     fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
-        super::check::check(&*self.storage, self.rule, repair, findings)
+        super::check::check(self.storage(), self.rule, repair, findings)
     }
 }
 
 impl LayerWriter for FixedLayer {
     fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>> {
-        let at = HostOffset(guest_bytes.start);
-        let plan = WritePlan::in_place(guest_bytes, HostFile::IMAGE, at);
-        Ok(PreparedWrite::new(self, WriteToken(0), plan))
+        self.disk.prepare_write(guest_bytes)
     }
 
     fn prepare_compressed(&self, _guest_offset: u64, _stored_bytes: u32) -> Result<PreparedWrite<'_>> {
-        Err(Error::unsupported(self.storage.path(), "writing compressed clusters to a VHD"))
+        Err(Error::unsupported(self.storage().path(), "writing compressed clusters to a VHD"))
     }
 
     fn try_prepare_write(
         &self,
         guest_bytes: Range<u64>,
-        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        zeroes_below: &dyn Fn(Range<u64>) -> bool,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
-        let at = HostOffset(guest_bytes.start);
-        WriteStep::in_place(guest_bytes, HostFile::IMAGE, at).push_to(steps);
-        Ok(Attempt::Done(None))
+        self.disk.try_prepare_write(guest_bytes, zeroes_below, steps)
     }
 
-    fn commit_write(&self, _token: WriteToken) -> Result<()> {
-        Ok(())
+    fn commit_write(&self, token: WriteToken) -> Result<()> {
+        self.disk.commit_write(token)
     }
 
-    fn abort_write(&self, _token: WriteToken) {}
+    fn abort_write(&self, token: WriteToken) {
+        self.disk.abort_write(token);
+    }
 
     fn zero_granularity_bytes(&self) -> u64 {
-        1
+        self.disk.zero_granularity_bytes()
     }
 
     fn write_zeroes(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<bool> {
-        self.storage.write_zeroes(guest_bytes, may_unmap)?;
-        Ok(true)
+        self.disk.write_zeroes(guest_bytes, may_unmap)
     }
 
-    /// A host that cannot give space back leaves the bytes as they are: a discard is a wish.
     fn discard(&self, guest_bytes: Range<u64>) -> Result<()> {
-        if self.storage.limits().can_punch { self.storage.punch_hole(guest_bytes) } else { Ok(()) }
+        self.disk.discard(guest_bytes)
     }
 
     fn flush(&self) -> Result<()> {
-        self.storage.flush(Flush::Data)
+        self.disk.flush()
     }
 
     /// The footer moves to the new end. To grow:
@@ -173,30 +152,31 @@ impl LayerWriter for FixedLayer {
     /// shrink, the new footer is made durable inside what is cut off before the file gets shorter: a cut between
     /// leaves the old size.
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
+        let storage = self.storage();
         let mut footer = lock(&self.footer);
-        let (raw, new_bytes) = resized(self.storage.path(), &footer.raw, self.rule, virtual_size_bytes)?;
+        let (raw, new_bytes) = resized(storage.path(), &footer.raw, self.rule, virtual_size_bytes)?;
         let old_at = footer.at_bytes;
         if new_bytes == old_at {
             return Ok(());
         }
-        self.storage.write_at(raw.as_bytes(), new_bytes)?;
-        self.storage.flush(Flush::Data)?;
+        storage.write_at(raw.as_bytes(), new_bytes)?;
+        storage.flush(Flush::Data)?;
         let end = new_bytes + SECTOR_BYTES;
         if new_bytes > old_at {
-            self.storage.write_zeroes(old_at..new_bytes.min(old_at + SECTOR_BYTES), false)?;
+            storage.write_zeroes(old_at..new_bytes.min(old_at + SECTOR_BYTES), false)?;
             if preallocation != Preallocation::Off {
-                self.storage.preallocate(old_at..new_bytes, preallocation)?;
+                storage.preallocate(old_at..new_bytes, preallocation)?;
             }
         } else {
-            self.storage.resize(end, Preallocation::Off)?;
+            storage.resize(end, Preallocation::Off)?;
         }
-        self.storage.flush(Flush::Data)?;
+        storage.flush(Flush::Data)?;
         *footer = Footer { raw, at_bytes: new_bytes, ..*footer };
-        self.virtual_size_bytes.store(new_bytes, Ordering::SeqCst);
+        self.disk.virtual_size_bytes.store(new_bytes, Ordering::Relaxed);
         Ok(())
     }
 
     fn close(&self) -> Result<()> {
-        self.storage.flush(Flush::Data)
+        self.disk.close()
     }
 }
