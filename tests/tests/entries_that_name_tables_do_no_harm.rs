@@ -156,6 +156,38 @@ fn what_two_entries_share_is_not_given_away_by_one() {
     }
 }
 
+/// Two entries that both claim a cluster of data for themselves write over each other, as no look at one of them can
+/// tell; an audit does. When one of them gives the cluster up and it becomes a table, the other is not written any more.
+#[test]
+fn a_cluster_that_two_entries_own_does_not_take_a_table_with_it() {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("owned.qcow2"));
+    memory::create(&storage, &LAYOUT, 8 << 20).expect("created");
+    let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
+    image.write_at(&[1; 3 << 12], 0).expect("written");
+    image.close().expect("closed");
+    let table = word(&*storage, word(&*storage, 40)) & !COPIED;
+    let shared = word(&*storage, table);
+    assert_ne!(shared & COPIED, 0);
+    storage.write_at(&shared.to_be_bytes(), table + 8).expect("written");
+
+    let image = memory::open(Arc::clone(&storage), OpenMode::Check { repair: false }).expect("it opens");
+    let report = image.check(Repair::Nothing, &mut |_| {}).expect("checked");
+    assert!(report.corruptions > 0, "{report:?}");
+
+    let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
+    image.discard(0..CLUSTER).expect("discarded");
+    image.flush().expect("flushed");
+    image.write_at(&[5; 1 << 12], 4 << 20).expect("written");
+    image.flush().expect("flushed");
+    let new_table = word(&*storage, word(&*storage, 40) + 16);
+    assert_eq!(new_table, shared, "the cluster that was given up is a table now");
+    let result = image.write_at(&[7; 100], CLUSTER);
+    assert!(matches!(result, Err(Error::Overlap { .. })), "{result:?}");
+    let mut guest = [0; 1 << 12];
+    image.read_at(&mut guest, 4 << 20).expect("readable");
+    assert_eq!(guest, [5; 1 << 12], "the table is unharmed");
+}
+
 /// The same for tables that are named as L2 tables.
 #[test]
 fn tables_named_as_l2_tables_do_no_harm() {
