@@ -1,14 +1,16 @@
 //! The ring of one lane: an `io_uring` that may do nothing but read, write and poll the files in its own table.
 //!
-//! Batched: what is pushed goes to the kernel with the next [`Ring::enter`], all of it in one call. Bytes that are
+//! Batched: what is pushed goes to the kernel with the next [`Ring::enter`], all of it in one call; but what files in
+//! memory answer at once is asked of them at once, as the ring would give it to a thread. Bytes that are
 //! in the page cache have been moved when that call returns. Where the kernel has it (6.1) the ring belongs to its
 //! thread alone and the kernel's own part of completions runs only inside that call, so nothing interrupts the
 //! queue thread.
 #![allow(unsafe_code)]
 
 use std::{
+    collections::VecDeque,
     fmt, io,
-    os::fd::{AsRawFd, BorrowedFd, RawFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
     time::Duration,
 };
 
@@ -41,6 +43,10 @@ const MAX_TRANSFER_BYTES: usize = 1 << 30;
 /// The most runs of memory in one vectored read or write (`UIO_MAXIOV`).
 const MAX_RUNS: usize = 1024;
 
+/// The most bytes of a transfer that is done by the queue's own thread, for files in memory. Longer ones would keep
+/// it from the other requests.
+const MOST_MOVED_NOW: usize = 128 << 10;
+
 /// What a lane's own bell is called.
 pub(super) const BELL: u64 = u64::MAX;
 
@@ -50,6 +56,10 @@ pub(super) struct Ring {
     watches: Vec<Watch>,
     /// Image files in the table; the next free place.
     files: u32,
+    /// By number: those of them whose bytes are in memory, always.
+    in_memory: Vec<Option<OwnedFd>>,
+    /// Answers to transfers of those.
+    moved: VecDeque<(u32, Result<u32, Errno>)>,
     /// Pushed and not submitted.
     calls: u64,
 }
@@ -96,7 +106,14 @@ impl Ring {
         ring.submitter().register_files_sparse(IMAGE_FILES + WATCHES)?;
         restrict(&ring)?;
         ring.submitter().register_enable_rings()?;
-        Ok(Self { ring, watches: Vec::new(), files: 0, calls: 0 })
+        Ok(Self {
+            ring,
+            watches: Vec::new(),
+            files: 0,
+            in_memory: Vec::new(),
+            moved: VecDeque::new(),
+            calls: 0,
+        })
     }
 
     /// Puts a file into the table. `None` when the table is full.
@@ -108,6 +125,7 @@ impl Ring {
             return Ok(None);
         }
         self.ring.submitter().register_files_update(self.files, &[fd.as_raw_fd()])?;
+        self.in_memory.push(if is_in_memory(fd) { Some(fd.try_clone_to_owned()?) } else { None });
         self.files += 1;
         Ok(Some(RingFile(self.files - 1)))
     }
@@ -117,6 +135,7 @@ impl Ring {
         let nothing = vec![-1; self.files as usize];
         // A place that could not be emptied keeps its file until another takes it, or the ring goes.
         self.ring.submitter().register_files_update(0, &nothing).ok();
+        self.in_memory.clear();
         self.files = 0;
     }
 
@@ -180,6 +199,13 @@ impl Ring {
         at_bytes: u64,
         runs: &[iovec],
     ) -> io::Result<()> {
+        if let Some(fd) = &self.in_memory[file.0 as usize]
+            && runs.iter().map(|run| run.iov_len).sum::<usize>() <= MOST_MOVED_NOW
+        {
+            // SAFETY: the caller's promise.
+            self.moved.push_back((transfer, unsafe { move_now(fd, writes, at_bytes, runs) }));
+            return Ok(());
+        }
         let fd = Fixed(file.0);
         let entry = if let [run] = runs {
             let (address, length) = (run.iov_base.cast::<u8>(), run.iov_len.min(MAX_TRANSFER_BYTES));
@@ -211,8 +237,13 @@ impl Ring {
         Ok(())
     }
 
-    /// Submits what was pushed, and waits for `wanted` answers, for ever or as long as `timeout`.
+    /// Submits what was pushed, and waits for `wanted` answers, for ever or as long as `timeout`. Where there are
+    /// answers already it does not wait.
     pub(super) fn enter(&mut self, wanted: usize, timeout: Option<Duration>) -> io::Result<()> {
+        let wanted = if self.moved.is_empty() { wanted } else { 0 };
+        if wanted == 0 && !self.has_business() {
+            return Ok(());
+        }
         self.calls += 1;
         let submitter = self.ring.submitter();
         let entered = match timeout {
@@ -250,6 +281,9 @@ impl Ring {
 
     /// The next answer that is there.
     pub(super) fn next(&mut self) -> io::Result<Option<Answer>> {
+        if let Some((transfer, result)) = self.moved.pop_front() {
+            return Ok(Some(Answer::Moved { transfer, result }));
+        }
         loop {
             let Some(entry) = self.ring.completion().next() else { return Ok(None) };
             let name = entry.user_data();
@@ -271,6 +305,37 @@ impl Ring {
                 self.arm(index)?;
             }
             return Ok(Some(Answer::Ready { token: self.watches[index].token }));
+        }
+    }
+}
+
+/// Whether the file is one of `tmpfs`. The ring gives each of its requests to a thread, as that file system does not
+/// say of any that it would not wait; but there is no disk to wait for.
+fn is_in_memory(fd: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstatfs(fd).is_ok_and(|found| found.f_type == libc::TMPFS_MAGIC)
+}
+
+/// Moves bytes between `runs` and a file, in the call.
+///
+/// # Safety
+/// The memory may be read, and written where the file is read.
+unsafe fn move_now(fd: &OwnedFd, writes: bool, at_bytes: u64, runs: &[iovec]) -> Result<u32, Errno> {
+    let at_bytes = libc::off_t::try_from(at_bytes).map_err(|_| Errno::INVAL)?;
+    let count = libc::c_int::try_from(runs.len().min(MAX_RUNS)).expect("at most MAX_RUNS");
+    loop {
+        let moved = if writes {
+            // SAFETY: the list is borrowed; the memory is the caller's promise.
+            unsafe { libc::pwritev(fd.as_raw_fd(), runs.as_ptr(), count, at_bytes) }
+        } else {
+            // SAFETY: as above.
+            unsafe { libc::preadv(fd.as_raw_fd(), runs.as_ptr(), count, at_bytes) }
+        };
+        if let Ok(moved) = u32::try_from(moved) {
+            return Ok(moved);
+        }
+        match Errno::from_io_error(&io::Error::last_os_error()) {
+            Some(Errno::INTR) => {}
+            other => return Err(other.unwrap_or(Errno::IO)),
         }
     }
 }
@@ -338,6 +403,42 @@ mod tests {
 
     fn answers(ring: &mut Ring) -> Vec<Answer> {
         std::iter::from_fn(|| ring.next().expect("a ring")).collect()
+    }
+
+    #[test]
+    fn files_in_memory_answer_at_once_unless_it_is_much() {
+        let Ok(mut ring) = Ring::new(8) else { return };
+        let file = rustix::fs::memfd_create("file", rustix::fs::MemfdFlags::CLOEXEC).expect("memory");
+        assert!(is_in_memory(file.as_fd()));
+        let at = ring.add_file(file.as_fd()).expect("added").expect("room");
+        let mut memory: Vec<u8> = (0..=255).cycle().take(MOST_MOVED_NOW + 1).collect();
+        let (first, rest) = memory.split_at_mut(1000);
+        let mut runs =
+            [first, rest].map(|part| iovec { iov_base: part.as_mut_ptr().cast(), iov_len: part.len() });
+        // SAFETY: all of it lives to the end of the test.
+        unsafe { ring.transfer(1, true, at, 7, &runs) }.expect("pushed");
+        assert_eq!(answers(&mut ring), [], "so much is for the kernel's threads");
+        ring.enter(1, None).expect("entered");
+        let long = u32::try_from(MOST_MOVED_NOW + 1).expect("short");
+        assert_eq!(answers(&mut ring), [Answer::Moved { transfer: 1, result: Ok(long) }]);
+
+        runs[1].iov_len -= 1;
+        // SAFETY: as above.
+        unsafe {
+            ring.transfer(2, true, at, 7, &runs).expect("done");
+            ring.transfer(3, false, at, 8, &runs[1..]).expect("done");
+            ring.transfer(4, false, at, u64::MAX, &runs).expect("done");
+        }
+        let (most, calls) = (long - 1, ring.calls());
+        // There are answers: it neither waits nor calls.
+        ring.enter(1, None).expect("entered");
+        assert_eq!(ring.calls(), calls);
+        let expected = [(2, Ok(most)), (3, Ok(most - 1000)), (4, Err(Errno::INVAL))];
+        assert_eq!(answers(&mut ring), expected.map(|(transfer, result)| Answer::Moved { transfer, result }));
+        assert_eq!(memory[1000..1010], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+
+        ring.forget_files();
+        assert!(ring.in_memory.is_empty());
     }
 
     #[test]
