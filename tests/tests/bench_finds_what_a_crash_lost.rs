@@ -76,8 +76,7 @@ fn killed_under_load(case: &Case) {
         let is_gone = ["closed the connection", "Connection reset", "Broken pipe"];
         assert!(!ended.status.success() && is_gone.iter().any(|words| told.contains(words)), "{told}");
 
-        // The NBD server does not take the place of a dead one by itself.
-        fs::remove_file(directory.join("socket")).expect("it was left");
+        fs::remove_file(directory.join("socket")).expect("a killed daemon leaves it");
         let daemon = serve();
         let verify = ["verify", "--journal", "journal", case.target[0], case.target[1]];
         let blocks = flushed_and_right(&bench(directory, &verify).success());
