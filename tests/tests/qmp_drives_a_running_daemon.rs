@@ -8,9 +8,14 @@ use std::{
     path::Path,
 };
 
+use blk_backend::virtio::Features;
 use img_tests::{
     command::qemu_img,
     daemon::Daemon,
+    guest::{
+        Ask, GuestQueue, SharedRam,
+        vhost::{FrontEnd, Wishes},
+    },
     nbd::{self, Client, Framing},
     qmp::{Monitor, conforms},
 };
@@ -212,6 +217,82 @@ fn exports_come_and_go_and_events_tell() {
     let ended = daemon.wait();
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert!(!directory.path().join("qmp").exists());
+}
+
+/// A socket for guests comes and goes beside the NBD server, on the same disk; a guest that only reads has one beside the
+/// guest that writes.
+#[test]
+fn sockets_for_guests_come_and_go() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = serve(directory.path(), &[]);
+    let mut monitor = Monitor::negotiated(directory.path());
+    let add = |id: &str, more: Value| {
+        let mut arguments = json!({
+            "type": "vhost-user-blk", "id": id, "node-name": "disk0", "addr": {"type": "unix", "path": id},
+        });
+        arguments.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        arguments
+    };
+    for (more, error) in [
+        (json!({"num-queues": 0}), "a device has 1 to 256 queues, not 0"),
+        (json!({"num-queues": 65536}), "Parameter 'num-queues' is out of range: 65536"),
+        (json!({"logical-block-size": 513}), "a block size is a power of two from 512 to 4096, not 513"),
+        (json!({"node-name": "nobody"}), "Cannot find device='' nor node-name='nobody'"),
+        (json!({"addr": {"type": "unix", "path": "disk"}}), "Failed to bind socket to disk: there is a file"),
+        (json!({"addr": {"type": "fd", "str": "3"}}), "Parameter 'addr.type' does not accept value 'fd'"),
+    ] {
+        let found = monitor.failure("block-export-add", add("guest", more));
+        assert!(found.starts_with(error), "{found}");
+    }
+    monitor.success("block-export-add", add("guest", json!({"writable": true, "num-queues": 2})));
+    let found = monitor.failure("block-export-add", add("guest", json!({})));
+    assert_eq!(found, "Block export id 'guest' is already in use");
+    let found = monitor.failure("block-export-add", add("other", json!({"writable": true})));
+    assert!(found.contains("is written by the guest of export 'guest'"), "{found}");
+    monitor.success("block-export-add", add("other", json!({"logical-block-size": 4096})));
+    let exports = monitor.success("query-block-exports", json!({}));
+    let kinds: Vec<_> =
+        exports.as_array().unwrap().iter().map(|export| (&export["id"], &export["type"])).collect();
+    let kind = |id: &'static str, kind: &'static str| (json!(id), json!(kind));
+    let expected = [kind("disk0", "nbd"), kind("guest", "vhost-user-blk"), kind("other", "vhost-user-blk")];
+    assert!(
+        kinds.iter().zip(&expected).all(|(found, expected)| *found.0 == expected.0 && *found.1 == expected.1)
+    );
+
+    let write = |byte| Ask::Write { sector: 8, data: vec![byte; 4096] };
+    let ram = SharedRam::for_queues(2, 8);
+    let mut writer: Vec<_> = (0..2).map(|index| GuestQueue::new(&ram, index, 16, 8, true)).collect();
+    let front_end = FrontEnd::start(&directory.path().join("guest"), &ram, &writer, None, Wishes::default());
+    assert_eq!(writer[1].ask(&write(7)).status, 0);
+    let read_ram = SharedRam::for_queues(1, 8);
+    let mut reader = [GuestQueue::new(&read_ram, 0, 16, 8, true)];
+    let other = FrontEnd::start(&directory.path().join("other"), &read_ram, &reader, None, Wishes::default());
+    assert!(other.features.has(Features::RO) && !front_end.features.has(Features::RO));
+    assert_eq!(reader[0].read(8, 8), [7; 4096]);
+    assert_ne!(reader[0].ask(&write(8)).status, 0, "it is read-only");
+    let socket = directory.path().join("socket");
+    let mut client = Client::connect(&socket, "", Framing::Structured, &[]).unwrap();
+    assert_eq!(client.call(nbd::command::READ, 0, 4096, 4096, &[]).unwrap().data, [7; 4096]);
+
+    assert_eq!(monitor.failure("block-export-del", json!({"id": "guest"})), "export 'guest' still in use");
+    monitor.success("block-export-del", json!({"id": "guest", "mode": "hard"}));
+    assert_eq!(monitor.events.remove(0)["data"], json!({"id": "guest"}));
+    assert!(!directory.path().join("guest").exists());
+    drop(front_end);
+    // The place of the writer is free, and so is its name.
+    monitor.success("block-export-add", add("guest", json!({"writable": true})));
+    let ram = SharedRam::for_queues(1, 8);
+    let mut writer = [GuestQueue::new(&ram, 0, 16, 8, true)];
+    let front_end = FrontEnd::start(&directory.path().join("guest"), &ram, &writer, None, Wishes::default());
+    assert_eq!(writer[0].read(8, 8), [7; 4096]);
+    assert_eq!(writer[0].ask(&Ask::Flush).status, 0);
+    // What is connected when the daemon ends is drained, not waited for.
+    monitor.success("quit", json!({}));
+    let ended = daemon.wait();
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(!directory.path().join("guest").exists() && !directory.path().join("other").exists());
+    drop((front_end, other));
+    qemu_img(directory.path(), ["check", "-f", "qcow2", "disk"]).output().success();
 }
 
 #[test]

@@ -57,14 +57,9 @@ impl ControlArgs {
 }
 
 impl Controls {
-    /// Serves until a signal or a client of QMP ends the daemon. Then commands end, `stop` ends what serves the disks,
+    /// Serves until a signal or a client of QMP ends the daemon. Then commands end, and all that serves the disks;
     /// they are flushed and closed, and the log says what was done.
-    pub(crate) fn serve_until_end(
-        self,
-        daemon: &Daemon,
-        asked: &PipeReader,
-        stop: impl FnOnce(),
-    ) -> Result<(), Failure> {
+    pub(crate) fn serve_until_end(self, daemon: &Daemon, asked: &PipeReader) -> Result<(), Failure> {
         loop {
             let end_requested = daemon.end_requested();
             let mut fds = [
@@ -78,8 +73,7 @@ impl Controls {
             }
         }
         drop(self.qmp);
-        stop();
-        daemon.stop_server();
+        daemon.stop_serving();
         let mut closed = Ok(());
         for (name, disk) in daemon.disks() {
             if let Err(error) = disk.close() {

@@ -83,6 +83,6 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     let controls = args.control.start(&daemon)?;
     writeln!(out, "listening on {address}")?;
     out.flush()?;
-    controls.serve_until_end(&daemon, &asked_to_end, || {})?;
+    controls.serve_until_end(&daemon, &asked_to_end)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -3,7 +3,7 @@
 use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc};
 
 use blk_backend::{
-    control::{Daemon, ExportKind},
+    control::Daemon,
     disk::Disk,
     nbd::{Log, ServerOptions},
     vhost_user::{Listening, Server, Told},
@@ -91,37 +91,38 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     // First of all, so that no signal is too early.
     let asked_to_end = signals::on_termination()?;
     let log: Log = Arc::new(super::warn);
-    let daemon = Daemon::new(ServerOptions::default(), Arc::clone(&log))?;
+    let options = ServerOptions { lane: args.device.engine.lane_options(), ..ServerOptions::default() };
+    let daemon = Daemon::new(options, Arc::clone(&log))?;
     let mut devices = Vec::new();
     for (index, args) in std::iter::once(&args.device).chain(&args.more).enumerate() {
         let (disk, device) = open(args)?;
         let name = args.node_name.clone().unwrap_or_else(|| format!("disk{index}"));
         daemon.add_node(&name, &disk, args.disk.cache)?;
-        daemon.add_export(&name, ExportKind::VhostUserBlk, &name)?;
         let failed = |error| Failure::new(format_args!("{}: {error}", args.socket.display()));
-        devices.push((device, Listening::at(&args.socket).map_err(failed)?, &args.socket));
+        devices.push((name, device, Listening::at(&args.socket).map_err(failed)?, &args.socket));
     }
     args.control.remove_stale_sockets()?;
     let disks = daemon.disks();
-    let sockets = devices.iter().map(|(_, _, socket)| socket.as_path());
+    let sockets = devices.iter().map(|(.., socket)| socket.as_path());
     args.sandbox.enter(disks.iter().map(|(_, disk)| &**disk), args.control.socket_paths().chain(sockets))?;
     for args in std::iter::once(&args.device).chain(&args.more) {
         args.engine.announce()?;
     }
     let told: Told = log;
-    let mut servers = Vec::new();
-    for (device, listening, socket) in devices {
+    let mut paths = Vec::new();
+    for (name, device, listening, socket) in devices {
         let server = Server::serve(device, listening, Arc::clone(&told))
             .map_err(|error| Failure::new(format_args!("{}: {error}", socket.display())))?;
-        servers.push(server);
+        paths.push(server.path().to_owned());
+        daemon.adopt_device(server, &name, &name)?;
     }
     let controls = args.control.start(&daemon)?;
     // Who reads this finds the control socket as well.
-    for server in &servers {
-        writeln!(out, "listening on {}", server.path().display())?;
+    for path in &paths {
+        writeln!(out, "listening on {}", path.display())?;
     }
     out.flush()?;
-    controls.serve_until_end(&daemon, &asked_to_end, || servers.into_iter().for_each(Server::stop))?;
+    controls.serve_until_end(&daemon, &asked_to_end)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -131,6 +132,7 @@ fn open(args: &DeviceArgs) -> Result<(Arc<Disk>, Arc<Device>), Failure> {
         queues: args.queues,
         serial: args.serial.clone(),
         block_bytes: args.block_size,
+        read_only: args.disk.read_only,
         poll: args.engine.poll,
         engine: args.engine.engine,
         ..DeviceOptions::default()

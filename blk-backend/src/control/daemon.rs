@@ -27,24 +27,24 @@ use super::{
 use crate::{
     disk::Disk,
     nbd::{Export, Log, Server, ServerOptions},
+    vhost_user,
 };
 
-/// The way in which an export is offered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExportKind {
-    /// By the NBD server.
-    Nbd,
-    /// By a vhost-user socket; it lives as long as the daemon.
-    VhostUserBlk,
+/// What offers an export.
+#[derive(Clone, Debug)]
+pub(super) enum Offered {
+    /// The NBD server.
+    Nbd(Arc<Export>),
+    /// A vhost-user socket of its own.
+    VhostUserBlk(Arc<vhost_user::Server>),
 }
 
-impl ExportKind {
+impl Offered {
     /// QEMU's name of the type.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
+    pub(super) const fn kind(&self) -> &'static str {
         match self {
-            Self::Nbd => "nbd",
-            Self::VhostUserBlk => "vhost-user-blk",
+            Self::Nbd(_) => "nbd",
+            Self::VhostUserBlk(_) => "vhost-user-blk",
         }
     }
 }
@@ -53,10 +53,8 @@ impl ExportKind {
 #[derive(Clone, Debug)]
 pub(super) struct BlockExport {
     pub(super) id: String,
-    pub(super) kind: ExportKind,
     pub(super) node: String,
-    /// Where the NBD server offers it.
-    pub(super) nbd: Option<Arc<Export>>,
+    pub(super) offered: Offered,
     pub(super) shutting_down: bool,
 }
 
@@ -71,7 +69,7 @@ pub struct Daemon {
     ending: AtomicBool,
     /// Readable when the daemon is to end.
     end: OwnedFd,
-    /// How NBD servers are run that clients of the control socket start.
+    /// How NBD servers are run that clients of the control socket start, and lanes of exports that they add.
     pub(super) server_options: ServerOptions,
     pub(super) log: Log,
 }
@@ -108,18 +106,13 @@ impl Daemon {
         self.nodes.add(name, disk, cache)
     }
 
-    /// Tells of an export that somebody else offers, for as long as the daemon lives.
+    /// Takes over a vhost-user socket that offers `node` under the id `id`.
     ///
     /// # Errors
     /// [`img_core::Error::Invalid`] when the id is taken.
-    pub fn add_export(&self, id: &str, kind: ExportKind, node: &str) -> img_core::Result<()> {
-        self.register(BlockExport {
-            id: id.to_owned(),
-            kind,
-            node: node.to_owned(),
-            nbd: None,
-            shutting_down: false,
-        })
+    pub fn adopt_device(&self, server: vhost_user::Server, id: &str, node: &str) -> img_core::Result<()> {
+        let _one = self.change();
+        self.register(id, node, Offered::VhostUserBlk(Arc::new(server)))
     }
 
     /// Takes over an NBD server that offers `export` of `node` under the id `id`.
@@ -135,13 +128,7 @@ impl Daemon {
     ) -> img_core::Result<()> {
         let _one = self.change();
         *lock(&self.server) = Some(Arc::new(server));
-        self.register(BlockExport {
-            id: id.to_owned(),
-            kind: ExportKind::Nbd,
-            node: node.to_owned(),
-            nbd: Some(export),
-            shutting_down: false,
-        })
+        self.register(id, node, Offered::Nbd(export))
     }
 
     /// A descriptor that becomes readable when the daemon is asked to end.
@@ -150,8 +137,19 @@ impl Daemon {
         self.end.as_fd()
     }
 
+    /// Stops all that serves disks, in good order.
+    pub fn stop_serving(&self) {
+        let exports = std::mem::take(&mut *lock(&self.exports));
+        for export in exports {
+            if let Offered::VhostUserBlk(server) = export.offered {
+                server.finish();
+            }
+        }
+        self.stop_server();
+    }
+
     /// Stops the NBD server, in good order.
-    pub fn stop_server(&self) {
+    pub(super) fn stop_server(&self) {
         let server = lock(&self.server).take();
         if let Some(server) = server {
             server.stop();
@@ -192,15 +190,13 @@ impl Daemon {
         lock(&self.exports).clone()
     }
 
-    pub(super) fn register(&self, export: BlockExport) -> img_core::Result<()> {
+    pub(super) fn register(&self, id: &str, node: &str, offered: Offered) -> img_core::Result<()> {
         let mut exports = lock(&self.exports);
-        if exports.iter().any(|known| known.id == export.id) {
-            return Err(img_core::Error::Invalid(format!(
-                "Block export id '{}' is already in use",
-                export.id
-            )));
+        if exports.iter().any(|known| known.id == id) {
+            return Err(img_core::Error::Invalid(format!("Block export id '{id}' is already in use")));
         }
-        exports.push(export);
+        let (id, node) = (id.to_owned(), node.to_owned());
+        exports.push(BlockExport { id, node, offered, shutting_down: false });
         Ok(())
     }
 

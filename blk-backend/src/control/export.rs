@@ -7,12 +7,16 @@ use serde_json::{Value, json};
 
 use super::{
     command::{Arguments, Command, CommandError, Event, NOTHING, Outcome, command},
-    daemon::{BlockExport, Daemon, ExportKind},
+    daemon::{BlockExport, Daemon, Offered},
     nodes::Node,
     service::Service as _,
     shape::{Shape, Union, optional, required},
 };
-use crate::nbd::{Export, ExportOptions, ListenAddress, Server, ServerOptions};
+use crate::{
+    nbd::{Export, ExportOptions, ListenAddress, Server, ServerOptions},
+    vhost_user::{self, Listening},
+    virtio::{Device, DeviceOptions},
+};
 
 pub(super) static COMMANDS: &[Command<Daemon>] = &[
     command("query-block-exports", NOTHING, EXPORT_LIST, query_exports),
@@ -43,21 +47,38 @@ const EXPORT_LIST: Shape = Shape::List(&Shape::Object(&[
 
 const ADD_ARGUMENTS: Shape = Shape::Union(&Union {
     members: &[
-        required("type", Shape::Choice(&["nbd"])),
+        required("type", Shape::Choice(&["nbd", "vhost-user-blk"])),
         required("id", Shape::Text),
         required("node-name", Shape::Text),
         optional("writable", Shape::Switch),
     ],
     tag: "type",
-    cases: &[(
-        "nbd",
-        &[
-            optional("name", Shape::Text),
-            optional("description", Shape::Text),
-            optional("bitmaps", Shape::List(&Shape::Text)),
-            optional("allocation-depth", Shape::Switch),
-        ],
-    )],
+    cases: &[
+        (
+            "nbd",
+            &[
+                optional("name", Shape::Text),
+                optional("description", Shape::Text),
+                optional("bitmaps", Shape::List(&Shape::Text)),
+                optional("allocation-depth", Shape::Switch),
+            ],
+        ),
+        (
+            "vhost-user-blk",
+            &[
+                required("addr", DEVICE_ADDRESS),
+                optional("logical-block-size", Shape::Integer),
+                optional("num-queues", Shape::Integer),
+            ],
+        ),
+    ],
+});
+
+/// Where front ends connect.
+const DEVICE_ADDRESS: Shape = Shape::Union(&Union {
+    members: &[required("type", Shape::Choice(&["unix"]))],
+    tag: "type",
+    cases: &[("unix", &[required("path", Shape::Text)])],
 });
 
 const DEL_ARGUMENTS: Shape = Shape::Object(&[required("id", Shape::Text), optional("mode", REMOVE_MODE)]);
@@ -89,7 +110,7 @@ fn query_exports(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
     let entry = |export: BlockExport| {
         json!({
             "id": export.id,
-            "type": export.kind.name(),
+            "type": export.offered.kind(),
             "node-name": export.node,
             "shutting-down": export.shutting_down,
         })
@@ -105,6 +126,9 @@ fn add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
     if writable && node.disk.is_read_only() {
         return Err(CommandError::new(format!("Block node '{node_name}' is read-only")));
     }
+    if arguments.text("type") == "vhost-user-blk" {
+        return offer_device(daemon, &node, arguments, writable);
+    }
     let options = ExportOptions {
         name: arguments.maybe_text("name").unwrap_or(node_name).to_owned(),
         description: arguments.text("description").to_owned(),
@@ -117,22 +141,62 @@ fn add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
 
 /// The caller is the one that changes exports.
 fn offer(daemon: &Daemon, node: &Node, id: &str, options: ExportOptions) -> Outcome {
+    check_id(daemon, id)?;
+    let server = daemon.server().ok_or_else(|| CommandError::new("NBD server not running"))?;
+    let export = server.add(Export::new(Arc::clone(&node.disk), options)?)?;
+    daemon.register(id, &node.name, Offered::Nbd(export))?;
+    Ok(json!({}))
+}
+
+fn check_id(daemon: &Daemon, id: &str) -> Result<(), CommandError> {
     if id.is_empty() {
         return Err(CommandError::new("Invalid block export id"));
     }
     if daemon.exports().iter().any(|known| known.id == id) {
         return Err(CommandError::new(format!("Block export id '{id}' is already in use")));
     }
-    let server = daemon.server().ok_or_else(|| CommandError::new("NBD server not running"))?;
-    let export = server.add(Export::new(Arc::clone(&node.disk), options)?)?;
-    daemon.register(BlockExport {
-        id: id.to_owned(),
-        kind: ExportKind::Nbd,
-        node: node.name.clone(),
-        nbd: Some(export),
-        shutting_down: false,
-    })?;
+    Ok(())
+}
+
+/// A vhost-user socket. The caller is the one that changes exports.
+fn offer_device(daemon: &Daemon, node: &Node, arguments: &Arguments<'_>, writable: bool) -> Outcome {
+    let id = arguments.text("id");
+    check_id(daemon, id)?;
+    // What a guest wrote and did not flush is noted in the memory of one front end, and found there by the next daemon.
+    let writes = |export: &BlockExport| {
+        let Offered::VhostUserBlk(server) = &export.offered else { return false };
+        export.node == node.name && !server.device().is_read_only()
+    };
+    if writable && let Some(other) = daemon.exports().into_iter().find(writes) {
+        let (node, other) = (&node.name, other.id);
+        return Err(CommandError::new(format!(
+            "Block node '{node}' is written by the guest of export '{other}': a second one can be read-only"
+        )));
+    }
+    let lane = daemon.server_options.lane;
+    let default = DeviceOptions::default();
+    let options = DeviceOptions {
+        queues: number(arguments, "num-queues", default.queues)?,
+        block_bytes: number(arguments, "logical-block-size", default.block_bytes)?,
+        read_only: !writable,
+        poll: lane.poll,
+        engine: lane.engine,
+        ..default
+    };
+    let device = Device::new(&node.disk, &options).map_err(|error| CommandError::new(error.to_string()))?;
+    let path = arguments.object("addr").expect("it was checked").text("path");
+    let failed = |error| CommandError::new(format!("Failed to bind socket to {path}: {error}"));
+    let listening = Listening::at(path.as_ref()).map_err(failed)?;
+    let server = vhost_user::Server::serve(device, listening, Arc::clone(&daemon.log)).map_err(failed)?;
+    daemon.register(id, &node.name, Offered::VhostUserBlk(Arc::new(server)))?;
     Ok(json!({}))
+}
+
+/// A number of the type that an option has; `default` where it was left out.
+fn number<T: TryFrom<u64>>(arguments: &Arguments<'_>, name: &str, default: T) -> Result<T, CommandError> {
+    let Some(value) = arguments.0.get(name) else { return Ok(default) };
+    let number = value.as_u64().and_then(|number| T::try_from(number).ok());
+    number.ok_or_else(|| CommandError::new(format!("Parameter '{name}' is out of range: {value}")))
 }
 
 fn del(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
@@ -145,14 +209,23 @@ fn del(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
 
 /// The caller is the one that changes exports.
 fn withdraw(daemon: &Daemon, export: &BlockExport, by_force: bool) -> Outcome {
-    let (Some(nbd), Some(server)) = (&export.nbd, daemon.server()) else {
-        let (id, kind) = (&export.id, export.kind.name());
-        return Err(CommandError::new(format!("Export '{id}' of type '{kind}' lives as long as the daemon")));
-    };
     daemon.set_shutting_down(&export.id, true);
-    if let Err(error) = server.remove(nbd, by_force) {
+    let removed = match &export.offered {
+        Offered::Nbd(nbd) => match daemon.server() {
+            Some(server) => server.remove(nbd, by_force).map_err(CommandError::from),
+            None => Ok(()),
+        },
+        Offered::VhostUserBlk(server) if !by_force && server.is_connected() => {
+            Err(CommandError::new(format!("export '{}' still in use", export.id)))
+        }
+        Offered::VhostUserBlk(server) => {
+            server.finish();
+            Ok(())
+        }
+    };
+    if let Err(error) = removed {
         daemon.set_shutting_down(&export.id, false);
-        return Err(error.into());
+        return Err(error);
     }
     daemon.unregister(&export.id);
     daemon.subscribers().emit(EXPORT_DELETED, Some(json!({"id": export.id})));
@@ -201,7 +274,8 @@ fn server_stop(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
     if daemon.server().is_none() {
         return Err(CommandError::new("NBD server not running"));
     }
-    for export in daemon.exports().iter().filter(|export| export.nbd.is_some()) {
+    let is_nbd = |export: &&BlockExport| matches!(export.offered, Offered::Nbd(_));
+    for export in daemon.exports().iter().filter(is_nbd) {
         withdraw(daemon, export, true)?;
     }
     daemon.stop_server();
@@ -227,7 +301,7 @@ fn server_add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
 fn server_remove(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
     let _one = daemon.change();
     let name = arguments.text("name");
-    let by_name = |export: &BlockExport| export.nbd.as_ref().is_some_and(|nbd| nbd.name() == name);
+    let by_name = |export: &BlockExport| matches!(&export.offered, Offered::Nbd(nbd) if nbd.name() == name);
     let found = daemon.exports().into_iter().find(by_name);
     let export = found.ok_or_else(|| CommandError::new(format!("Export '{name}' is not found")))?;
     withdraw(daemon, &export, arguments.maybe_text("mode") == Some("hard"))

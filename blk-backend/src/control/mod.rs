@@ -25,7 +25,7 @@ mod shape;
 
 pub use block::Block;
 pub use command::{Arguments, Command, CommandError, Event, NOTHING, Outcome, command};
-pub use daemon::{Daemon, ExportKind};
+pub use daemon::Daemon;
 pub use general::General;
 pub use listen::{ControlAddress, remove_stale_socket};
 pub use metrics::{Metrics, summary};

@@ -32,10 +32,11 @@ pub type Told = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A device on a socket, served by a thread. Dropped, it drains and stops.
 pub struct Server {
+    device: Arc<Device>,
     path: PathBuf,
     stop: Arc<OwnedFd>,
     connection: Connection,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// The connection there is, to be shut down under a front end that stops in the middle of a message.
@@ -65,7 +66,7 @@ impl Server {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let connection = Connection::default();
         let door = Door {
-            device,
+            device: Arc::clone(&device),
             listener,
             stop: Arc::clone(&stop),
             connection: Arc::clone(&connection),
@@ -73,7 +74,7 @@ impl Server {
             tell,
         };
         let thread = std::thread::Builder::new().name("vhost-user".to_owned()).spawn(move || door.serve())?;
-        Ok(Self { path, stop, connection, thread: Some(thread) })
+        Ok(Self { device, path, stop, connection, thread: Mutex::new(Some(thread)) })
     }
 
     /// Where it listens.
@@ -82,13 +83,26 @@ impl Server {
         &self.path
     }
 
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Whether a front end is there.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Ends the connection there is, once its requests have ended, and listens no more.
-    pub fn stop(mut self) {
+    pub fn stop(self) {
         self.finish();
     }
 
-    fn finish(&mut self) {
-        let Some(thread) = self.thread.take() else { return };
+    /// [`Self::stop`] for one that is shared: it serves nobody afterwards.
+    pub(crate) fn finish(&self) {
+        let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
         rustix::io::write(&self.stop, &1u64.to_ne_bytes()).expect("an eventfd that is written once");
         if let Some(connection) = &*self.connection.lock().unwrap_or_else(PoisonError::into_inner) {
             // It may be shut down already.

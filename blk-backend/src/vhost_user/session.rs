@@ -238,11 +238,15 @@ impl Session {
             Ok(count) => (self.tell)(&format!("{count} changes of a device that died were done again")),
             Err(error) => (self.tell)(&error.to_string()),
         }
+        self.inflight = Some(region);
+        if self.device.is_read_only() {
+            // Its guest changes nothing, and what another one's does is noted elsewhere.
+            return;
+        }
         if let Err(error) = disk.keep_change_log(Some(Arc::clone(&redo) as Arc<dyn ChangeLog>)) {
             (self.tell)(&format!("changes are not noted for a device to come: {error}"));
         }
         self.redo = Some(redo);
-        self.inflight = Some(region);
     }
 
     fn index(&self, index: u8) -> Result<u16> {

@@ -40,6 +40,8 @@ pub struct DeviceOptions {
     pub serial: String,
     /// The guest's block size; a power of two, 512 to 4096.
     pub block_bytes: u32,
+    /// Refuse changes, also where the disk takes them.
+    pub read_only: bool,
     /// How long a queue looks for new requests before it sleeps.
     pub poll: Poll,
     /// What its queues stand on.
@@ -57,6 +59,7 @@ impl Default for DeviceOptions {
             queues: 1,
             serial: String::from("blk-backend"),
             block_bytes: 512,
+            read_only: false,
             poll: Poll::Off,
             engine: EngineChoice::Auto,
             on_read_error: OnError::Report,
@@ -112,6 +115,7 @@ pub struct Device {
     queues: u16,
     id: [u8; ID_BYTES],
     block_bytes: u32,
+    read_only: bool,
     poll: Poll,
     engine: EngineChoice,
     /// As the disk told last; a request never waits for it.
@@ -156,6 +160,7 @@ impl Device {
             queues: options.queues,
             id,
             block_bytes: options.block_bytes,
+            read_only: options.read_only || disk.is_read_only(),
             poll: options.poll,
             on_read_error: options.on_read_error,
             on_write_error: options.on_write_error,
@@ -199,6 +204,12 @@ impl Device {
         &self.disk
     }
 
+    /// Whether changes are refused.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
     /// Request queues.
     #[must_use]
     pub fn queues(&self) -> u16 {
@@ -217,7 +228,7 @@ impl Device {
         if self.queues > 1 {
             offered = offered.with(Features::MQ);
         }
-        if self.disk.is_read_only() {
+        if self.read_only {
             // Nothing is cached, and nothing can be changed.
             let changes = Features::DISCARD.with(Features::WRITE_ZEROES).with(Features::CONFIG_WCE);
             offered = offered.with(Features::RO).without(changes);
@@ -295,7 +306,7 @@ impl Device {
     /// [`DeviceError::Config`].
     pub fn write_config(&self, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
         match bytes {
-            [mode @ (0 | 1)] if offset == WRITEBACK_AT_BYTES as u64 && !self.disk.is_read_only() => {
+            [mode @ (0 | 1)] if offset == WRITEBACK_AT_BYTES as u64 && !self.read_only => {
                 self.writeback.store(*mode == 1, SeqCst);
                 Ok(())
             }
@@ -315,7 +326,7 @@ impl Device {
         DiskShape {
             size_bytes: self.size_bytes.load(SeqCst),
             block_bytes: self.block_bytes,
-            read_only: self.disk.is_read_only(),
+            read_only: self.read_only,
         }
     }
 

@@ -10,12 +10,14 @@ mod nbd;
 mod ring;
 mod script;
 mod targets;
+mod vhost_user;
 mod vmdk;
 
 pub use machine::machine;
 pub use nbd::nbd;
 pub use ring::ring;
 pub use targets::{check, map, open, read, repair, write};
+pub use vhost_user::vhost_user;
 pub use vmdk::vmdk;
 
 use crate::pattern::Random;
@@ -24,7 +26,7 @@ use crate::pattern::Random;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("open", open),
     ("map", map),
     ("read", read),
@@ -35,6 +37,7 @@ pub const TARGETS: [Target; 10] = [
     ("vmdk", vmdk),
     ("ring", ring),
     ("machine", machine),
+    ("vhost_user", vhost_user),
 ];
 
 /// The `index`th random input: the length varies, and small numbers are common, as they are in scripts.
