@@ -17,6 +17,7 @@ pub mod image;
 pub mod job;
 pub mod limits;
 pub mod storage;
+mod sync;
 pub mod text;
 mod zeroes;
 

@@ -6,13 +6,13 @@
 use std::{
     fmt,
     ops::Range,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, OnceLock},
 };
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
 
 /// What is known of a dirty bitmap that an image keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]

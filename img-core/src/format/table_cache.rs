@@ -13,13 +13,17 @@ use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     io::IoSlice,
     ops::Range,
+    sync::{Arc, PoisonError},
+};
+
+use crate::{
+    Result,
+    storage::Storage,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, Ordering},
     },
 };
-
-use crate::{Result, storage::Storage};
 
 /// Shards of a cache: more than the threads that look tables up at once.
 const SHARDS: usize = 16;

@@ -10,7 +10,7 @@
 use std::{
     fmt,
     ops::Range,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError},
 };
 
 use super::Image;
@@ -18,6 +18,7 @@ use crate::{
     Result,
     format::{HostFile, LayerWriter, Mapping},
     storage::Identity,
+    sync::RwLock,
 };
 
 /// A change of the map.

@@ -1,11 +1,10 @@
 //! Letting requests through, and holding them back while the whole image changes.
 
-use std::{
-    sync::{
-        Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering, fence},
-    },
-    task::Waker,
+use std::{sync::PoisonError, task::Waker};
+
+use crate::sync::{
+    Condvar, Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicU64, Ordering, fence},
 };
 
 /// Set while someone wants the image alone.

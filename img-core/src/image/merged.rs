@@ -8,16 +8,17 @@
 use std::{
     collections::HashMap,
     ops::Range,
-    sync::{
-        Arc, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError},
 };
 
 use super::ImageExtent;
 use crate::{
     Result,
     format::{Extent, Layer, Place},
+    sync::{
+        RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// How many extents are kept over all windows: 64 bytes each, so 8 MiB.

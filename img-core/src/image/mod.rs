@@ -35,10 +35,7 @@ pub use path::{full_backing_name, protocol};
 pub use plane::{Commit, Ticket, WriteTicket};
 pub(crate) use read::decode as decode_unit;
 
-use std::{
-    ops::Range,
-    sync::{Arc, Mutex},
-};
+use std::{ops::Range, sync::Arc};
 
 use change_log::Noted;
 use codec::DecodedUnits;
@@ -50,6 +47,7 @@ use crate::{
     Error, Result,
     format::{CheckReport, Extent, Finding, HostFile, Layer, Lease, Place, Repair},
     storage::{DetectZeroes, Storage},
+    sync::Mutex,
     text,
 };
 

@@ -10,10 +10,7 @@
 //! 3. **the old clusters**, of the directory and of the bitmaps replaced, are given up; they are counted down
 //!    by the next drain.
 
-use std::{
-    ops::Range,
-    sync::{Arc, atomic::AtomicU64},
-};
+use std::{ops::Range, sync::Arc};
 
 use super::{
     alloc::{Freed, State},
@@ -31,6 +28,7 @@ use super::{
 use crate::{
     Error, Result,
     format::{DirtyMap, Layer, NewBitmap},
+    sync::atomic::AtomicU64,
 };
 
 /// Table entry: the cluster has no place, and all its bits are set.

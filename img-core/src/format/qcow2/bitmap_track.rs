@@ -9,13 +9,7 @@
 //! What cannot be kept stays marked: a bitmap that was marked before or cannot be read, and those that would
 //! take more memory than [`MAX_MAP_BYTES`](crate::format::MAX_MAP_BYTES) together.
 
-use std::{
-    ops::Range,
-    sync::{
-        PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{ops::Range, sync::PoisonError};
 
 use super::{
     alloc::State,
@@ -25,6 +19,10 @@ use super::{
 use crate::{
     Error, Result,
     format::{BitmapInfo, Bitmaps, DirtyMap, Layer, NewBitmap},
+    sync::{
+        RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// The bitmaps in memory.
@@ -54,11 +52,11 @@ enum Concerned {
 }
 
 impl Tracking {
-    fn read(&self) -> std::sync::RwLockReadGuard<'_, Vec<Tracked>> {
+    fn read(&self) -> crate::sync::RwLockReadGuard<'_, Vec<Tracked>> {
         self.maps.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Vec<Tracked>> {
+    fn write(&self) -> crate::sync::RwLockWriteGuard<'_, Vec<Tracked>> {
         self.maps.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -36,7 +36,7 @@
 //! refcount table, which is written outside of drains, waits until there is none ([`State::stalled`]), and so do
 //! changes of the whole image, which drain with the state held.
 
-use std::{collections::HashSet, mem, ops::Range, sync::MutexGuard};
+use std::{collections::HashSet, mem, ops::Range};
 
 use super::{
     alloc::{Freed, State},
@@ -51,6 +51,7 @@ use crate::{
         table_cache::{Changes, lock_wait},
     },
     storage::Flush,
+    sync::MutexGuard,
 };
 
 /// What of the tables a drain writes.

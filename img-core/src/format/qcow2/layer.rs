@@ -4,10 +4,7 @@ use std::{
     fmt,
     ops::Range,
     path::Path,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, OnceLock, PoisonError, TryLockError},
 };
 
 use serde_json::Value;
@@ -32,6 +29,10 @@ use crate::{
         table_cache::{SliceCache, lock},
     },
     storage::{Flush, Storage},
+    sync::{
+        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 /// An opened image.

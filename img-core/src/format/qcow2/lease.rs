@@ -5,12 +5,13 @@
 //! of an epoch ([`Epochs::close`]) and is released when no pin of that epoch or an earlier one is left
 //! ([`Epochs::all_gone`]).
 
-use std::sync::{
-    Condvar, Mutex,
-    atomic::{AtomicU64, Ordering},
+use crate::{
+    format::table_cache::{lock, lock_wait},
+    sync::{
+        Condvar, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
-
-use crate::format::table_cache::{lock, lock_wait};
 
 /// Epochs whose pins are counted apart. When the oldest of them is still pinned, an epoch lasts longer.
 const SLOTS: usize = 8;

@@ -5,13 +5,7 @@
 //! more, it reads the whole into a buffer of its own, so that it neither thrashes the cache nor asks the
 //! host 16 times, and lays the cached slices, which may be newer than the file, over it.
 
-use std::{
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{ops::Range, sync::Arc};
 
 use super::{
     entry::{COMPRESSED, COPIED, Cluster, L1Entry, L2Entry, OFFSET_MASK, like_the_first},
@@ -21,6 +15,7 @@ use crate::{
     Error, Result,
     format::{Codec, Extent, HostFile, HostOffset, Place, table_cache::SliceCache},
     storage::Storage,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// The external data file among a layer's files.

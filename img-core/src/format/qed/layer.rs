@@ -4,10 +4,7 @@ use std::{
     fmt,
     ops::Range,
     path::Path,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError},
 };
 
 use serde_json::Value;
@@ -27,6 +24,10 @@ use crate::{
         table_cache::{SliceCache, lock},
     },
     storage::{Flush, Storage},
+    sync::{
+        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 /// Tables are cached in pieces of this size.

@@ -3,13 +3,7 @@
 //! A place that an entry named as data stays the guest cluster's own for good: nothing in this format frees a
 //! cluster. So answers need no lease, and lookups take only the short locks of the caches.
 
-use std::{
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{ops::Range, sync::Arc};
 
 use super::{
     geometry::Geometry,
@@ -19,6 +13,7 @@ use crate::{
     Error, Result,
     format::{Extent, HostFile, HostOffset, Place, table_cache::SliceCache},
     storage::Storage,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// A walk over at least this much of a table reads it in large pieces, past the cache.

@@ -1,12 +1,6 @@
 //! An opened raw image, or a window of one.
 
-use std::{
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{ops::Range, sync::Arc};
 
 use serde_json::Value;
 
@@ -15,6 +9,7 @@ use crate::{
     Error, Result,
     format::{Backing, Driver, Extent, HostFile, HostOffset, Layer, LayerWriter, OpenMode, OptionSet, Place},
     storage::{Storage, window_bytes},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// A raw image: guest byte `g` stands at `start_bytes + g`.

@@ -1,14 +1,6 @@
 //! An opened VMDK: its extents one behind the other, and the [`Layer`] that the rest of the library sees.
 
-use std::{
-    fmt,
-    ops::Range,
-    path::Path,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::{fmt, ops::Range, path::Path, sync::Arc};
 
 use serde_json::Value;
 
@@ -20,6 +12,10 @@ use crate::{
         LayerWriter, OpenMode, Place, Repair, table_cache::lock,
     },
     storage::Storage,
+    sync::{
+        Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// A part of the disk.

@@ -6,10 +6,7 @@
 use std::{
     collections::BTreeMap,
     ops::Range,
-    sync::{
-        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError},
 };
 
 use super::{
@@ -20,6 +17,10 @@ use crate::{
     Error, Result,
     format::{Codec, Extent, HostFile, HostOffset, Place, table_cache::SliceCache},
     storage::Storage,
+    sync::{
+        RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// Bytes of tables that are kept, clean: enough for the tables of 4 GiB of disk at once.

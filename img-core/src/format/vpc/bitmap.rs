@@ -8,11 +8,16 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
-    sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::PoisonError,
 };
 
 use super::geometry::SECTOR_BYTES;
-use crate::{Result, format::table_cache::lock, storage::Storage};
+use crate::{
+    Result,
+    format::table_cache::lock,
+    storage::Storage,
+    sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
 
 /// Bitmaps that are kept in memory without need.
 const KEPT_BYTES: usize = 8 << 20;

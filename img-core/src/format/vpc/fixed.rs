@@ -3,7 +3,7 @@
 use std::{
     fmt,
     ops::Range,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{Arc, atomic::Ordering},
 };
 
 use serde_json::Value;
@@ -22,6 +22,7 @@ use crate::{
         PreparedWrite, Repair, WriteStep, WriteToken, raw::RawLayer, table_cache::lock,
     },
     storage::{Flush, Preallocation, Storage},
+    sync::Mutex,
 };
 
 /// An opened image: a raw disk, and the footer behind it.

@@ -5,10 +5,7 @@ use std::{
     fmt,
     ops::Range,
     path::Path,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError},
 };
 
 use serde_json::Value;
@@ -30,6 +27,10 @@ use crate::{
         table_cache::lock,
     },
     storage::{Flush, Storage},
+    sync::{
+        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 /// An opened image.

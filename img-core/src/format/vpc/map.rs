@@ -1,9 +1,6 @@
 //! Where guest bytes live: the block allocation table, held in memory, and the sector bitmaps.
 
-use std::{
-    ops::Range,
-    sync::{PoisonError, RwLock},
-};
+use std::{ops::Range, sync::PoisonError};
 
 use super::{
     bitmap::{Run, SectorBitmaps, sectors},
@@ -14,6 +11,7 @@ use crate::{
     Result,
     format::{Extent, HostFile, HostOffset, Place},
     storage::Storage,
+    sync::RwLock,
 };
 
 /// The table is read in pieces of this size.
