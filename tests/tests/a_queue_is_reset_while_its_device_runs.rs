@@ -32,7 +32,8 @@ const DOORBELLS: u64 = 0x3000;
 const NEEDS_RESET: u8 = 0x40;
 /// Version 1 and reset of queues, in the upper word of features.
 const WANTED: u32 = 1 | 1 << 8;
-const SECTOR: usize = 512;
+const SECTOR_BYTES: u32 = 512;
+const SECTOR: usize = SECTOR_BYTES as usize;
 const QUEUES: u16 = 2;
 
 struct Driver(Hardware, Arc<Rules>);
@@ -70,7 +71,7 @@ impl Driver {
         let request = (u128::from(number) << 64).to_le_bytes();
         memory.write_slice(&request, GuestAddress(header)).expect("inside");
         memory.write_slice(&[0xFF], GuestAddress(status)).expect("inside");
-        queue.add(&[range(header, 16)], &[range(data, SECTOR as u32), range(status, 1)]).expect("room");
+        queue.add(&[range(header, 16)], &[range(data, SECTOR_BYTES), range(status, 1)]).expect("room");
         if queue.publish() {
             self.write(DOORBELLS + u64::from(index) * 4, &index.to_le_bytes());
         }
