@@ -225,7 +225,7 @@ fn exports_come_and_go_and_events_tell() {
 fn sockets_for_guests_come_and_go() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = serve(directory.path(), &[]);
-    let mut monitor = Monitor::negotiated(directory.path());
+    let mut monitor = Monitor::negotiated(&directory.path().join("qmp"));
     let add = |id: &str, more: Value| {
         let mut arguments = json!({
             "type": "vhost-user-blk", "id": id, "node-name": "disk0", "addr": {"type": "unix", "path": id},
