@@ -111,7 +111,8 @@ fn long_option<'a>(
     }
 }
 
-/// The option called `name`, or the only one whose name starts so. Aliases count only in full.
+/// The option called `name`, or the only one whose name starts so. Aliases count only in full. Options that the
+/// reference lacks stand under a heading of the help; they take no beginning from one that it has.
 fn find_long<'a>(command: &'a Command, word: &str, name: &str) -> Result<&'a Arg, String> {
     let exact = |arg: &&Arg| {
         arg.get_long() == Some(name) || arg.get_all_aliases().is_some_and(|all| all.contains(&name))
@@ -119,10 +120,13 @@ fn find_long<'a>(command: &'a Command, word: &str, name: &str) -> Result<&'a Arg
     if let Some(arg) = command.get_arguments().find(exact) {
         return Ok(arg);
     }
-    let candidates: Vec<&Arg> = command
+    let mut candidates: Vec<&Arg> = command
         .get_arguments()
         .filter(|arg| arg.get_long().is_some_and(|long| long.starts_with(name)))
         .collect();
+    if candidates.iter().any(|arg| arg.get_help_heading().is_none()) {
+        candidates.retain(|arg| arg.get_help_heading().is_none());
+    }
     match candidates.as_slice() {
         [] => Err(format!("unrecognized option '{word}'")),
         [only] => Ok(only),
@@ -186,6 +190,7 @@ mod tests {
             .arg(Arg::new("format").short('f').long("format").action(ArgAction::Set))
             .arg(Arg::new("force").short('U').long("force-share").action(ArgAction::SetTrue))
             .arg(Arg::new("progress").short('p').long("progress").num_args(0..=1).require_equals(true))
+            .arg(Arg::new("forge").long("forge").num_args(1).help_heading("Beyond the reference"))
             .arg(Arg::new("name").num_args(0..));
         command.build();
         command
@@ -210,6 +215,12 @@ mod tests {
             ["--force-share", "--format=raw", "--format=-x", "--progress=j", "--progress"]
         );
         assert_eq!(plain.operands, ["a", "b", "-", "-c"]);
+    }
+
+    #[test]
+    fn beginnings_are_the_references_own_first() {
+        assert_eq!(read_words(&["--forc"]).unwrap().options, ["--force-share"]);
+        assert_eq!(read_words(&["--forg", "x"]).unwrap().options, ["--forge=x"]);
     }
 
     #[test]

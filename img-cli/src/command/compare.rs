@@ -61,7 +61,7 @@ pub(crate) struct Args {
     cache: Option<String>,
 
     /// Compare only what this persistent bitmap of the first image marks
-    #[arg(long, value_name = "BITMAP")]
+    #[arg(long, value_name = "BITMAP", help_heading = "Beyond qemu-img")]
     dirty_bitmap: Option<String>,
 
     #[command(flatten)]

@@ -87,7 +87,7 @@ pub(crate) struct Args {
     compress: bool,
 
     /// How hard to compress, by the numbers of the method: zlib 1 to 12, zstd 1 to 22
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = "Beyond qemu-img")]
     level: Option<String>,
 
     /// Cache mode of the target
@@ -116,7 +116,7 @@ pub(crate) struct Args {
 
     /// Copy only what this persistent bitmap of the source marks, zeroes included: onto the backing file of the target
     /// (-B), or into a target that exists (-n)
-    #[arg(long, value_name = "BITMAP")]
+    #[arg(long, value_name = "BITMAP", help_heading = "Beyond qemu-img")]
     dirty_bitmap: Option<String>,
 
     /// Copy the persistent dirty bitmaps too

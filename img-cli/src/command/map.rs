@@ -44,11 +44,11 @@ pub(crate) struct Args {
     max_length: Option<String>,
 
     /// Describe only what this persistent bitmap of the image marks
-    #[arg(long, value_name = "BITMAP")]
+    #[arg(long, value_name = "BITMAP", help_heading = "Beyond qemu-img")]
     dirty_bitmap: Option<String>,
 
     /// Draw the guest's disk and the host files into an SVG file, instead of a list
-    #[arg(long, value_name = "FILE.svg", value_hint = ValueHint::FilePath)]
+    #[arg(long, value_name = "FILE.svg", value_hint = ValueHint::FilePath, help_heading = "Beyond qemu-img")]
     plot: Option<String>,
 
     #[command(flatten)]

@@ -41,20 +41,20 @@ pub(super) struct StreamArgs {
     /// Unwrap the source on the fly: what it is wrapped in, outermost first, of gz, xz, zst and tar; "none"; or,
     /// without a value, what its first bytes say. Without this option, names that end in .gz, .xz, .zst, .tar, .tgz
     /// or .txz are unwrapped unless -f is given
-    #[arg(long, value_name = "WRAPPERS", num_args = 0..=1, require_equals = true, default_missing_value = "auto")]
+    #[arg(long, value_name = "WRAPPERS", num_args = 0..=1, require_equals = true, default_missing_value = "auto", help_heading = "Beyond qemu-img")]
     unwrap: Option<String>,
 
     /// The member of a tar archive that is the source; not needed when there is only one
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = "Beyond qemu-img")]
     member: Option<String>,
 
     /// The size of a raw source in a pipe, which cannot be seen beforehand: more or less is an error
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", help_heading = "Beyond qemu-img")]
     source_size: Option<String>,
 
     /// Keep sources that come out of a pipe or a wrapper in a nameless file in this directory, so that any layout
     /// can be read
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Beyond qemu-img")]
     spool: Option<String>,
 }
 
