@@ -5,8 +5,8 @@ use clap::{ArgMatches, Args as _, CommandFactory as _, FromArgMatches as _, Pars
 
 use crate::{
     command::{
-        amend, bench, bitmap, check, commit, compare, completions, convert, create, dd, info, man, map,
-        measure, rebase, resize, snapshot,
+        amend, bench, bitmap, check, commit, compare, completions, convert, create, dd, info, inspect, man,
+        map, measure, rebase, resize, snapshot,
     },
     context::Context,
     error::{Failure, Outcome},
@@ -84,6 +84,7 @@ const COMMANDS: &[Command] = &[
     command!(rebase),
     command!(resize),
     command!(snapshot),
+    command!(inspect),
     command!(completions),
     command!(man),
 ];

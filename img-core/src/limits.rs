@@ -71,6 +71,11 @@ pub(crate) fn take_output(file: &Path, bytes: u64) -> Result<()> {
     })
 }
 
+/// Where references may lead, links followed, if that was said.
+pub(crate) fn references_in() -> Option<&'static Path> {
+    LIMITS.get()?.references_in.as_deref()
+}
+
 /// Whether an image may lead to the file called `path`.
 ///
 /// # Errors

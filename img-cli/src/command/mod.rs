@@ -16,6 +16,7 @@ pub(crate) mod convert;
 pub(crate) mod create;
 pub(crate) mod dd;
 pub(crate) mod info;
+pub(crate) mod inspect;
 pub(crate) mod man;
 pub(crate) mod map;
 pub(crate) mod measure;

@@ -45,6 +45,14 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// Opens the image on `storage`.
     fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>>;
 
+    /// What the image on `storage` says of itself and of other files, without opening any of them.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    fn outline(&self, storage: Arc<dyn Storage>) -> Result<Outline> {
+        look_alone(|context| self.open(storage, context)).map(Outline::of)
+    }
+
     /// Whether images can name a backing file.
     fn has_backing(&self) -> bool;
 
@@ -87,6 +95,68 @@ pub trait Driver: Send + Sync + fmt::Debug {
     fn beyond_reference(&self) -> Beyond {
         Beyond::default()
     }
+}
+
+/// Opens an image to look at it, and no other file.
+pub(super) fn look_alone<T>(open: impl FnOnce(&OpenContext<'_>) -> Result<T>) -> Result<T> {
+    let open_file = |name: &str, _: OpenMode| -> Result<Arc<dyn Storage>> {
+        Err(Error::Invalid(format!("'{name}' is another file, and is not opened")))
+    };
+    open(&OpenContext { mode: OpenMode::Inspect, options: &OptionSet::new(), open_file: &open_file })
+}
+
+/// See [`Driver::outline`].
+#[derive(Debug)]
+pub struct Outline {
+    /// Guest-visible size.
+    pub virtual_size_bytes: u64,
+    /// The files that the image names.
+    pub references: Vec<Reference>,
+    /// The image, opened to be looked at; `None` where its data or its tables are in files that it names, without which
+    /// there is nothing to open.
+    pub layer: Option<Arc<dyn Layer>>,
+}
+
+impl Outline {
+    /// The outline of an image whose only references are to its backing file.
+    #[must_use]
+    pub fn of(layer: Arc<dyn Layer>) -> Self {
+        let mut references = Vec::new();
+        if let Some(Backing { name, format }) = layer.backing() {
+            let names = std::iter::once(name).chain(layer.other_backing_names());
+            references.extend(names.map(|name| Reference {
+                kind: ReferenceKind::Backing { format: format.clone() },
+                name: name.clone(),
+            }));
+        }
+        Self { virtual_size_bytes: layer.virtual_size_bytes(), references, layer: Some(layer) }
+    }
+}
+
+/// A file that an image names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// What for.
+    pub kind: ReferenceKind,
+    /// As it stands in the image.
+    pub name: String,
+}
+
+/// What a file is to the image that names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReferenceKind {
+    /// The image below, or one of the names under which it may be found.
+    Backing {
+        /// The recorded format, if any.
+        format: Option<String>,
+    },
+    /// The guest's data as they are.
+    DataFile,
+    /// A part of the disk.
+    Extent {
+        /// Whether the file has tables of its own, which say where data are.
+        has_tables: bool,
+    },
 }
 
 /// See [`Driver::beyond_reference`].
@@ -261,9 +331,19 @@ pub trait Layer: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Whether the image says of itself that its tables may be damaged.
+    fn is_marked_corrupt(&self) -> bool {
+        false
+    }
+
+    /// How guest data are encrypted, in the format's word for it.
+    fn encryption(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Whether guest data is encrypted.
     fn is_encrypted(&self) -> bool {
-        false
+        self.encryption().is_some()
     }
 
     /// Begins a [`Lease`], which the caller ends with [`Self::end_lease`]. No I/O, never blocks, takes no memory.

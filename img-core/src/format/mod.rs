@@ -27,9 +27,11 @@ pub use dirty::{BitmapInfo, Bitmaps, DirtyMap, MAX_MAP_BYTES, NewBitmap};
 pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
 pub use front::{FrontReader, FrontRequest, FrontRun, FrontWriter, LookAhead};
 use host_file::{file_preallocation, first_block, refuse_file_options};
+use layer::look_alone;
 pub use layer::{
     Backing, Beyond, CheckReport, CompressedWrites, CreateRequest, Driver, Finding, HostUse, Layer, Lease,
-    LeaseToken, OpenContext, OpenFile, OpenMode, Repair, SnapshotInfo, Snapshots,
+    LeaseToken, OpenContext, OpenFile, OpenMode, Outline, Reference, ReferenceKind, Repair, SnapshotInfo,
+    Snapshots,
 };
 pub use measure::{MeasureRequest, MeasureSource, Measured};
 pub use options::{

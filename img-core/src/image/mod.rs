@@ -30,6 +30,7 @@ mod write;
 pub use change_log::{Change, ChangeLog, NoteId};
 pub(crate) use host::data_file_path;
 pub use name::ImageName;
+pub(crate) use open::probe;
 pub use open::{CacheMode, OpenOptions, Warning};
 pub use path::{full_backing_name, protocol};
 pub use plane::{Commit, Ticket, WriteTicket};

@@ -290,7 +290,7 @@ fn driver_called(name: &str) -> Result<&'static dyn Driver> {
 
 /// The format that the first bytes speak for, or where they say nothing, the last ones. Bytes that a guest can
 /// write stand at one end or the other: where the two ends disagree, the user has to say which one counts.
-fn probe(storage: &dyn Storage, heads_only: bool) -> Result<&'static dyn Driver> {
+pub(crate) fn probe(storage: &dyn Storage, heads_only: bool) -> Result<&'static dyn Driver> {
     let file_bytes = storage.len_bytes()?;
     let most = |bytes: usize| usize::try_from(file_bytes).unwrap_or(usize::MAX).min(bytes);
     let mut head = [0; registry::PROBE_BYTES];

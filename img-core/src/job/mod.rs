@@ -11,6 +11,7 @@ pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod create;
+pub mod inspect;
 pub mod map;
 pub mod measure;
 pub mod plot;

@@ -113,6 +113,11 @@ impl Qcow2Layer {
         Ok(layer)
     }
 
+    /// The external data file, where it has one with a name.
+    pub(super) fn data_file_name(&self) -> Option<String> {
+        self.header().data_file.clone().filter(|_| self.geometry.external_data)
+    }
+
     /// A layer with empty caches.
     pub(super) fn assemble(
         mode: OpenMode,
@@ -404,8 +409,16 @@ impl Layer for Qcow2Layer {
         self.header().incompatible & incompatible::DIRTY != 0
     }
 
-    fn is_encrypted(&self) -> bool {
-        self.header().crypt_method != CryptMethod::None
+    fn is_marked_corrupt(&self) -> bool {
+        self.header().is(incompatible::CORRUPT)
+    }
+
+    fn encryption(&self) -> Option<&'static str> {
+        match self.header().crypt_method {
+            CryptMethod::None => None,
+            CryptMethod::Aes => Some("aes"),
+            CryptMethod::Luks => Some("luks"),
+        }
     }
 
     fn begin_lease(&self) -> LeaseToken {

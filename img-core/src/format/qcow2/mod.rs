@@ -70,7 +70,7 @@ use std::{path::Path, sync::Arc};
 
 use super::{
     CreateRequest, Driver, FrontReader, FrontRequest, FrontWriter, Layer, MeasureRequest, Measured,
-    OpenContext, OptionDescription,
+    OpenContext, OptionDescription, Outline, Reference, ReferenceKind, look_alone,
 };
 use crate::{
     Result,
@@ -104,6 +104,14 @@ impl Driver for Qcow2 {
 
     fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>> {
         Ok(Arc::new(layer::Qcow2Layer::open(storage, context)?))
+    }
+
+    fn outline(&self, storage: Arc<dyn Storage>) -> Result<Outline> {
+        let layer = look_alone(|context| layer::Qcow2Layer::open(storage, context))?;
+        let data_file = layer.data_file_name();
+        let mut outline = Outline::of(Arc::new(layer));
+        outline.references.extend(data_file.map(|name| Reference { kind: ReferenceKind::DataFile, name }));
+        Ok(outline)
     }
 
     fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {

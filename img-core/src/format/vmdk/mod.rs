@@ -35,7 +35,7 @@ use std::{
 
 use super::{
     CreateRequest, Driver, FrontReader, FrontRequest, FrontWriter, Layer, OpenContext, OptionDescription,
-    front::LayerFront,
+    Outline, front::LayerFront,
 };
 use crate::{
     Error, Result,
@@ -66,6 +66,10 @@ impl Driver for Vmdk {
 
     fn open(&self, storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Result<Arc<dyn Layer>> {
         Ok(Arc::new(open::open(storage, context)?))
+    }
+
+    fn outline(&self, storage: Arc<dyn Storage>) -> Result<Outline> {
+        open::outline(storage)
     }
 
     fn front_writer(&self, request: &FrontRequest<'_>) -> Result<Box<dyn FrontWriter>> {

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{Backing, HostFile, OpenContext, OptionSet},
+    format::{Backing, HostFile, OpenContext, OptionSet, Outline, Reference, ReferenceKind, look_alone},
     storage::Storage,
 };
 
@@ -39,13 +39,54 @@ pub(super) fn open(storage: Arc<dyn Storage>, context: &OpenContext<'_>) -> Resu
             Err(Error::unsupported(storage.path(), feature))
         }
         _ => {
-            let bytes = read_text(&*storage, 0, descriptor::MAX_BYTES)?;
-            if !descriptor::is_descriptor(&bytes) {
-                return Err(Error::WrongFormat { file: storage.path().to_owned(), format: "vmdk" });
-            }
-            open_described(storage, &bytes, 0, context, names)
+            let (bytes, at) = described_text(&*storage)?;
+            open_described(storage, &bytes, at, context, names)
         }
     }
+}
+
+/// What the image on `storage` says, with no file opened that it names.
+///
+/// # Errors
+/// As [`open`].
+pub(super) fn outline(storage: Arc<dyn Storage>) -> Result<Outline> {
+    let mut magic = [0; 4];
+    storage.read_at(&mut magic, 0)?;
+    let (bytes, at) = if magic == header::MAGIC {
+        let (_, header) = Header::read(&*storage)?;
+        let text = embedded_text(&*storage, &header)?;
+        if header.capacity_sectors != 0 {
+            let layer = look_alone(|context| open_hosted(storage, context, ExtentNames::Folder))?;
+            return Ok(Outline::of(Arc::new(layer)));
+        }
+        text
+    } else {
+        described_text(&*storage)?
+    };
+    let descriptor = Descriptor::parse(&bytes, storage.path(), at)?;
+    check_standalone(&descriptor)?;
+    let parent = backing(&descriptor)
+        .map(|Backing { name, format }| Reference { kind: ReferenceKind::Backing { format }, name });
+    let mut references = Vec::from_iter(parent);
+    let mut virtual_size_bytes = 0;
+    for line in descriptor::extents(&bytes, storage.path(), at)? {
+        // checked: below 2^63
+        virtual_size_bytes = end_of_extent(&*storage, at, virtual_size_bytes, line.sectors * SECTOR_BYTES)?;
+        if line.kind != ExtentKind::Zero {
+            let kind = ReferenceKind::Extent { has_tables: line.kind != ExtentKind::Flat };
+            references.push(Reference { kind, name: line.file_name });
+        }
+    }
+    Ok(Outline { virtual_size_bytes, references, layer: None })
+}
+
+/// The text of a descriptor that stands alone.
+fn described_text(storage: &dyn Storage) -> Result<(Vec<u8>, u64)> {
+    let bytes = read_text(storage, 0, descriptor::MAX_BYTES)?;
+    if !descriptor::is_descriptor(&bytes) {
+        return Err(Error::WrongFormat { file: storage.path().to_owned(), format: "vmdk" });
+    }
+    Ok((bytes, 0))
 }
 
 /// The content id that the image on `storage` has now: what a child records as its parent's.
@@ -59,11 +100,7 @@ pub(super) fn content_id(storage: &dyn Storage) -> Result<u32> {
         let (_, header) = Header::read(storage)?;
         embedded_text(storage, &header)?
     } else {
-        let bytes = read_text(storage, 0, descriptor::MAX_BYTES)?;
-        if !descriptor::is_descriptor(&bytes) {
-            return Err(Error::WrongFormat { file: storage.path().to_owned(), format: "vmdk" });
-        }
-        (bytes, 0)
+        described_text(storage)?
     };
     Ok(Descriptor::parse(&bytes, storage.path(), at)?.cid)
 }
@@ -178,21 +215,14 @@ fn open_described(
     names: ExtentNames,
 ) -> Result<VmdkLayer> {
     let descriptor = Descriptor::parse(bytes, storage.path(), at)?;
+    check_standalone(&descriptor)?;
     let create_type = descriptor.create_type.clone();
-    if !STANDALONE_TYPES.contains(&create_type.as_str()) {
-        return Err(Error::Invalid(format!("Unsupported image type '{create_type}'")));
-    }
     let mut opener = ExtentFiles { files: vec![storage], known: HashMap::new(), context, names };
     let mut extents = Vec::new();
     let mut start_bytes = 0;
     for line in descriptor::extents(bytes, opener.files[0].path(), at)? {
         let (kind, len_bytes) = opener.open(&line)?;
-        let end_bytes = u64::checked_add(start_bytes, len_bytes)
-            .filter(|end| *end <= MAX_CAPACITY_SECTORS * SECTOR_BYTES)
-            .ok_or_else(|| {
-                let file = opener.files[0].path();
-                Error::corrupt(file, "descriptor", at, "extents of less than 2^63 bytes", "more")
-            })?;
+        let end_bytes = end_of_extent(&*opener.files[0], at, start_bytes, len_bytes)?;
         let read_only = line.access == Access::ReadOnly;
         extents.push(GuestExtent { start_bytes, end_bytes, kind, type_name: line.type_name, read_only });
         start_bytes = end_bytes;
@@ -201,6 +231,21 @@ fn open_described(
     let layer = VmdkLayer::new(context.mode, opener.files, extents, create_type, content);
     layer.check_shared_files()?;
     Ok(layer)
+}
+
+fn check_standalone(descriptor: &Descriptor) -> Result<()> {
+    let create_type = &descriptor.create_type;
+    if STANDALONE_TYPES.contains(&create_type.as_str()) {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("Unsupported image type '{create_type}'")))
+}
+
+/// Where an extent ends on the disk that the descriptor at `at` describes.
+fn end_of_extent(storage: &dyn Storage, at: u64, start_bytes: u64, len_bytes: u64) -> Result<u64> {
+    start_bytes.checked_add(len_bytes).filter(|end| *end <= MAX_CAPACITY_SECTORS * SECTOR_BYTES).ok_or_else(
+        || Error::corrupt(storage.path(), "descriptor", at, "extents of less than 2^63 bytes", "more"),
+    )
 }
 
 /// The backing file that a descriptor records.
