@@ -33,7 +33,9 @@ impl QedLayer {
         let references = l1.is_dirty(|_| true) || l2.is_dirty(|_| true);
         // 1. data, length, new tables
         if file.len_bytes()? < state.used_end_bytes {
-            file.resize(state.used_end_bytes, Preallocation::Off)?;
+            // To the end of all that is set aside: a prepared write may land behind what the tables name while the
+            // length is being set, and must not be cut off.
+            file.resize(self.map.end(), Preallocation::Off)?;
         }
         let (new_tables, table_bytes) = (&state.new_tables, self.map.geometry.table_bytes());
         let is_new = |at: u64| {

@@ -3,6 +3,7 @@
 mod hostile;
 mod model;
 mod reference;
+mod threads;
 
 use std::sync::Arc;
 
