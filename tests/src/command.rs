@@ -142,6 +142,16 @@ pub fn img<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item 
     Run::new(img_binary(), directory).args(arguments)
 }
 
+/// A shell line in which `$img` is the program, run in `directory`; any part of a pipe that fails makes it fail.
+#[track_caller]
+#[must_use]
+pub fn shell(directory: &Path, line: &str) -> Output {
+    Run::new("bash", directory)
+        .args(["-c", &format!("set -o pipefail; img=$1; {line}"), "bash"])
+        .arg(img_binary())
+        .output()
+}
+
 /// The reference `qemu-img` with arguments, in `directory`.
 #[must_use]
 pub fn qemu_img<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item = A>) -> Run {

@@ -2,33 +2,23 @@
 
 use std::{
     ffi::OsStr,
-    io::{BufRead, BufReader, Read},
+    io::{BufRead, BufReader},
     path::Path,
-    process::{Child, ChildStderr, ChildStdout, Command, Stdio},
-    thread::JoinHandle,
+    process::{ChildStdout, Command, Stdio},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal};
 
-use crate::command::blk_backend_binary;
+pub use crate::child::Ended;
+use crate::{child::Watched, command::blk_backend_binary};
 
 /// A daemon that serves. It is killed when it is dropped.
 #[derive(Debug)]
 pub struct Daemon {
-    child: Child,
+    process: Watched,
     stdout: BufReader<ChildStdout>,
-    stderr: Option<JoinHandle<String>>,
     /// What it said when it was ready, without `listening on `.
     pub address: String,
-}
-
-/// How a daemon ended.
-#[derive(Debug)]
-pub struct Ended {
-    /// Its exit code, or `None` after a signal.
-    pub code: Option<i32>,
-    /// Standard error.
-    pub stderr: String,
 }
 
 impl Daemon {
@@ -62,9 +52,7 @@ impl Daemon {
             .spawn()
             .expect("it was built");
         let stdout = BufReader::new(child.stdout.take().expect("piped"));
-        let stderr = child.stderr.take().expect("piped");
-        let stderr = Some(std::thread::spawn(move || read_all(stderr)));
-        let mut this = Self { child, stdout, stderr, address: String::new() };
+        let mut this = Self { process: Watched::new(child), stdout, address: String::new() };
         let mut line = String::new();
         this.stdout.read_line(&mut line).expect("a pipe");
         match line.trim_end().strip_prefix("listening on ") {
@@ -79,7 +67,7 @@ impl Daemon {
     /// Its process.
     #[must_use]
     pub fn pid(&self) -> Pid {
-        Pid::from_child(&self.child)
+        self.process.pid()
     }
 
     /// Sends it a signal.
@@ -87,7 +75,7 @@ impl Daemon {
     /// # Panics
     /// When it is gone.
     pub fn signal(&self, signal: Signal) {
-        kill_process(self.pid(), signal).expect("it was not waited for");
+        self.process.signal(signal);
     }
 
     /// Asks it to end, and waits.
@@ -109,25 +97,7 @@ impl Daemon {
     /// # Panics
     /// When the system does not let us.
     #[must_use]
-    pub fn wait(mut self) -> Ended {
-        let code = self.child.wait().expect("our child").code();
-        let stderr = self.stderr.take().expect("taken only here").join().expect("it only reads");
-        Ended { code, stderr }
+    pub fn wait(self) -> Ended {
+        self.process.wait()
     }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if self.stderr.is_some() {
-            // Where it is gone already there is nothing to kill.
-            self.child.kill().ok();
-            self.child.wait().ok();
-        }
-    }
-}
-
-fn read_all(mut stderr: ChildStderr) -> String {
-    let mut bytes = Vec::new();
-    stderr.read_to_end(&mut bytes).expect("a pipe");
-    String::from_utf8_lossy(&bytes).into_owned()
 }

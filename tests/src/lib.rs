@@ -7,6 +7,7 @@
 //! in a virtual machine ([`vm`]).
 
 pub mod board;
+mod child;
 pub mod command;
 pub mod craft;
 pub mod daemon;

@@ -1,12 +1,7 @@
 //! The daemon is killed directly after it said that a live snapshot was taken, under load, with nothing flushed by the
 //! guest: both images are good, the new one goes on where the guest was, and the old one is not changed any more.
 
-use std::{
-    fs,
-    io::{BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
-    path::Path,
-};
+use std::{fs, path::Path};
 
 use img_core::{
     format::OpenMode,
@@ -20,8 +15,11 @@ use img_tests::{
         busy::{BusyGuest, QUEUES, SLOTS},
         vhost::{FrontEnd, Inflight, Wishes},
     },
-    number_from_environment, open_options, read_all,
+    number_from_environment, open_options,
+    qmp::Monitor,
+    read_all,
 };
+use serde_json::json;
 
 fn start(directory: &Path, image: &str) -> Daemon {
     let arguments = ["vhost-user", "--socket", "socket", "--image", image, "--queues", "2"];
@@ -30,20 +28,10 @@ fn start(directory: &Path, image: &str) -> Daemon {
 
 /// Takes a snapshot of the disk into `overlay`, and returns when the daemon says that it is taken.
 fn snapshot(directory: &Path, overlay: &str) {
-    let mut qmp = UnixStream::connect(directory.join("qmp")).expect("it listens");
     let file = directory.join(overlay);
-    let command = serde_json::json!({
-        "execute": "blockdev-snapshot-sync",
-        "arguments": {"device": "disk0", "snapshot-file": file.to_str().expect("UTF-8")},
-    });
-    write!(qmp, "{{\"execute\": \"qmp_capabilities\"}}\n{command}\n").expect("it reads");
-    // The greeting, and a reply to each.
-    let replies: Vec<serde_json::Value> = BufReader::new(qmp)
-        .lines()
-        .take(3)
-        .map(|line| serde_json::from_str(&line.expect("it answers")).expect("JSON"))
-        .collect();
-    assert_eq!(replies[2], serde_json::json!({"return": {}}));
+    let arguments = json!({"device": "disk0", "snapshot-file": file.to_str().expect("UTF-8")});
+    let mut qmp = Monitor::negotiated(&directory.join("qmp"));
+    assert_eq!(qmp.success("blockdev-snapshot-sync", arguments), json!({}));
 }
 
 /// All guest bytes of an image that the last requests of the dead daemon may still keep locked, though none of them

@@ -5,39 +5,23 @@ use std::{
     fs::{self, File},
     io::Write as _,
     os::unix::fs::FileExt as _,
-    path::Path,
     process::{Command, Stdio},
 };
 
-use img_tests::command::{Output, Run, img_binary, qemu_img};
+use img_tests::{
+    command::{img_binary, qemu_img, shell},
+    pattern::noise,
+};
 use tempfile::TempDir;
-
-/// A shell line in which `$img` is the program.
-fn shell(directory: &Path, line: &str) -> Output {
-    Run::new("bash", directory)
-        .args(["-c", &format!("set -o pipefail; img=$1; {line}"), "bash"])
-        .arg(img_binary())
-        .output()
-}
-
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 1_u32;
-    (0..len)
-        .map(|_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state.to_be_bytes()[0]
-        })
-        .collect()
-}
 
 /// A disk of 40 MiB: noise, text, holes, an end inside a cluster.
 fn source() -> TempDir {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let file = File::create(directory.path().join("base.raw")).expect("a new file");
     file.set_len((40 << 20) + 512).expect("a sparse file");
-    file.write_all_at(&noise(300_000), 0).expect("written");
+    file.write_all_at(&noise(1, 300_000), 0).expect("written");
     file.write_all_at(&b"some words of text, again and again; ".repeat(30_000), 5 << 20).expect("written");
-    file.write_all_at(&noise(200_000), 33 << 20).expect("written");
+    file.write_all_at(&noise(1, 200_000), 33 << 20).expect("written");
     file.write_all_at(b"the end", (40 << 20) + 500).expect("written");
     directory
 }

@@ -3,16 +3,8 @@
 
 use std::{fs, path::Path};
 
-use img_tests::command::{Output, Run, img_binary};
+use img_tests::command::shell;
 use tempfile::TempDir;
-
-/// A shell line in which `$img` is the program.
-fn shell(directory: &Path, line: &str) -> Output {
-    Run::new("bash", directory)
-        .args(["-c", &format!("set -o pipefail; img=$1; {line}"), "bash"])
-        .arg(img_binary())
-        .output()
-}
 
 fn with(setup: &str) -> TempDir {
     let directory = tempfile::tempdir().expect("a temporary directory");

@@ -9,6 +9,7 @@ mod machine;
 mod nbd;
 mod ring;
 mod script;
+mod served;
 mod targets;
 mod vhost_user;
 mod vmdk;

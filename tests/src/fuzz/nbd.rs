@@ -6,65 +6,35 @@
 
 use std::{
     io::{Read, Write},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::net::UnixStream,
-    },
-    path::PathBuf,
+    os::unix::net::UnixStream,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
-use blk_backend::{
-    disk::{Disk, DiskOptions},
-    nbd::{Export, ExportOptions, ListenAddress, Server, ServerOptions},
-};
-use img_core::{
-    format::OpenMode,
-    storage::{MemoryStorage, Storage},
-};
+use blk_backend::nbd::{Export, ExportOptions, ListenAddress, Server, ServerOptions};
 
-use rustix::fs::{Mode, OFlags, open};
-
-use super::script::Script;
-use crate::{
-    craft::Crafted,
-    memory,
-    nbd::{Client, Framing, command, info_request, meta_request, option, option_bytes},
-};
+use super::{script::Script, served::Served};
+use crate::nbd::{Client, Framing, command, info_request, meta_request, option, option_bytes};
 
 /// Far more than any script can ask for: a disk of some clusters, read a few dozen times.
 const MOST_BYTES: usize = 64 << 20;
 
-/// The server of all scripts, on a disk in memory, and where it is reached.
-struct Served {
-    _server: Server,
-    /// The socket, which has no name any more: the process leaves nothing behind, however it ends.
-    _socket: OwnedFd,
-    path: PathBuf,
-}
-
-fn server() -> &'static Served {
-    static SERVER: OnceLock<Served> = OnceLock::new();
+fn server() -> &'static Served<Server> {
+    static SERVER: OnceLock<Served<Server>> = OnceLock::new();
     SERVER.get_or_init(|| {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("socket");
-        let storage: Arc<dyn Storage> =
-            Arc::new(MemoryStorage::from_bytes("fuzz.qcow2", &Crafted::new().bytes));
-        let image = memory::open(storage, OpenMode::Write).expect("it is valid");
-        let disk = Disk::over(image, &DiskOptions::default());
-        let server = Server::start(
-            &ListenAddress::Unix(path.clone()),
-            ServerOptions::default(),
-            // What clients did wrong is no news here.
-            Arc::new(|_: &str| {}),
-        )
-        .expect("a socket of its own");
-        let options = ExportOptions { allocation_depth: true, ..ExportOptions::default() };
-        server.add(Export::new(disk, options).expect("it has no bitmaps")).expect("the first of its name");
-        let socket = open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).expect("it is there");
-        let path = format!("/proc/self/fd/{}", socket.as_raw_fd()).into();
-        Served { _server: server, _socket: socket, path }
+        Served::new(|disk, path| {
+            let server = Server::start(
+                &ListenAddress::Unix(path.to_owned()),
+                ServerOptions::default(),
+                // What clients did wrong is no news here.
+                Arc::new(|_: &str| {}),
+            )
+            .expect("a socket of its own");
+            let options = ExportOptions { allocation_depth: true, ..ExportOptions::default() };
+            let export = Export::new(Arc::clone(disk), options).expect("it has no bitmaps");
+            server.add(export).expect("the first of its name");
+            server
+        })
     })
 }
 

@@ -8,22 +8,16 @@ use std::{
     io::{IoSlice, Read},
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{fs::FileExt as _, net::UnixStream},
     },
-    path::PathBuf,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use blk_backend::{
-    disk::{Disk, DiskOptions},
     vhost_user::Server,
     virtio::{Device, DeviceOptions},
-};
-use img_core::{
-    format::OpenMode,
-    storage::{MemoryStorage, Storage},
 };
 use rustix::{
     event::{EventfdFlags, eventfd},
@@ -31,14 +25,10 @@ use rustix::{
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
 };
 
-use super::script::Script;
-use crate::{
-    craft::Crafted,
-    guest::{
-        Ask, GuestQueue, SharedRam,
-        vhost::{FrontEnd, Wishes},
-    },
-    memory,
+use super::{script::Script, served::Served};
+use crate::guest::{
+    Ask, GuestQueue, SharedRam,
+    vhost::{FrontEnd, Wishes},
 };
 
 /// Guest memory: the rings of a queue, and requests.
@@ -52,30 +42,15 @@ const USED: u64 = 0x600;
 /// More messages than any way through the protocol takes.
 const MOST_MESSAGES: usize = 64;
 
-/// The back end of all scripts, on a disk in memory, and where it is reached.
-struct Served {
-    _server: Server,
-    /// The socket, which has no name any more: the process leaves nothing behind, however it ends.
-    _socket: OwnedFd,
-    path: PathBuf,
-}
-
-fn server() -> &'static Served {
-    static SERVER: OnceLock<Served> = OnceLock::new();
+fn server() -> &'static Served<Server> {
+    static SERVER: OnceLock<Served<Server>> = OnceLock::new();
     SERVER.get_or_init(|| {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("socket");
-        let storage: Arc<dyn Storage> =
-            Arc::new(MemoryStorage::from_bytes("fuzz.qcow2", &Crafted::new().bytes));
-        let image = memory::open(storage, OpenMode::Write).expect("it is valid");
-        let disk = Disk::over(image, &DiskOptions::default());
-        let options = DeviceOptions { queues: 2, ..DeviceOptions::default() };
-        let device = Device::new(&disk, &options).expect("a device");
-        // What front ends did wrong is no news here.
-        let server = Server::start(device, &path, Arc::new(|_: &str| {})).expect("a socket of its own");
-        let socket = open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).expect("it is there");
-        let path = format!("/proc/self/fd/{}", socket.as_raw_fd()).into();
-        Served { _server: server, _socket: socket, path }
+        Served::new(|disk, path| {
+            let options = DeviceOptions { queues: 2, ..DeviceOptions::default() };
+            let device = Device::new(disk, &options).expect("a device");
+            // What front ends did wrong is no news here.
+            Server::start(device, path, Arc::new(|_: &str| {})).expect("a socket of its own")
+        })
     })
 }
 

@@ -5,27 +5,28 @@ mod guest;
 use std::{
     ffi::OsStr,
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
-    thread::JoinHandle,
+    process::{ChildStdin, Command, Stdio},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal};
 
 pub use guest::{BLOCK_BYTES, block, elf, sum};
 
-use crate::{command::vmm_runner_binary, daemon::Ended};
+use crate::{
+    child::{Ended, Watched},
+    command::vmm_runner_binary,
+};
 
 /// A runner with the guest in it. It is killed when it is dropped.
 #[derive(Debug)]
 pub struct Vm {
-    child: Child,
+    process: Watched,
     /// What is typed.
     keys: ChildStdin,
     screen: BufReader<UnixStream>,
-    stderr: Option<JoinHandle<String>>,
 }
 
 /// What the guest can be told to do; a number is a sector.
@@ -61,9 +62,7 @@ impl Vm {
     /// When it does not get so far.
     #[track_caller]
     pub fn start<A: AsRef<OsStr>>(directory: &Path, arguments: impl IntoIterator<Item = A>) -> Self {
-        let mut vm = Self::spawn(directory, arguments);
-        vm.await_guest();
-        vm
+        Self::spawn(directory, arguments).with_guest()
     }
 
     /// Like [`Self::start`], with these variables in its environment.
@@ -78,9 +77,7 @@ impl Vm {
     ) -> Self {
         let mut command = Command::new(vmm_runner_binary());
         command.envs(variables);
-        let mut vm = Self::spawn_by(command, directory, arguments);
-        vm.await_guest();
-        vm
+        Self::spawn_by(command, directory, arguments).with_guest()
     }
 
     /// Like [`Self::start`], in a mount name space of its own where `full` is a file system of 4 MiB with a copy of `disk`
@@ -97,9 +94,7 @@ impl Vm {
             head -c 3500000 /dev/zero > full/ballast && exec \"$0\" \"$@\"";
         let mut command = Command::new("unshare");
         command.args(["--map-root-user", "--mount", "sh", "-c", script]).arg(vmm_runner_binary());
-        let mut vm = Self::spawn_by(command, directory, arguments);
-        vm.await_guest();
-        vm
+        Self::spawn_by(command, directory, arguments).with_guest()
     }
 
     /// What the runner sees at a path.
@@ -110,8 +105,12 @@ impl Vm {
     }
 
     #[track_caller]
-    fn await_guest(&mut self) {
-        assert_eq!(self.line(), "ready", "{:?}", self.stderr.take().map(JoinHandle::join));
+    fn with_guest(mut self) -> Self {
+        let line = self.line();
+        if line != "ready" {
+            panic!("the guest says {line:?}: {:?}", self.wait());
+        }
+        self
     }
 
     /// Starts a runner, which may not get to its guest.
@@ -142,13 +141,7 @@ impl Vm {
             .spawn()
             .expect("it was built");
         let keys = child.stdin.take().expect("piped");
-        let mut stderr = child.stderr.take().expect("piped");
-        let stderr = std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            stderr.read_to_end(&mut bytes).expect("a pipe");
-            String::from_utf8_lossy(&bytes).into_owned()
-        });
-        Self { child, keys, screen: BufReader::new(ours), stderr: Some(stderr) }
+        Self { process: Watched::new(child), keys, screen: BufReader::new(ours) }
     }
 
     /// Tells the guest to do something.
@@ -200,7 +193,7 @@ impl Vm {
     /// Its process.
     #[must_use]
     pub fn pid(&self) -> Pid {
-        Pid::from_child(&self.child)
+        self.process.pid()
     }
 
     /// Sends the runner a signal.
@@ -208,7 +201,7 @@ impl Vm {
     /// # Panics
     /// When it is gone.
     pub fn signal(&self, signal: Signal) {
-        kill_process(self.pid(), signal).expect("it was not waited for");
+        self.process.signal(signal);
     }
 
     /// Waits for the end of the runner.
@@ -216,19 +209,7 @@ impl Vm {
     /// # Panics
     /// When the system does not let us.
     #[must_use]
-    pub fn wait(mut self) -> Ended {
-        let code = self.child.wait().expect("our child").code();
-        let stderr = self.stderr.take().expect("taken only here").join().expect("it only reads");
-        Ended { code, stderr }
-    }
-}
-
-impl Drop for Vm {
-    fn drop(&mut self) {
-        if self.stderr.is_some() {
-            // Where it is gone already there is nothing to kill.
-            self.child.kill().ok();
-            self.child.wait().ok();
-        }
+    pub fn wait(self) -> Ended {
+        self.process.wait()
     }
 }
