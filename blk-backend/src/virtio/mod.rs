@@ -2,8 +2,8 @@
 //!
 //! [`features`] and [`config`] are what it says of itself; [`chain`] follows a descriptor chain and [`command`]
 //! understands it; [`ring`] gives chains back; [`worker`] is the loop of one queue on one
-//! [`Lane`](crate::engine::Lane), made of a [`setup`] and reached by [`orders`]; [`device`] is what queues share, [`failure`] what becomes of
-//! requests that the host failed. [`inflight`],
+//! [`Lane`](crate::engine::Lane), made of a [`setup`] and reached by [`orders`], and `requests` are what it has under
+//! way; [`device`] is what queues share, [`failure`] what becomes of requests that the host failed. [`inflight`],
 //! [`redo`] and [`dirty_log`] are what a device remembers for others. [`driver`] is the other side of a ring, for load generators and tests.
 //!
 //! Everything that a guest wrote is hostile: copied out of its memory once, checked, then used. What can be
@@ -23,6 +23,7 @@ pub mod features;
 pub mod inflight;
 pub mod orders;
 pub mod redo;
+mod requests;
 pub mod ring;
 pub mod setup;
 pub mod worker;

@@ -4,8 +4,7 @@
 //! the driver once. It allocates nothing and takes no lock. A worker belongs to its thread; others reach it through
 //! [`Orders`].
 //!
-//! `Flights` are numbered by the head of their chain: a driver that makes a chain available again before
-//! it got it back is broken, so there is never a second one.
+//! What becomes of a single request is in `requests`.
 
 use std::{
     collections::VecDeque,
@@ -16,29 +15,25 @@ use std::{
 };
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
 
 use super::{
     GuestRam,
-    chain::{Chain, DescriptorTable, GuestRange, RingError, resolve, total_bytes},
-    command::{Command, DiskRange, Parsed, Status, parse},
+    chain::{Chain, DescriptorTable, RingError},
+    command::DiskRange,
     device::Device,
     dirty_log::QueueLog,
-    failure::Action,
     features::Features,
     inflight::InflightQueue,
     orders::{Order, Orders},
     redo::RedoLog,
+    requests::Flight,
     ring::{RingLayout, UsedRing, is_inside},
     setup::{MAX_QUEUE_SIZE, QueueError, QueueSetup, QueueState},
 };
 use crate::{
     engine::{Event, Lane, Look, Wait},
-    request::{Errno, Op, Request, Segments, Submitted, iovec},
+    request::{Op, Request, Segments, Submitted, iovec},
 };
-
-/// The most runs of host memory of one request (`IOV_MAX`).
-const MAX_RUNS: usize = 1024;
 
 /// The token of the kick descriptor.
 const KICK: u64 = 1;
@@ -49,67 +44,46 @@ const CHECKPOINT: u64 = u64::MAX;
 /// How often a queue without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
-/// A request that is under way.
-#[derive(Debug, Default)]
-struct Flight {
-    status_at: GuestAddress,
-    /// Parts that the lane has, or that wait for it.
-    parts: u32,
-    /// The first failure wins.
-    failed: Option<Errno>,
-    is_read: bool,
-    /// What is told to the driver on success, the status byte included.
-    written_bytes: u32,
-    /// What the device writes, the status byte not included; filled while a log is kept.
-    logged: Vec<GuestRange>,
-}
-
-impl Flight {
-    fn is_free(&self) -> bool {
-        self.parts == 0
-    }
-}
-
 /// One queue at work.
 #[derive(Debug)]
 pub struct Worker {
     /// Before `ram`: dropped first, so that nothing touches the memory any more when it goes.
-    lane: Lane,
+    pub(super) lane: Lane,
     depth: usize,
-    device: Arc<Device>,
-    ram: Arc<GuestRam>,
-    rings: RingLayout,
-    table: DescriptorTable,
+    pub(super) device: Arc<Device>,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) rings: RingLayout,
+    pub(super) table: DescriptorTable,
     available: Queue,
-    used: UsedRing,
+    pub(super) used: UsedRing,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     error: Option<OwnedFd>,
-    inflight: Option<InflightQueue>,
+    pub(super) inflight: Option<InflightQueue>,
     redo: Option<Arc<RedoLog>>,
     /// A flush is under way so that [`Self::redo`] has room.
     checkpoint: bool,
-    log: Option<QueueLog>,
+    pub(super) log: Option<QueueLog>,
     /// One for each descriptor.
-    flights: Vec<Flight>,
-    in_flight: usize,
+    pub(super) flights: Vec<Flight>,
+    pub(super) in_flight: usize,
     /// Heads that are taken off the available ring, or were an earlier worker's, and not begun.
     heads: VecDeque<u16>,
     /// How many of `heads`, from the front, are an earlier worker's, or were begun before.
     replayed: usize,
     /// Parts of requests that the lane had no room for.
-    parts: VecDeque<(u16, Op, DiskRange)>,
+    pub(super) parts: VecDeque<(u16, Op, DiskRange)>,
     /// Ended since the driver was last shown.
-    ended: Vec<u16>,
+    pub(super) ended: Vec<u16>,
     /// Heads of requests that failed and are to be done again. While there are some, no other begins.
-    kept: Vec<u16>,
+    pub(super) kept: Vec<u16>,
     paused: bool,
     broken: bool,
     waiting: VecDeque<Order>,
     // Reused by each request.
-    chain: Chain,
-    runs: Vec<iovec>,
-    ranges: Vec<DiskRange>,
+    pub(super) chain: Chain,
+    pub(super) runs: Vec<iovec>,
+    pub(super) ranges: Vec<DiskRange>,
 }
 
 impl Worker {
@@ -351,178 +325,6 @@ impl Worker {
             Look::Last => available.enable_notification(&**ram).unwrap_or(true),
         };
         lane.run_once_with(wait, has_work, events)
-    }
-
-    /// Begins the request at `head`. Its answer comes with [`Self::finish`], now or later.
-    fn begin(&mut self, head: u16) -> Result<(), QueueError> {
-        let size = self.rings.size;
-        let flight = self.flights.get(usize::from(head)).ok_or(RingError::Head { head, size })?;
-        if !flight.is_free() {
-            return Err(RingError::HeadInUse(head).into());
-        }
-        self.chain.walk(&self.ram, self.table, head)?;
-        let writable_bytes = total_bytes(&self.chain.writable);
-        let shape = self.device.shape();
-        let Parsed { status_at, command } = parse(&self.ram, &mut self.chain, shape, &mut self.ranges)?;
-        if let Some(inflight) = &mut self.inflight {
-            inflight.mark(head);
-        }
-        let flight = &mut self.flights[usize::from(head)];
-        flight.status_at = status_at;
-        flight.parts = 1;
-        flight.failed = None;
-        flight.is_read = matches!(command, Ok(Command::In { .. }));
-        flight.written_bytes = 1;
-        flight.logged.clear();
-        self.in_flight += 1;
-        match command {
-            Err(status) => self.finish(head, status),
-            Ok(Command::GetId) => self.give_id(head, writable_bytes),
-            Ok(Command::In { at_bytes, len_bytes }) => {
-                flight.written_bytes = u32::try_from(writable_bytes).unwrap_or(u32::MAX);
-                if self.log.is_some() {
-                    flight.logged.extend_from_slice(&self.chain.writable);
-                }
-                self.submit_data(head, Op::Read, at_bytes, len_bytes)
-            }
-            Ok(Command::Out { at_bytes, len_bytes }) => {
-                let op = Op::Write { fua: self.device.writes_through() };
-                self.submit_data(head, op, at_bytes, len_bytes)
-            }
-            Ok(Command::Flush) => {
-                let nothing = DiskRange { at_bytes: 0, len_bytes: 0, may_unmap: false };
-                self.submit_range(head, Op::Flush, nothing);
-                Ok(())
-            }
-            Ok(Command::Discard | Command::WriteZeroes) => {
-                self.submit_ranges(head, command == Ok(Command::WriteZeroes));
-                Ok(())
-            }
-        }
-    }
-
-    /// Hands the data memory of the chain to the lane, which has room.
-    fn submit_data(&mut self, head: u16, op: Op, offset: u64, len_bytes: u64) -> Result<(), QueueError> {
-        let memory = if op == Op::Read { &self.chain.writable } else { &self.chain.readable };
-        self.runs.clear();
-        if !resolve(&self.ram, memory, &mut self.runs) || self.runs.len() > MAX_RUNS {
-            return self.finish(head, Status::IoError);
-        }
-        // SAFETY: `resolve` gives runs of the mapping of `self.ram`, readable and writable. It stays mapped until
-        // the request is done: `ram` is exchanged only while nothing is under way, and dropped after `lane`, which
-        // waits for what it has. Nobody makes references to guest memory: vm-memory goes by address.
-        #[allow(unsafe_code, reason = "the promise of guest memory")]
-        let segments = unsafe { Segments::new(&self.runs) };
-        let request = Request { tag: head.into(), op, offset, len_bytes, segments };
-        let submitted = self.lane.submit(&request);
-        assert_eq!(submitted, Submitted::Taken, "there was room");
-        Ok(())
-    }
-
-    /// Hands over the ranges of a discard or write-zeroes command, one part each.
-    fn submit_ranges(&mut self, head: u16, zeroes: bool) {
-        let fua = self.device.writes_through();
-        self.flights[usize::from(head)].parts =
-            u32::try_from(self.ranges.len()).expect("at most MAX_RANGES, and not none");
-        let ranges = std::mem::take(&mut self.ranges);
-        for range in &ranges {
-            let op = if zeroes {
-                Op::WriteZeroes { may_unmap: range.may_unmap, fast_only: false, fua }
-            } else {
-                Op::Discard { fua }
-            };
-            // Behind one that waits all wait, so that `fetch` goes on with them in order.
-            if !self.parts.is_empty() {
-                self.parts.push_back((head, op, *range));
-            } else {
-                self.submit_range(head, op, *range);
-            }
-        }
-        self.ranges = ranges;
-    }
-
-    /// Hands a part without memory to the lane. False when it has no room: the part waits, first in line.
-    fn submit_range(&mut self, head: u16, op: Op, range: DiskRange) -> bool {
-        let request = Request {
-            tag: head.into(),
-            op,
-            offset: range.at_bytes,
-            len_bytes: range.len_bytes,
-            segments: Segments::NONE,
-        };
-        match self.lane.submit(&request) {
-            Submitted::Taken => true,
-            Submitted::Full => {
-                self.parts.push_front((head, op, range));
-                false
-            }
-        }
-    }
-
-    /// 5.2.6: 20 bytes, or as many as the driver has room for.
-    fn give_id(&mut self, head: u16, writable_bytes: u64) -> Result<(), QueueError> {
-        let mut id = &self.device.id()[..];
-        for range in &self.chain.writable {
-            let here = id.len().min(usize::try_from(range.len_bytes).expect("u32 fits usize"));
-            let (now, rest) = id.split_at(here);
-            if self.ram.write_slice(now, range.start).is_err() {
-                return self.finish(head, Status::IoError);
-            }
-            id = rest;
-        }
-        // What was written without a gap: behind the id there may be one before the status byte.
-        let id_bytes = u32::try_from(self.device.id().len()).expect("20");
-        let flight = &mut self.flights[usize::from(head)];
-        flight.written_bytes = match u32::try_from(writable_bytes) {
-            Ok(all) if all <= id_bytes + 1 => all,
-            _ => id_bytes,
-        };
-        if self.log.is_some() {
-            flight.logged.extend_from_slice(&self.chain.writable);
-        }
-        self.finish(head, Status::Ok)
-    }
-
-    fn part_ended(&mut self, head: u16, result: Result<(), Errno>) -> Result<(), QueueError> {
-        let flight = &mut self.flights[usize::from(head)];
-        if let Err(errno) = result {
-            flight.failed.get_or_insert(errno);
-        }
-        if flight.parts > 1 {
-            flight.parts -= 1;
-            return Ok(());
-        }
-        match flight.failed {
-            None => self.finish(head, Status::Ok),
-            // Not the host's failure: it has no such thing.
-            Some(Errno::OPNOTSUPP) => self.finish(head, Status::Unsupported),
-            Some(errno) => match self.device.failed(flight.is_read, errno) {
-                Action::Report => self.finish(head, Status::IoError),
-                Action::Ignore => self.finish(head, Status::Ok),
-                Action::Stop => {
-                    flight.parts = 0;
-                    self.in_flight -= 1;
-                    self.kept.push(head);
-                    Ok(())
-                }
-            },
-        }
-    }
-
-    /// Answers a request, once. The driver sees it with [`Self::give_back`].
-    fn finish(&mut self, head: u16, status: Status) -> Result<(), QueueError> {
-        let flight = &mut self.flights[usize::from(head)];
-        flight.parts = 0;
-        self.in_flight -= 1;
-        let written_bytes = if status == Status::Ok { flight.written_bytes } else { 1 };
-        self.ram.write_obj(status as u8, flight.status_at).map_err(|_| RingError::NoStatus)?;
-        if let Some(log) = &self.log {
-            log.mark_ranges(&flight.logged)?;
-            log.log.mark(flight.status_at, 1)?;
-        }
-        self.used.push(&self.ram, head, written_bytes)?;
-        self.ended.push(head);
-        Ok(())
     }
 
     /// Shows the driver what has ended, as one batch, and tells it once.
