@@ -47,21 +47,35 @@ impl Inputs {
         self.dir.join(name)
     }
 
+    /// A word of a command with what its placeholders stand for.
+    pub(crate) fn word(&self, word: &str) -> String {
+        let Scale { data_bytes, huge_bytes, .. } = self.scale;
+        word.replace("{o}", "output")
+            .replace("{huge}", &huge_bytes.to_string())
+            .replace("{data}", &data_bytes.to_string())
+            .replace("{data_mib}", &(data_bytes >> 20).to_string())
+    }
+
     /// Makes the input called `name` (and what it is made from) unless it is there.
     pub(crate) fn need(&self, name: &str) -> io::Result<()> {
         let path = self.path(name);
         if path.exists() {
             return Ok(());
         }
-        eprintln_step(&format!("making {name}"));
+        img_bench::say(&format!("  making {name}"));
         match name {
             "os.raw" => self.make_os_like(&path),
             "plain.qcow2" => self.convert(&["-O", "qcow2"], name),
             "zlib.qcow2" => self.convert(&["-c", "-O", "qcow2"], name),
             "zstd.qcow2" => self.convert(&["-c", "-O", "qcow2", "-o", "compression_type=zstd"], name),
             "plain.vmdk" => self.convert(&["-O", "vmdk"], name),
+            "plain.vpc" => self.convert(&["-O", "vpc"], name),
+            "plain.qed" => self.convert(&["-O", "qed"], name),
             "stream.vmdk" => self.convert(&["-O", "vmdk", "-o", "subformat=streamOptimized"], name),
             "fragmented.qcow2" => self.make_fragmented(name),
+            "strided.qcow2" => self.make_strided(name),
+            "overlay.qcow2" => self.make_overlay(name),
+            "branch.qcow2" => self.make_branch(name),
             "snapshots.qcow2" => self.make_snapshots(name),
             "huge.qcow2" => self.make_huge(name),
             "huge-snapshot.qcow2" => {
@@ -175,6 +189,37 @@ impl Inputs {
         Ok(())
     }
 
+    /// Over a copy of `plain.qcow2` that is made for each run, as committing changes it; a quarter of the data.
+    fn make_overlay(&self, name: &str) -> io::Result<()> {
+        self.need("plain.qcow2")?;
+        let size = self.scale.disk_bytes.to_string();
+        let backing = ["-u", "-b", "below.qcow2", "-F", "qcow2"];
+        self.reference(&[&["create", "-f", "qcow2"], &backing[..], &[name, &size]].concat())?;
+        fs::copy(self.path("plain.qcow2"), self.path("below.qcow2"))?;
+        let writes = self.scale.data_bytes / 4 / WRITE_BYTES;
+        self.write_at_random(name, 4, writes)
+    }
+
+    /// A layer over the middle of the chain of 32.
+    fn make_branch(&self, name: &str) -> io::Result<()> {
+        self.need("chain32.qcow2")?;
+        self.reference(&["create", "-f", "qcow2", "-b", "chain32-16.qcow2", "-F", "qcow2", name])?;
+        self.write_at_random(name, 5, 32)
+    }
+
+    fn write_at_random(&self, name: &str, seed: u64, writes: u64) -> io::Result<()> {
+        let mut random = Random(seed);
+        let clusters = self.scale.disk_bytes / WRITE_BYTES;
+        let mut line = || format!("write -q -P {seed} {} 64k", random.below(clusters) * WRITE_BYTES);
+        self.io(name, (0..writes).map(|_| line()))
+    }
+
+    /// What the row of allocating writes must leave.
+    fn make_strided(&self, name: &str) -> io::Result<()> {
+        self.reference(&["create", "-f", "qcow2", name, "1G"])?;
+        self.reference(&["bench", "-w", "--pattern", "7", "-c", "8000", "-S", "65536", "-f", "qcow2", name])
+    }
+
     /// 50 internal snapshots with some writes between them.
     fn make_snapshots(&self, name: &str) -> io::Result<()> {
         self.need("plain.qcow2")?;
@@ -195,10 +240,6 @@ impl Inputs {
         let size = self.scale.huge_bytes.to_string();
         self.reference(&["create", "-f", "qcow2", "-o", "preallocation=metadata", name, &size])
     }
-}
-
-fn eprintln_step(text: &str) {
-    crate::say(&format!("  {text}"));
 }
 
 /// Fills a run with bytes of one kind.

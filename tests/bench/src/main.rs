@@ -16,14 +16,15 @@ use std::{
 
 use clap::Parser;
 
+use img_bench::{by_turns, print};
 use inputs::Inputs;
 use measure::Cost;
-use rows::{ROWS, Row};
+use rows::Row;
 
 /// Compare the speed of img with that of qemu-img.
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Where inputs are made and outputs go; wants 40 GiB of apparent, 12 GiB of real space.
+    /// Where inputs are made and outputs go; wants 50 GiB of apparent, 20 GiB of real space.
     #[arg(long, default_value = "target/bench")]
     dir: PathBuf,
     /// Small inputs, for a quick look; figures in documents are made without it.
@@ -32,9 +33,9 @@ struct Arguments {
     /// Measured runs of each tool in each row; the least counts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// Only rows whose name contains this.
+    /// Only rows whose name contains this; may be given several times.
     #[arg(long, value_name = "TEXT")]
-    only: Option<String>,
+    only: Vec<String>,
     /// Make the inputs and stop.
     #[arg(long)]
     inputs_only: bool,
@@ -46,31 +47,16 @@ struct Arguments {
     reference: PathBuf,
 }
 
-#[expect(clippy::print_stderr, reason = "progress of a program for the terminal")]
-fn say(text: &str) {
-    eprintln!("{text}");
-}
-
-#[expect(clippy::print_stdout, reason = "the table is the program's output")]
-fn print(text: &str) {
-    println!("{text}");
-}
-
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            say(&format!("img-bench: {error}"));
-            ExitCode::FAILURE
-        }
-    }
+    img_bench::program(run)
 }
 
 fn run(arguments: &Arguments) -> io::Result<()> {
     let scale = if arguments.quick { inputs::QUICK } else { inputs::FULL };
     let inputs = Inputs::new(&arguments.dir, scale, &arguments.reference)?;
-    let rows =
-        || ROWS.iter().filter(|row| arguments.only.as_ref().is_none_or(|text| row.name.contains(text)));
+    let only = &arguments.only;
+    let is_asked_for = |row: &&Row| only.is_empty() || only.iter().any(|text| row.name.contains(text));
+    let rows = || rows::all().filter(is_asked_for);
     for name in rows().flat_map(|row| row.needs) {
         inputs.need(name)?;
     }
@@ -85,9 +71,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     for row in rows() {
         let mut costs = [Vec::new(), Vec::new()];
         for run in 0..arguments.runs {
-            // By turns, and by turns first: who comes second finds memory that the other has just given back.
-            let order = if run % 2 == 0 { [0, 1] } else { [1, 0] };
-            for tool in order {
+            for tool in by_turns(run, 0, 1) {
                 costs[tool].push(measure_row(row, &inputs, &tools[tool], &tools[1])?);
             }
         }
@@ -103,14 +87,13 @@ fn measure_row(row: &Row, inputs: &Inputs, tool: &Path, reference: &Path) -> io:
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    if let Some(name) = row.copy {
-        copy_sparse(&inputs.path(name), &output)?;
+    for (from, to) in row.copies {
+        copy_sparse(&inputs.path(from), &inputs.path(&inputs.word(to)))?;
     }
     for words in row.before {
         measure::run(&mut command(reference, words, inputs))?;
     }
-    // What earlier runs left to write back would be charged to whoever comes next.
-    rustix::fs::sync();
+    settle(row, inputs)?;
     for name in row.needs {
         read_data(&fs::File::open(inputs.path(name))?)?;
     }
@@ -120,11 +103,21 @@ fn measure_row(row: &Row, inputs: &Inputs, tool: &Path, reference: &Path) -> io:
             cost = cost.then(measure::run(&mut command(tool, words, inputs))?);
         }
     }
-    if let Some(name) = row.same_as {
-        let words = format!("compare {name} {{o}}");
-        measure::run(&mut command(reference, &words, inputs))?;
+    if let Some(words) = row.proof {
+        measure::run(&mut command(reference, words, inputs))?;
     }
     Ok(cost)
+}
+
+/// Writes back what the row works on and what was made or deleted before, as it would be charged to whoever comes next.
+fn settle(row: &Row, inputs: &Inputs) -> io::Result<()> {
+    for (_, to) in row.copies {
+        fs::File::open(inputs.path(&inputs.word(to)))?.sync_all()?;
+    }
+    if !row.before.is_empty() {
+        fs::File::open(inputs.path("output"))?.sync_all()?;
+    }
+    fs::File::open(&inputs.dir)?.sync_all()
 }
 
 /// Brings what is not a hole into the page cache.
@@ -152,13 +145,7 @@ fn read_data(file: &fs::File) -> io::Result<()> {
 fn command(tool: &Path, words: &str, inputs: &Inputs) -> Command {
     let mut command = Command::new(tool);
     command.current_dir(&inputs.dir);
-    for word in words.split(' ') {
-        command.arg(match word {
-            "{o}" => "output".to_owned(),
-            "{huge}" => inputs.scale.huge_bytes.to_string(),
-            word => word.to_owned(),
-        });
-    }
+    command.args(words.split(' ').map(|word| inputs.word(word)));
     command
 }
 

@@ -18,6 +18,7 @@ use std::{
 };
 
 use clap::Parser;
+use img_bench::say;
 
 /// Compare what requests cost blk-backend with what they cost qemu-storage-daemon and qemu-nbd
 #[derive(Debug, Parser)]
@@ -50,24 +51,8 @@ struct Bench {
     only: String,
 }
 
-#[expect(clippy::print_stderr, reason = "progress of a program for the terminal")]
-fn say(text: &str) {
-    eprintln!("{text}");
-}
-
-#[expect(clippy::print_stdout, reason = "the table is the program's output")]
-fn print(text: &str) {
-    println!("{text}");
-}
-
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            say(&format!("backend-bench: {error}"));
-            ExitCode::FAILURE
-        }
-    }
+    img_bench::program(run)
 }
 
 fn run(arguments: &Arguments) -> io::Result<()> {

@@ -6,10 +6,12 @@ use std::{
     process::{Command, Stdio},
 };
 
+use img_bench::{by_turns, print, say};
+
 use crate::{
     Bench, against,
     images::Kind,
-    median, print, say,
+    median,
     servers::{Server, Side},
 };
 
@@ -65,8 +67,7 @@ pub(crate) fn print_table(bench: &Bench, directory: &Path) -> io::Result<()> {
         say(row.name);
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for run in 0..bench.runs {
-            let order = if run % 2 == 0 { [Side::Theirs, Side::Ours] } else { [Side::Ours, Side::Theirs] };
-            for side in order {
+            for side in by_turns(run, Side::Theirs, Side::Ours) {
                 let seconds = measure(bench, directory, row, side)?;
                 if side == Side::Ours { ours.push(seconds) } else { theirs.push(seconds) }
             }

@@ -4,10 +4,12 @@ use std::{io, path::Path};
 
 use blk_backend::bench::{Job, Limit, Pattern, VhostOptions, VhostTarget, run};
 
+use img_bench::{by_turns, print, say};
+
 use crate::{
     Bench, against,
     images::{Kind, Layer},
-    median, print, say,
+    median,
     servers::{Server, Serving, Side},
 };
 
@@ -143,8 +145,7 @@ fn measure_pairs(bench: &Bench, directory: &Path, row: &Row) -> io::Result<(Vec<
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     let mut layers = row.kind.make(directory)?;
     for run in 0..bench.runs {
-        let order = if run % 2 == 0 { [Side::Theirs, Side::Ours] } else { [Side::Ours, Side::Theirs] };
-        for side in order {
+        for side in by_turns(run, Side::Theirs, Side::Ours) {
             if row.count.is_some() {
                 layers = row.kind.make(directory)?;
             }
