@@ -13,6 +13,7 @@ use std::{ops::Range, sync::Arc, time::Instant};
 use img_core::{
     format::HostFile,
     image::{Commit, Image},
+    storage::Limits,
 };
 
 use super::{
@@ -265,7 +266,8 @@ impl Lane {
 
 /// What is different where the ring writes past the page cache. The storage keeps its own writers of one block
 /// apart, those that must read a block first too; the writes of a ring do not pass there. So all changes enter the
-/// [`Flight`](super::Flight), in whole blocks.
+/// [`Flight`](super::Flight), in whole blocks. Tables need no such care: they share no block with guest bytes where
+/// `ring_writes`, and make a file longer by whole clusters, so that the storage has nothing to cut off.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Direct {
     /// What is written past the cache is a multiple of this.
@@ -280,18 +282,25 @@ impl Direct {
     /// `None` where the top layer is written through the page cache, or not at all.
     pub(super) fn of(image: &Image) -> Option<Self> {
         let top = &image.layers()[0];
-        let limits = top.file(HostFile::IMAGE)?.limits();
-        if limits.alignment_bytes <= 1 || top.writer().is_none() {
+        // Guest bytes may stand in other files than the image's own, on other file systems.
+        let limits: Vec<Limits> =
+            (0..).map_while(|file| top.file(HostFile(file))).map(|storage| storage.limits()).collect();
+        let unit_bytes = limits.iter().map(|limits| u64::from(limits.alignment_bytes)).max()?;
+        if unit_bytes <= 1 || top.writer().is_none() {
             return None;
         }
-        let granule_bytes =
-            u64::from(limits.alignment_bytes.max(limits.block_bytes).max(4096)).next_power_of_two();
+        let block_bytes = limits.iter().map(|limits| u64::from(limits.block_bytes)).max()?;
+        let granule_bytes = unit_bytes.max(block_bytes).max(4096).next_power_of_two();
         let cluster = top.cluster_size_bytes().map(u64::from);
-        let unit_bytes = u64::from(limits.alignment_bytes);
         Some(Self {
             unit_bytes,
             granule_bytes,
             ring_writes: cluster.is_none_or(|cluster| cluster.is_multiple_of(granule_bytes)),
         })
+    }
+
+    #[cfg(test)]
+    pub(super) fn unit_bytes(self) -> u64 {
+        self.unit_bytes
     }
 }

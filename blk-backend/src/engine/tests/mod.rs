@@ -3,6 +3,7 @@
 mod client;
 mod control;
 mod crash;
+mod direct;
 mod model;
 mod requests;
 

@@ -54,6 +54,8 @@ mod zero;
 #[cfg(test)]
 mod bitmap_tests;
 #[cfg(test)]
+mod block_tests;
+#[cfg(test)]
 mod fault_tests;
 #[cfg(test)]
 mod header_tests;
