@@ -11,7 +11,7 @@ use std::{
     fmt,
     os::unix::fs::MetadataExt as _,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak,
         atomic::{AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
@@ -68,7 +68,30 @@ pub enum DiskEvent {
     },
 }
 
-type Observer = Box<dyn Fn(DiskEvent) + Send + Sync>;
+type Observer = Arc<dyn Fn(DiskEvent) + Send + Sync>;
+
+/// Somebody is told of what happens to a disk, until this is dropped. A call that has begun by then may still go on.
+#[must_use = "nobody is told any more when it is dropped"]
+#[derive(Debug)]
+pub struct Observation {
+    disk: Weak<Disk>,
+    number: u64,
+}
+
+impl Drop for Observation {
+    fn drop(&mut self) {
+        if let Some(disk) = self.disk.upgrade() {
+            disk.observers().present.retain(|(number, _)| *number != self.number);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Observers {
+    present: Vec<(u64, Observer)>,
+    /// How many there ever were.
+    made: u64,
+}
 
 /// One opened image. Shared by lanes, front ends and the control socket.
 pub struct Disk {
@@ -85,7 +108,7 @@ pub struct Disk {
     lanes: Mutex<Lanes>,
     quiet: Mutex<()>,
     quieter: Condvar,
-    observers: Mutex<Vec<Observer>>,
+    observers: Mutex<Observers>,
     /// For whatever image is on top.
     change_log: Mutex<Option<Arc<dyn ChangeLog>>>,
     pub(crate) flight: Arc<Flight>,
@@ -336,8 +359,12 @@ impl Disk {
     }
 
     /// Calls `observer` after each change that a front end tells its guest about, on the thread that made it.
-    pub fn observe(&self, observer: impl Fn(DiskEvent) + Send + Sync + 'static) {
-        self.observers().push(Box::new(observer));
+    pub fn observe(self: &Arc<Self>, observer: impl Fn(DiskEvent) + Send + Sync + 'static) -> Observation {
+        let mut observers = self.observers();
+        let number = observers.made;
+        observers.made += 1;
+        observers.present.push((number, Arc::new(observer)));
+        Observation { disk: Arc::downgrade(self), number }
     }
 
     /// What all lanes, present and gone, have counted.
@@ -379,14 +406,17 @@ impl Disk {
     }
 
     fn tell(&self, event: DiskEvent) {
-        self.observers().iter().for_each(|observer| observer(event));
+        // Called without the lock: what an observer drops may be the end of an observation.
+        let observers: Vec<Observer> =
+            self.observers().present.iter().map(|(_, observer)| Arc::clone(observer)).collect();
+        observers.iter().for_each(|observer| observer(event));
     }
 
     fn lanes(&self) -> MutexGuard<'_, Lanes> {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn observers(&self) -> MutexGuard<'_, Vec<Observer>> {
+    fn observers(&self) -> MutexGuard<'_, Observers> {
         self.observers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -427,5 +457,45 @@ impl Disk {
             let _quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
             self.quieter.notify_all();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        engine::tests::image,
+        virtio::{Device, DeviceOptions},
+    };
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn a_disk_keeps_no_observer_that_is_gone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let name = image(dir.path(), "disk", "qcow2", &[], MIB, None);
+        let disk = Disk::open(&name, &DiskOptions::default()).expect("it was just made");
+        let told = Arc::new(AtomicU64::new(0));
+        let observe = || {
+            let told = Arc::clone(&told);
+            disk.observe(move |_| {
+                told.fetch_add(1, SeqCst);
+            })
+        };
+        let (one, other) = (observe(), observe());
+        drop(one);
+        disk.resize(2 * MIB).expect("resized");
+        assert_eq!(told.load(SeqCst), 1);
+        drop(other);
+        for _ in 0..3 {
+            Device::new(&disk, &DeviceOptions::default()).expect("a device");
+        }
+        assert_eq!(disk.observers().present.len(), 0);
+        // What an observer has may be the last of what observes.
+        let last = Arc::new(Mutex::new(None));
+        let has = Arc::clone(&last);
+        *last.lock().unwrap() = Some(disk.observe(move |_| drop(has.lock().unwrap().take())));
+        disk.resize(3 * MIB).expect("resized");
+        assert_eq!(disk.observers().present.len(), 0);
     }
 }

@@ -17,7 +17,7 @@ use super::{
     features::Features,
 };
 use crate::{
-    disk::{Disk, DiskEvent},
+    disk::{Disk, DiskEvent, Observation},
     engine::{EngineChoice, LaneOptions, Poll},
     request::Errno,
 };
@@ -112,6 +112,7 @@ type Observer = Box<dyn Fn(&DeviceEvent) + Send + Sync>;
 /// A block device over a [`Disk`]. Queues and transports share it.
 pub struct Device {
     disk: Arc<Disk>,
+    _watch: Observation,
     queues: u16,
     id: [u8; ID_BYTES],
     block_bytes: u32,
@@ -156,7 +157,15 @@ impl Device {
         }
         let mut id = [0; ID_BYTES];
         id[..serial.len()].copy_from_slice(serial);
-        let device = Arc::new(Self {
+        let watched = |watcher: &Weak<Self>| {
+            let watcher = Weak::clone(watcher);
+            disk.observe(move |event| {
+                if let (Some(device), DiskEvent::Resized { size_bytes }) = (watcher.upgrade(), event) {
+                    device.resized(size_bytes);
+                }
+            })
+        };
+        let device = Arc::new_cyclic(|this| Self {
             queues: options.queues,
             id,
             block_bytes: options.block_bytes,
@@ -171,14 +180,9 @@ impl Device {
             needs_reset: AtomicBool::new(false),
             observers: Mutex::default(),
             disk: Arc::clone(disk),
+            _watch: watched(this),
         });
-        let watcher: Weak<Self> = Arc::downgrade(&device);
-        disk.observe(move |event| {
-            if let (Some(device), DiskEvent::Resized { size_bytes }) = (watcher.upgrade(), event) {
-                device.resized(size_bytes);
-            }
-        });
-        // A resize between the first look and the observer was not told to us.
+        // A resize before there was a device to tell was not told to us.
         device.size_bytes.store(disk.size_bytes(), SeqCst);
         Ok(device)
     }

@@ -174,7 +174,7 @@ fn size_and_snapshots_change_under_load_and_observers_are_told() {
         let (_dir, disk) = fresh_disk("qcow2", MIB);
         let told = Arc::new(AtomicU64::new(0));
         let teller = Arc::clone(&told);
-        disk.observe(move |event| {
+        let _watch = disk.observe(move |event| {
             let crate::disk::DiskEvent::Resized { size_bytes } = event;
             teller.store(size_bytes, Ordering::SeqCst);
         });
