@@ -174,8 +174,6 @@ const MISSING_FORMATS: &[&str] = &[
     "luks",
     "nbd",
     "nfs",
-    "null-aio",
-    "null-co",
     "nvme",
     "parallels",
     "preallocate",

@@ -1,12 +1,19 @@
 //! Names of images as texts: which protocol, which directory, what a relative name is relative to.
 
-use img_core::image::{self, protocol};
+use img_core::{
+    format::registry,
+    image::{self, protocol},
+};
 
 /// # Errors
 /// When `name` names a protocol that new files cannot be made through.
 pub(crate) fn check_protocol(name: &str) -> Result<(), String> {
     match protocol(name) {
         None | Some("file") => Ok(()),
+        // A protocol in the place of a format is a driver too.
+        Some(protocol) if registry::by_name(protocol).is_some_and(|driver| !driver.can_create()) => {
+            Err(format!("Protocol driver '{protocol}' does not support image creation"))
+        }
         Some(protocol) => Err(format!("Unknown protocol '{protocol}'")),
     }
 }

@@ -203,18 +203,37 @@ fn command_row(workplace: &Workplace, command: &str, problems: &mut String) -> S
     format!("| `{command}` | {accepted} | {refused} | {added} |\n")
 }
 
-/// Whether `img` makes or opens images of a format, and what it says where it does not.
-fn format_row(workplace: &Workplace, format: &str, problems: &mut String) -> Option<String> {
+/// What becomes of a format's name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Support {
+    MadeAndOpened,
+    /// A protocol in the place of a format, which neither program makes.
+    Opened,
+    RefusedByName,
+}
+
+/// Whether `img` makes or opens images of a format.
+fn support(workplace: &Workplace, format: &str, problems: &mut String) -> Support {
     let create = workplace.ours(&["create", "-q", "-f", format, &format!("new.{format}"), "1M"]);
     let open = workplace.ours(&["info", "-f", format, "nothing"]);
     let refusal = format!("The format '{format}' is not supported yet");
+    let not_made = format!("Format driver '{format}' does not support image creation");
     match (create.code, open.stderr.contains(&refusal)) {
-        (0, false) => None,
-        (_, true) if create.stderr.contains(&refusal) => Some(format!("`{format}`")),
+        (0, false) => Support::MadeAndOpened,
+        (_, false)
+            if create.stderr.contains(&not_made)
+                && workplace
+                    .theirs(&["create", "-q", "-f", format, "x", "1M"])
+                    .stderr
+                    .contains(&not_made) =>
+        {
+            Support::Opened
+        }
+        (_, true) if create.stderr.contains(&refusal) => Support::RefusedByName,
         _ => {
             writeln!(problems, "{format} is neither supported nor refused by name:\n{create}\n{open}")
                 .expect("a string");
-            None
+            Support::RefusedByName
         }
     }
 }
@@ -280,13 +299,21 @@ fn every_option_of_the_reference_is_accepted_or_named() {
     let formats: Vec<&str> =
         listed(&help, "Supported image formats").iter().flat_map(|line| line.split_whitespace()).collect();
     assert!(formats.len() > 20, "{formats:?}");
-    let refused: Vec<(&str, Option<String>)> =
-        formats.iter().map(|format| (*format, format_row(&workplace, format, &mut problems))).collect();
-    let supported: Vec<&str> =
-        refused.iter().filter(|(_, refusal)| refusal.is_none()).map(|(format, _)| *format).collect();
+    let support: Vec<(&str, Support)> =
+        formats.iter().map(|format| (*format, support(&workplace, format, &mut problems))).collect();
+    let with = |wanted: Support| {
+        support.iter().filter(|(_, found)| *found == wanted).map(|(format, _)| *format).collect::<Vec<_>>()
+    };
+    let supported = with(Support::MadeAndOpened);
     writeln!(tables, "Read and written: `{}`.", supported.join("`, `")).expect("a string");
-    let refused: Vec<String> = refused.into_iter().filter_map(|(_, refusal)| refusal).collect();
-    writeln!(tables, "\nRefused by name: {}.", refused.join(", ")).expect("a string");
+    writeln!(
+        tables,
+        "\nOpened, and not made by the reference either: `{}`.",
+        with(Support::Opened).join("`, `")
+    )
+    .expect("a string");
+    writeln!(tables, "\nRefused by name: `{}`.", with(Support::RefusedByName).join("`, `"))
+        .expect("a string");
 
     tables += "\n## Options of new images (`create -o`)\n\n\
         | format | accepted | refused by name | only in `img` |\n| --- | --- | --- | --- |\n";

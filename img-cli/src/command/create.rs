@@ -103,13 +103,12 @@ pub(crate) fn help(format: &str, file: Option<&str>, context: &Context) -> Outco
 /// # Errors
 /// When there is none of that name.
 pub(crate) fn driver(format: &str) -> Result<&'static dyn Driver, Failure> {
-    registry::by_name(format).ok_or_else(|| {
-        Failure::new(if is_missing_format(format) {
-            missing_format(format)
-        } else {
-            format!("Unknown file format '{format}'")
-        })
-    })
+    match registry::by_name(format) {
+        Some(driver) if driver.can_create() => Ok(driver),
+        Some(_) => Err(Failure::new(format!("Format driver '{format}' does not support image creation"))),
+        None if is_missing_format(format) => Err(Failure::new(missing_format(format))),
+        None => Err(Failure::new(format!("Unknown file format '{format}'"))),
+    }
 }
 
 /// Everything behind the command line; errors are said about the file.

@@ -4,14 +4,14 @@ use std::{fs, os::unix::fs::MetadataExt as _};
 
 use img_core::{
     Error, JobStep,
-    format::{HostFile, OpenMode, OptionSet},
+    format::{HostFile, OpenMode, OptionSet, registry},
     image::Image,
     job::convert::{ConvertOptions, convert_part},
     text,
 };
 
 use crate::{
-    args::{FormatArgs, Opening, ShareArgs, is_missing_format, missing_format},
+    args::{FormatArgs, Opening, ShareArgs, is_missing_format},
     command::create,
     context::Context,
     created::Created,
@@ -144,8 +144,8 @@ fn create_target(
 ) -> Result<Image, Failure> {
     let format = args.output_format.as_str();
     let driver = create::driver(format).map_err(|failure| {
-        let text =
-            if is_missing_format(format) { missing_format(format) } else { "Unknown file format".to_owned() };
+        let is_unknown = registry::by_name(format).is_none() && !is_missing_format(format);
+        let text = if is_unknown { "Unknown file format".to_owned() } else { failure.text };
         Failure { text, ..failure }
     })?;
     let said = |failure: Failure| Failure {

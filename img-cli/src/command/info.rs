@@ -1,6 +1,6 @@
 //! `img info`: what an image is.
 
-use std::{collections::HashSet, fmt::Write as _, fs, os::unix::fs::FileTypeExt as _, path::Path};
+use std::{collections::HashSet, fmt::Write as _, fs, os::unix::fs::FileTypeExt as _};
 
 use img_core::{
     format::{HostFile, OpenMode, SnapshotInfo},
@@ -167,9 +167,14 @@ impl HostFacts {
             // In whole sectors, as the reference counts.
             length_bytes: storage.len_bytes()?.next_multiple_of(512),
             actual_size_bytes: storage.allocated_bytes().ok(),
-            protocol: protocol(storage.path()),
+            protocol: protocol(storage),
             below,
         })
+    }
+
+    /// Whether there is a host file at all, about which more is known.
+    fn is_on_host(&self) -> bool {
+        matches!(self.protocol, "file" | "host_device")
     }
 
     /// `above` is the path of the nodes above.
@@ -197,9 +202,11 @@ impl HostFacts {
             "virtual-size": self.length_bytes,
             "filename": self.name,
             "format": if self.below.is_some() { "raw" } else { self.protocol },
-            "dirty-flag": false,
         });
-        if self.below.is_none() {
+        if self.is_on_host() {
+            file["dirty-flag"] = false.into();
+        }
+        if self.is_on_host() && self.below.is_none() {
             file["format-specific"] = json!({ "type": "file", "data": {} });
         }
         if let Some(bytes) = self.actual_size_bytes {
@@ -260,6 +267,11 @@ impl Facts {
         Ok((facts, storage.identity()))
     }
 
+    /// What the image stands on; a protocol in the place of a format stands on nothing.
+    fn children(&self) -> impl Iterator<Item = &HostFacts> {
+        self.others.iter().chain((self.file.protocol != self.format).then_some(&self.file))
+    }
+
     fn human(&self) -> String {
         let mut lines = Lines::default();
         lines.add(0, format_args!("image: {}", self.name));
@@ -296,7 +308,7 @@ impl Facts {
             lines.add(0, "Format specific information:");
             lines.tree(details, 1);
         }
-        for file in self.others.iter().chain([&self.file]) {
+        for file in self.children() {
             file.human("", 0, &mut lines);
         }
         lines.0
@@ -307,8 +319,10 @@ impl Facts {
             "virtual-size": self.virtual_size_bytes,
             "filename": self.name,
             "format": self.format,
-            "dirty-flag": self.dirty,
         });
+        if self.file.is_on_host() {
+            object["dirty-flag"] = self.dirty.into();
+        }
         if let Some(bytes) = self.actual_size_bytes {
             object["actual-size"] = bytes.into();
         }
@@ -334,16 +348,18 @@ impl Facts {
             object["format-specific"] = details.clone();
         }
         // Last, as in the reference: of keys in one bucket of its dictionary the youngest is printed first.
-        object["children"] = self.others.iter().chain([&self.file]).map(HostFacts::json).collect();
+        object["children"] = self.children().map(HostFacts::json).collect();
         object
     }
 }
 
 /// The reference's name for the kind of host file.
-fn protocol(path: &Path) -> &'static str {
-    match fs::metadata(path) {
-        Ok(data) if data.file_type().is_block_device() || data.file_type().is_char_device() => "host_device",
-        _ => "file",
+fn protocol(storage: &dyn Storage) -> &'static str {
+    let is_device =
+        |data: fs::Metadata| data.file_type().is_block_device() || data.file_type().is_char_device();
+    match storage.protocol() {
+        "file" if fs::metadata(storage.path()).is_ok_and(is_device) => "host_device",
+        protocol => protocol,
     }
 }
 

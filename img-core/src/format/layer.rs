@@ -30,6 +30,11 @@ pub trait Driver: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Whether images can be made at all: protocols that stand where a format does can not.
+    fn can_create(&self) -> bool {
+        true
+    }
+
     /// The options of [`Self::create`], in the order in which `create` reports them. `size` is among them,
     /// and `backing_file` and `backing_fmt` where [`Self::has_backing`].
     fn create_options(&self) -> &'static [OptionDescription];
@@ -166,6 +171,8 @@ pub struct Beyond {
     pub backing: bool,
     /// Auditing.
     pub check: bool,
+    /// Mending what an audit finds.
+    pub repair: bool,
     /// Changing the size.
     pub resize: bool,
 }

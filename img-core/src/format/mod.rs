@@ -17,6 +17,7 @@ pub mod registry;
 mod table_cache;
 mod write;
 
+pub mod null;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use super::{Driver, qcow2, qed, raw, vmdk, vpc};
+use super::{Driver, null, qcow2, qed, raw, vmdk, vpc};
 
 /// All drivers, in the order of `--help`.
-pub static DRIVERS: &[&dyn Driver] = &[&raw::Raw, &qcow2::Qcow2, &qed::Qed, &vmdk::Vmdk, &vpc::Vpc];
+pub static DRIVERS: &[&dyn Driver] =
+    &[&raw::Raw, &qcow2::Qcow2, &qed::Qed, &vmdk::Vmdk, &vpc::Vpc, &null::NULL_CO, &null::NULL_AIO];
 
 /// The driver called `name`.
 #[must_use]

@@ -14,6 +14,7 @@ mod gate;
 mod host;
 mod merged;
 mod name;
+mod null_node;
 mod open;
 mod overlay;
 mod path;

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{
     flat,
     flat::Flat,
+    null_node::NullNode,
     path::protocol,
     raw_node::{RawNode, Zeroes, described, described_file},
 };
@@ -27,8 +28,10 @@ pub struct ImageName {
 /// What a name says.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Node {
-    /// The host file.
+    /// The host file; what stands in its place is called so.
     pub(super) path: String,
+    /// What stands in place of the host file.
+    pub(super) null: Option<NullNode>,
     /// The format, where the name fixes it.
     pub(super) driver: Option<String>,
     /// Options for the format's driver.
@@ -117,7 +120,12 @@ impl ImageName {
     pub fn path_to_create(&self) -> Result<&str> {
         match protocol(&self.text) {
             Some("json") => Err(Error::Invalid("Unknown protocol 'json'".to_owned())),
-            _ => Ok(&self.node.path),
+            _ => match NullNode::protocol(protocol(&self.text).unwrap_or_default()) {
+                None => Ok(&self.node.path),
+                Some(null) => {
+                    Err(Error::Invalid(format!("Protocol driver '{null}' does not support image creation")))
+                }
+            },
         }
     }
 
@@ -131,6 +139,7 @@ impl Node {
     pub(super) fn file(path: &str) -> Self {
         Self {
             path: path.to_owned(),
+            null: None,
             driver: None,
             options: OptionSet::new(),
             backing: BackingChoice::Recorded,
@@ -145,11 +154,18 @@ impl Node {
         }
     }
 
+    fn of_null(null: NullNode) -> Self {
+        Self { path: null.display(), null: Some(null), ..Self::file("") }
+    }
+
     pub(super) fn parse(text: &str) -> Result<Self> {
         match protocol(text) {
             Some("json") => Self::from_flat(flat::parse_json(text)?),
             Some("file") => Self::non_empty(&text["file:".len()..]),
-            Some(other) => Err(Error::Invalid(format!("Unknown protocol '{other}'"))),
+            Some(other) => match NullNode::protocol(other) {
+                Some(null) => NullNode::named(null, text).map(Self::of_null),
+                None => Err(Error::Invalid(format!("Unknown protocol '{other}'"))),
+            },
             None => Self::non_empty(text),
         }
     }
@@ -174,6 +190,12 @@ impl Node {
             // A protocol where a format is expected: the bytes as they are.
             let mut node = Self::file_node(flat)?;
             node.driver = Some("raw".to_owned());
+            node.zeroes = std::mem::take(&mut node.file_zeroes);
+            return Ok(node);
+        }
+        if let Some(protocol) = driver.as_deref().and_then(NullNode::protocol) {
+            let mut node = Self::null_node(protocol, flat)?;
+            node.driver = driver;
             node.zeroes = std::mem::take(&mut node.file_zeroes);
             return Ok(node);
         }
@@ -219,6 +241,14 @@ impl Node {
         Ok(node)
     }
 
+    /// The options of the protocols that keep nothing.
+    fn null_node(protocol: &'static str, mut flat: Flat) -> Result<Self> {
+        let mut common = Self::file("");
+        let file_zeroes = common.take_common(&mut flat)?;
+        let null = NullNode::take(protocol, &mut flat)?;
+        Ok(Self { path: null.display(), null: Some(null), file_zeroes, ..common })
+    }
+
     /// The options of the protocol `file`.
     fn file_node(mut flat: Flat) -> Result<Self> {
         match flat.take_text("driver")?.as_deref() {
@@ -241,7 +271,12 @@ impl Node {
                 inner.raw_nodes.insert(0, node);
                 return Ok(Self { driver: None, backing: BackingChoice::Recorded, ..inner });
             }
-            Some(other) => return Err(Error::Invalid(format!("Unknown driver '{other}'"))),
+            Some(other) => {
+                return match NullNode::protocol(other) {
+                    Some(protocol) => Self::null_node(protocol, flat),
+                    None => Err(Error::Invalid(format!("Unknown driver '{other}'"))),
+                };
+            }
         }
         let path = match flat.take("filename") {
             Some(Value::String(path)) => path,
@@ -302,7 +337,13 @@ impl Node {
     pub(super) fn display(&self, driver: &str) -> String {
         let number = |name: &str| self.options.get(name).and_then(|text| parse_size(text).ok());
         let (offset, size) = if driver == "raw" { (number("offset"), number("size")) } else { (None, None) };
-        if offset.is_none() && size.is_none() && self.raw_nodes.is_empty() {
+        let is_plain = offset.is_none() && size.is_none() && self.raw_nodes.is_empty();
+        let is_told_by_path = match &self.null {
+            None => true,
+            // The path of a node with options is the node in full, which leaves no room for a format above it.
+            Some(null) => null.is_default() || NullNode::protocol(driver).is_some(),
+        };
+        if is_plain && is_told_by_path {
             return self.path.clone();
         }
         format!("json:{}", described(driver, offset, size, &self.described_below(0)))
@@ -311,7 +352,8 @@ impl Node {
     /// The raw nodes from `first` on, and the file.
     fn described_below(&self, first: usize) -> String {
         let nodes = self.raw_nodes[first..].iter().rev();
-        nodes.fold(described_file(&self.path), |file, node| described("raw", node.offset, node.size, &file))
+        let file = self.null.as_ref().map_or_else(|| described_file(&self.path), NullNode::described);
+        nodes.fold(file, |file, node| described("raw", node.offset, node.size, &file))
     }
 
     /// What the raw nodes are called, from the top.

@@ -225,8 +225,18 @@ impl Opening {
         let Pending { node, format, access, discards, .. } = pending;
         let access = access.for_node(node)?;
         let named = format.as_deref().map(driver_called).transpose()?;
-        let open = || access.open(&node.path);
-        let mut storage = if self.is_top { open()? } else { limits::open_reference(&node.path, open)? };
+        let mut storage = match &node.null {
+            // An image has no say in how long its readers wait.
+            Some(null) if pending.is_recorded && !self.is_top && null.is_slow() => {
+                return Err(Error::Invalid(format!(
+                    "'{}' is refused: an image names it with latency-ns",
+                    node.path
+                )));
+            }
+            Some(null) => null.open(access.mode.writes()),
+            None if self.is_top => access.open(&node.path)?,
+            None => limits::open_reference(&node.path, || access.open(&node.path))?,
+        };
         let identity = storage.identity();
         if let Some(identity) = identity {
             if self.seen.contains(&identity) {

@@ -313,7 +313,8 @@ impl<'a> Walk<'a> {
         }
         let (mut head, rest) = status.cut(len);
         head.depth = depth;
-        head.zero = zero;
+        // Where nothing can be below, silence is no promise.
+        head.zero = zero && layers[depth].driver().has_backing();
         if kept.is_some() {
             head.place = Place::Zero { reserved: kept };
         }
@@ -355,6 +356,9 @@ impl<'a> Walk<'a> {
         head.looked_through = !is_raw;
         head.zero = is_hole;
         head.data = !(is_hole && is_raw);
+        if is_hole && !storage.holes_read_as_zeroes() {
+            (head.zero, head.present, head.place) = (false, false, Place::Unallocated);
+        }
         Ok((head, rest))
     }
 }

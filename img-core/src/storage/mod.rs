@@ -22,6 +22,7 @@ pub mod lock;
 mod memory;
 #[cfg(test)]
 mod model_tests;
+mod null;
 mod offload;
 mod pipe;
 mod space;
@@ -34,6 +35,7 @@ mod window;
 
 pub use file::{FileOptions, FileStorage};
 pub use memory::MemoryStorage;
+pub(crate) use null::NullStorage;
 pub use pipe::Pipe;
 pub use stream::StreamStorage;
 pub use unwrap::{UnwrapOptions, Wrapper, unwrap};
@@ -128,6 +130,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The name used in error messages.
     fn path(&self) -> &Path;
 
+    /// What the reference calls the way in which it is reached.
+    fn protocol(&self) -> &'static str {
+        "file"
+    }
+
     /// The present length.
     fn len_bytes(&self) -> Result<u64>;
 
@@ -163,6 +170,11 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The first run of allocated bytes at or after `from_bytes`, cut at the start: `None` when only
     /// holes follow. A storage that cannot tell calls everything up to its end allocated.
     fn next_allocated(&self, from_bytes: u64) -> Result<Option<Range<u64>>>;
+
+    /// Whether bytes that are not allocated are promised to be zeroes.
+    fn holes_read_as_zeroes(&self) -> bool {
+        true
+    }
 
     /// Host space taken, as `st_blocks` counts it.
     fn allocated_bytes(&self) -> Result<u64>;

@@ -170,6 +170,10 @@ impl Storage for Window {
         Ok(found.map(|found| here(found.start)..here(found.end)).filter(|found| !found.is_empty()))
     }
 
+    fn holes_read_as_zeroes(&self) -> bool {
+        self.inner.holes_read_as_zeroes()
+    }
+
     fn allocated_bytes(&self) -> Result<u64> {
         self.inner.allocated_bytes()
     }

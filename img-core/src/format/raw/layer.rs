@@ -22,10 +22,16 @@ pub(in crate::format) struct RawLayer {
     /// Whether the option `size` fixed the size.
     pub(super) fixed_size: bool,
     writable: bool,
+    /// Whose layer it is.
+    driver: &'static dyn Driver,
 }
 
 impl RawLayer {
-    pub(super) fn open(storage: Arc<dyn Storage>, mode: OpenMode, options: &OptionSet) -> Result<Self> {
+    pub(in crate::format) fn open(
+        storage: Arc<dyn Storage>,
+        mode: OpenMode,
+        options: &OptionSet,
+    ) -> Result<Self> {
         super::check_options(options)?;
         let file_bytes = storage.len_bytes()?;
         let start_bytes = options.size("offset")?.unwrap_or(0);
@@ -41,6 +47,7 @@ impl RawLayer {
             virtual_size_bytes: AtomicU64::new(virtual_size_bytes),
             fixed_size: given_bytes.is_some(),
             writable,
+            driver: &Raw,
         })
     }
 }
@@ -53,7 +60,12 @@ impl RawLayer {
         writable: bool,
     ) -> Self {
         let virtual_size_bytes = AtomicU64::new(virtual_size_bytes);
-        Self { storage, start_bytes: 0, virtual_size_bytes, fixed_size: true, writable }
+        Self { storage, start_bytes: 0, virtual_size_bytes, fixed_size: true, writable, driver: &Raw }
+    }
+
+    /// The same as the layer of another driver, whose guest bytes stand at their own offsets too.
+    pub(in crate::format) fn called(self, driver: &'static dyn Driver) -> Self {
+        Self { driver, ..self }
     }
 
     /// The extent of a range; `None` for an empty one.
@@ -67,7 +79,7 @@ impl RawLayer {
 
 impl Layer for RawLayer {
     fn driver(&self) -> &'static dyn Driver {
-        &Raw
+        self.driver
     }
 
     fn virtual_size_bytes(&self) -> u64 {

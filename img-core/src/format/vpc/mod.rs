@@ -102,7 +102,7 @@ impl Driver for Vpc {
     }
 
     fn beyond_reference(&self) -> Beyond {
-        Beyond { backing: true, check: true, resize: true }
+        Beyond { backing: true, check: true, repair: true, resize: true }
     }
 }
 
