@@ -219,3 +219,35 @@ fn a_parent_is_found_and_its_content_id_is_watched() {
     }
     twins.agree();
 }
+
+/// The reference reads and writes what `img` made larger; under its own name it is refused as there.
+#[test]
+fn grown_images_are_the_references_too() {
+    for kind in ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let at = folder.path();
+        qemu_img(at, ["create", "-q", "-f", "vmdk", "-o", &format!("subformat={kind}"), "d.vmdk", "10M"])
+            .output()
+            .success();
+        qemu_io(at, "vmdk", "d.vmdk", &["write -P 3 0 1M", "write -P 5 9M 1M"]).output().success();
+        img(at, ["resize", "d.vmdk", "+100M"]).output().success();
+        let ours = ["read -P 3 0 1M", "read -P 5 9M 1M", "read -P 0 10M 100M", "write -P 9 105M 5M"];
+        qemu_io(at, "vmdk", "d.vmdk", &ours).output().success();
+        img(at, ["resize", "d.vmdk", "1500M"]).output().success();
+        qemu_img(at, ["check", "d.vmdk"]).output().success();
+        let theirs = ["read -P 9 105M 5M", "read -P 0 110M 1390M", "write -P 7 1499M 1M"];
+        qemu_io(at, "vmdk", "d.vmdk", &theirs).output().success();
+        let mended = img(at, ["check", "-r", "all", "d.vmdk"]).output().success();
+        assert_eq!(mended, "No errors were found on the image.\n", "{kind}");
+        img(at, ["convert", "-O", "raw", "d.vmdk", "ours.raw"]).output().success();
+        qemu_img(at, ["compare", "-f", "vmdk", "-F", "raw", "d.vmdk", "ours.raw"]).output().success();
+    }
+    let setup = "qemu-img create -q -f vmdk d.vmdk 10M && qemu-io -c 'write 0 1M' d.vmdk >/dev/null";
+    let mut twins = Twins::new(&[setup]).ignoring("cid: ").without_disk_use();
+    twins.lines(&[
+        "qemu-img resize d.vmdk 20M",
+        "qemu-img check -r all d.vmdk",
+        "qemu-img check -r leaks d.vmdk",
+    ]);
+    twins.agree();
+}

@@ -78,7 +78,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     };
     let image = opening.open(context)?;
     let driver = image.layers()[0].driver();
-    if !driver.can_check() || (context.is_reference() && driver.beyond_reference().check) {
+    let beyond = driver.beyond_reference();
+    let is_beyond = beyond.check || repairs && beyond.repair;
+    if !driver.can_check() || context.is_reference() && is_beyond {
         return Err(Failure::new("This image format does not support checks").with_code(NOT_SUPPORTED));
     }
     let report = audit(&image, repair, context)?;

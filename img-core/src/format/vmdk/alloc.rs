@@ -10,7 +10,7 @@ use super::{
     layer::VmdkLayer,
     sparse::{Sparse, usize_of},
     stream::sector_entry,
-    write::{State, directory_at},
+    write::State,
 };
 use crate::{Error, Result, storage::Flush};
 
@@ -50,7 +50,7 @@ impl VmdkLayer {
         table: u64,
     ) -> Result<Vec<u64>> {
         let mut tables = Vec::with_capacity(2);
-        for directory in [directory_at(sparse), sparse.redundant_at].into_iter().flatten() {
+        for directory in sparse.directories() {
             let found = match sparse.table_in(directory, table)? {
                 Some(found) => found,
                 None => self.make_table(state, index, sparse, directory, table)?,
@@ -85,7 +85,7 @@ impl Sparse {
     /// Changes the entry of a grain in the tables of both directories, which are there.
     pub(super) fn set_entry(&self, grain: u64, entry: u32) -> Result<()> {
         let (table, within) = (grain / self.table_entries, grain % self.table_entries);
-        for directory in [directory_at(self), self.redundant_at].into_iter().flatten() {
+        for directory in self.directories() {
             if let Some(at) = self.table_in(directory, table)? {
                 self.put(at + within * 4, entry)?;
             }
@@ -94,7 +94,7 @@ impl Sparse {
     }
 
     /// Changes one 32-bit word of a table.
-    fn put(&self, at: u64, entry: u32) -> Result<()> {
+    pub(super) fn put(&self, at: u64, entry: u32) -> Result<()> {
         self.tables.update(&*self.storage, at, |bytes, within| {
             bytes[within..within + 4].copy_from_slice(&entry.to_le_bytes());
         })
@@ -147,9 +147,9 @@ impl Sparse {
         let (_, header) = Header::read(&*self.storage)?;
         let mut runs: Vec<Range<u64>> =
             [Some(0..SECTOR_BYTES), header.descriptor].into_iter().flatten().collect();
-        for directory in [directory_at(self), self.redundant_at].into_iter().flatten() {
-            runs.push(directory..directory + self.directory_entries * 4);
-            for index in 0..self.directory_entries {
+        for directory in self.directories() {
+            runs.push(directory..directory + self.directory_entries() * 4);
+            for index in 0..self.directory_entries() {
                 let Some(table) = self.table_in(directory, index)? else { continue };
                 match runs.last_mut() {
                     Some(last) if last.end == table => last.end += self.table_bytes(),

@@ -3,6 +3,7 @@
 use super::{
     header::SECTOR_BYTES,
     layer::{GuestExtent, Kind, VmdkLayer},
+    repair,
     sparse::{BadEntry, Sparse},
 };
 use crate::{
@@ -10,24 +11,32 @@ use crate::{
     format::{CheckReport, Finding, Repair},
 };
 
-/// Walks all tables. As with the reference the first entry that is wrong ends it, and nothing is repaired.
+/// Walks all tables. As with the reference the first entry that is wrong ends it. What [`repair`] knows how to mend
+/// is mended before, and is not looked for otherwise.
 ///
 /// # Errors
-/// [`Error::Unsupported`] when asked to repair; [`Error::Corrupt`] for the entry that was told of.
+/// [`Error::Unsupported`] when asked to repair leaks alone, or by [`repair::mend`]; [`Error::Corrupt`] for the entry
+/// that was told of.
 pub(super) fn check(
     layer: &VmdkLayer,
     repair: Repair,
     findings: &mut dyn FnMut(Finding),
 ) -> Result<CheckReport> {
-    if repair != Repair::Nothing {
-        return Err(Error::unsupported(layer.path(), "repairing vmdk images"));
+    let mut report = CheckReport::default();
+    match repair {
+        Repair::Nothing => {}
+        Repair::Leaks => return Err(Error::unsupported(layer.path(), "giving back leaks of vmdk images")),
+        Repair::All => report.corruptions_fixed = repair::mend(layer, findings)?,
     }
     for extent in &layer.extents {
         if let Kind::Sparse(sparse) = &extent.kind {
             check_tables(extent, sparse, findings)?;
         }
     }
-    Ok(CheckReport::default())
+    if repair == Repair::All {
+        report.corruptions_fixed += repair::end(layer, findings)?;
+    }
+    Ok(report)
 }
 
 fn check_tables(extent: &GuestExtent, sparse: &Sparse, findings: &mut dyn FnMut(Finding)) -> Result<()> {

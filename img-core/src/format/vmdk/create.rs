@@ -13,6 +13,7 @@ use super::{
     header::{DEFLATE, MAGIC, NEWLINES, RawHeader, SECTOR_BYTES, flag},
     open,
     options::CREATE_OPTIONS,
+    resize,
 };
 use crate::{
     Error, Result,
@@ -36,9 +37,6 @@ pub(super) const DESCRIPTOR_SECTORS: u64 = 20;
 /// Where the redundant directory of a new extent begins: behind header and descriptor.
 const REDUNDANT_DIRECTORY_SECTOR: u64 = 1 + DESCRIPTOR_SECTORS;
 
-/// The largest extent of the `twoGbMaxExtent` kinds.
-const SPLIT_BYTES: u64 = 2 << 30;
-
 /// The largest directory: see the header's limits.
 const MAX_DIRECTORY_ENTRIES: u64 = 32 << 20;
 
@@ -47,7 +45,7 @@ const MAX_DIRECTORY_ENTRIES: u64 = 32 << 20;
 struct Subformat {
     name: &'static str,
     flat: bool,
-    /// Extents of [`SPLIT_BYTES`].
+    /// Extents of [`resize::SPLIT_BYTES`].
     split: bool,
     compressed: bool,
 }
@@ -184,7 +182,7 @@ fn check_embedded(descriptor: &str) -> Result<()> {
 
 /// The extents of a disk of that size. There is always one.
 fn extents(size: u64, subformat: Subformat) -> Vec<Range<u64>> {
-    let step = if subformat.split { SPLIT_BYTES } else { size };
+    let step = if subformat.split { resize::SPLIT_BYTES } else { size };
     let count = if size == 0 { 1 } else { size.div_ceil(step) };
     (0..count).map(|index| index * step..size.min((index + 1).saturating_mul(step))).collect()
 }

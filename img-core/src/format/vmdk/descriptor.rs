@@ -5,6 +5,7 @@
 
 use std::{ops::Range, path::Path};
 
+use super::header::SECTOR_BYTES;
 use crate::{Error, Result, text};
 
 /// `parentCID` of a disk without parent.
@@ -168,6 +169,69 @@ pub(super) fn extents(bytes: &[u8], file: &Path, at: u64) -> Result<Vec<ExtentLi
         }
     }
     Ok(extents)
+}
+
+/// A change of the text that lies in one sector of its file: a power cut leaves the old text or the new one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct LineEdit {
+    /// In the file.
+    pub(super) at_bytes: u64,
+    pub(super) bytes: Vec<u8>,
+}
+
+impl LineEdit {
+    /// Gives the last extent of `text`, which stands at byte `at` and may grow to `room_bytes`, so many sectors.
+    /// A longer number moves what follows; where that would reach into the next sector, a comment near by is
+    /// shortened instead. `None` where there is no extent, or no way within one sector.
+    pub(super) fn new(text: &[u8], at: u64, room_bytes: u64, sectors: u64) -> Option<Self> {
+        let place = last_sectors(text)?;
+        let digits = format!("{sectors:>width$}", width = place.len()).into_bytes();
+        let longer = digits.len() - place.len();
+        let len = text.iter().position(|byte| *byte == 0).unwrap_or(text.len());
+        let room = usize::try_from(room_bytes).ok()?;
+        // The bytes that change, and what they become.
+        let mut candidates = Vec::new();
+        if longer == 0 {
+            candidates.push((place.clone(), digits.clone()));
+        } else if len + longer <= room {
+            candidates.push((place.start..len, [&digits, &text[place.end..len]].concat()));
+        }
+        for comment in comments(&text[..len]).filter(|comment| comment.len() > longer && comment.start > 0) {
+            if comment.start > place.end {
+                let kept = &text[place.end..comment.end - longer];
+                candidates.push((place.start..comment.end, [&digits, kept].concat()));
+            } else if comment.end <= place.start {
+                let kept = &text[comment.end..place.start];
+                candidates.push((comment.end - longer..place.end, [kept, &digits].concat()));
+            }
+        }
+        let is_in_one_sector = |(changed, bytes): &(Range<usize>, Vec<u8>)| {
+            let start = at + changed.start as u64;
+            start / SECTOR_BYTES == (start + bytes.len().max(changed.len()) as u64 - 1) / SECTOR_BYTES
+        };
+        let (changed, bytes) = candidates.into_iter().find(is_in_one_sector)?;
+        Some(Self { at_bytes: at + changed.start as u64, bytes })
+    }
+}
+
+/// Where the number of sectors of the last extent stands.
+fn last_sectors(text: &[u8]) -> Option<Range<usize>> {
+    let is_extent = |line: &[u8]| key_and_value(line).is_none() && matches!(extent_line(line), Ok(Some(_)));
+    let (_, _, line) = lines(text).filter(|(_, _, line)| is_extent(line)).last()?;
+    let (_, behind_access) = word(line);
+    let (number, _) = word(behind_access);
+    let start = number.as_ptr().addr() - text.as_ptr().addr();
+    Some(start..start + number.len())
+}
+
+/// The comments of a text, without the ends of their lines.
+fn comments(text: &[u8]) -> impl Iterator<Item = Range<usize>> {
+    let mut offset = 0;
+    text.split_inclusive(|byte| *byte == b'\n').filter_map(move |whole| {
+        let start = offset;
+        offset += whole.len();
+        whole.starts_with(b"#").then(|| start..start + whole.trim_ascii_end().len())
+    })
 }
 
 /// The lines up to the first NUL that are neither empty nor comments: where each begins, all of it, and what is
@@ -355,6 +419,44 @@ mod tests {
             let error = parse(text).and_then(extents).expect_err(text).to_string();
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    /// The text of [`TEXT`]'s kind after an edit, and the edit.
+    fn edited(text: &str, at: u64, room_bytes: u64, sectors: u64) -> Option<(String, LineEdit)> {
+        let edit = LineEdit::new(text.as_bytes(), at, room_bytes, sectors)?;
+        let mut bytes = text.as_bytes().to_vec();
+        let start = usize::try_from(edit.at_bytes - at).unwrap();
+        bytes.resize(bytes.len().max(start + edit.bytes.len()), 0);
+        bytes[start..start + edit.bytes.len()].copy_from_slice(&edit.bytes);
+        Some((String::from_utf8(bytes).unwrap(), edit))
+    }
+
+    #[test]
+    fn the_last_extent_gets_another_number_within_one_sector() {
+        let sectors = |text: &str| {
+            let extents = extents(text.as_bytes(), Path::new("d"), 0).expect("valid");
+            extents.iter().map(|extent| extent.sectors).collect::<Vec<_>>()
+        };
+        // As long as before, in its place.
+        let (text, edit) = edited(TEXT, 512, 1024, 7).expect("possible");
+        assert_eq!((sectors(&text), edit.bytes.len()), (vec![4_192_256, 63, 10, 7], 1));
+        // Longer: what follows moves.
+        let (text, _) = edited(TEXT, 512, 1024, 12_345).expect("possible");
+        assert_eq!(sectors(&text), [4_192_256, 63, 10, 12_345]);
+        assert!(text.ends_with("RW 12345 VMFS \"v\"\n#DDB\nddb.adapterType = \"ide\"\n"), "{text}");
+        // No room: a comment behind or before gives it.
+        let long = TEXT.replace("#DDB", "# The disk data base");
+        let (text, _) = edited(&long, 512, long.len() as u64, 12_345).expect("possible");
+        assert_eq!(text, long.replace("RW 1 VMFS", "RW 12345 VMFS").replace("data base", "data "));
+        let before = long
+            .replace("\n\nRW 4192256", "\n# Extents are here\nRW 4192256")
+            .replace("# The disk data base\n", "");
+        let (text, _) = edited(&before, 512, before.len() as u64, 12_345).expect("possible");
+        assert_eq!(text, before.replace("RW 1 VMFS", "RW 12345 VMFS").replace("here", ""));
+        assert_eq!(edited(TEXT, 512, TEXT.len() as u64, 123_456), None);
+        // A change that would reach into the next sector is none.
+        let ends_behind = 512 - TEXT.find("VMFS").unwrap() as u64;
+        assert_eq!(edited(TEXT, ends_behind, 1024, 123_456), None);
     }
 
     #[test]

@@ -30,7 +30,7 @@ fn extent_details(layer: &VmdkLayer, extent: &GuestExtent) -> Value {
     };
     data.insert("filename".to_owned(), json!(file));
     data.insert("format".to_owned(), json!(extent.type_name));
-    data.insert("virtual-size".to_owned(), json!(extent.end_bytes - extent.start_bytes));
+    data.insert("virtual-size".to_owned(), json!(extent.end_bytes() - extent.start_bytes));
     if let Kind::Sparse(sparse) = &extent.kind {
         data.insert("cluster-size".to_owned(), json!(sparse.grain_bytes));
         if sparse.compressed {

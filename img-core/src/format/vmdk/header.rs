@@ -109,7 +109,7 @@ pub(super) const MAX_COMPRESSED_GRAIN_BYTES: u64 = 2 << 20;
 const MAX_TABLE_ENTRIES: u32 = 512;
 
 /// Entries of a grain directory at most (the reference's limit).
-const MAX_DIRECTORY_ENTRIES: u64 = 32 << 20;
+pub(super) const MAX_DIRECTORY_ENTRIES: u64 = 32 << 20;
 
 /// Disks are at most so big: byte offsets stay below 2^63.
 pub(super) const MAX_CAPACITY_SECTORS: u64 = (i64::MAX as u64) / SECTOR_BYTES;

@@ -14,7 +14,7 @@ use crate::{
     storage::Storage,
     sync::{
         Condvar, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -23,13 +23,35 @@ use crate::{
 pub(super) struct GuestExtent {
     /// First guest byte.
     pub(super) start_bytes: u64,
-    /// The guest byte behind it.
-    pub(super) end_bytes: u64,
+    /// The guest byte behind it. That of the last extent changes when the disk grows.
+    end_bytes: AtomicU64,
     pub(super) kind: Kind,
     /// The type in the descriptor; empty when the image file is the extent.
     pub(super) type_name: String,
     /// The descriptor wants no writes here.
     pub(super) read_only: bool,
+}
+
+impl GuestExtent {
+    pub(super) fn new(guest_bytes: Range<u64>, kind: Kind, type_name: String, read_only: bool) -> Self {
+        Self {
+            start_bytes: guest_bytes.start,
+            end_bytes: AtomicU64::new(guest_bytes.end),
+            kind,
+            type_name,
+            read_only,
+        }
+    }
+
+    /// The guest byte behind it.
+    pub(super) fn end_bytes(&self) -> u64 {
+        self.end_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Nothing is in flight, and it is the last one.
+    pub(super) fn set_end_bytes(&self, end_bytes: u64) {
+        self.end_bytes.store(end_bytes, Ordering::Relaxed);
+    }
 }
 
 /// What an extent is made of.
@@ -61,7 +83,6 @@ pub(super) struct VmdkLayer {
     /// In guest order, without gaps.
     pub(super) extents: Vec<GuestExtent>,
     pub(super) create_type: String,
-    virtual_size_bytes: u64,
     backing: Option<Backing>,
     content: Mutex<Content>,
     /// The content id is another one than at open, durably.
@@ -69,6 +90,8 @@ pub(super) struct VmdkLayer {
     state: Mutex<State>,
     /// A prepared write has ended.
     pub(super) landed: Condvar,
+    /// Nothing is written any more: see [`Self::or_halt`].
+    halted: AtomicBool,
 }
 
 impl fmt::Debug for VmdkLayer {
@@ -92,7 +115,6 @@ impl VmdkLayer {
     ) -> Self {
         Self {
             mode,
-            virtual_size_bytes: extents.last().map_or(0, |extent| extent.end_bytes),
             backing: open::backing(&content.descriptor),
             state: Mutex::new(State::new(&extents)),
             files,
@@ -101,6 +123,7 @@ impl VmdkLayer {
             content: Mutex::new(content),
             content_renewed: AtomicBool::new(false),
             landed: Condvar::new(),
+            halted: AtomicBool::new(false),
         }
     }
 
@@ -116,6 +139,26 @@ impl VmdkLayer {
         lock(&self.content)
     }
 
+    /// Passes on whether the header or the descriptor was written; when it was not, nothing is until the image is
+    /// opened again: nobody knows which tables and which size the file has now.
+    pub(super) fn or_halt(&self, written: Result<()>) -> Result<()> {
+        if written.is_err() {
+            self.halted.store(true, Ordering::SeqCst);
+        }
+        written
+    }
+
+    /// Refuses when nothing may be written.
+    pub(super) fn check_not_halted(&self) -> Result<()> {
+        if !self.halted.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "{}: a change of its size could not be finished; nothing is written until the image is opened again",
+            crate::text::from_path(self.path())
+        )))
+    }
+
     pub(super) fn has_backing(&self) -> bool {
         self.backing.is_some()
     }
@@ -126,7 +169,7 @@ impl VmdkLayer {
 
     /// The extent that holds a guest byte, which is inside the disk.
     pub(super) fn extent_index(&self, guest: u64) -> usize {
-        self.extents.partition_point(|extent| extent.end_bytes <= guest)
+        self.extents.partition_point(|extent| extent.end_bytes() <= guest)
     }
 
     /// The sparse extents.
@@ -151,7 +194,7 @@ impl VmdkLayer {
     pub(super) fn check_shared_files(&self) -> Result<()> {
         let mut used: Vec<(HostFile, Range<u64>)> = Vec::new();
         for extent in &self.extents {
-            let len = extent.end_bytes - extent.start_bytes;
+            let len = extent.end_bytes() - extent.start_bytes;
             match &extent.kind {
                 Kind::Zero => {}
                 Kind::Sparse(sparse) => used.push((sparse.file, 0..u64::MAX)),
@@ -178,7 +221,7 @@ impl Layer for VmdkLayer {
     }
 
     fn virtual_size_bytes(&self) -> u64 {
-        self.virtual_size_bytes
+        self.extents.last().map_or(0, GuestExtent::end_bytes)
     }
 
     fn cluster_size_bytes(&self) -> Option<u32> {

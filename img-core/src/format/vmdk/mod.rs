@@ -2,8 +2,8 @@
 //!
 //! A text, the `descriptor`, names extents: files of plain bytes, or sparse ones, whose two levels of tables
 //! (`sparse`; headers in `header`, `cowd`, `sesparse`) say where each grain is. `open` decides which files are
-//! opened, `layer` answers, `write`, `alloc` and `zero` change and hold the crash order, `stream` reads and
-//! writes the kind that is made front to back (`front` into pipes, `front_reader` from them), `create`, `check` and `details` do the rest.
+//! opened, `layer` answers, `write`, `alloc` and `zero` change and hold the crash order, as does `resize`, `stream` reads and
+//! writes the kind that is made front to back (`front` into pipes, `front_reader` from them), `create`, `check`, `repair` and `details` do the rest.
 
 mod alloc;
 mod check;
@@ -17,6 +17,8 @@ mod header;
 mod layer;
 mod open;
 mod options;
+mod repair;
+mod resize;
 mod sesparse;
 mod sparse;
 mod stream;
@@ -34,8 +36,8 @@ use std::{
 };
 
 use super::{
-    CreateRequest, Driver, FrontReader, FrontRequest, FrontWriter, Layer, OpenContext, OptionDescription,
-    Outline, front::LayerFront,
+    Beyond, CreateRequest, Driver, FrontReader, FrontRequest, FrontWriter, Layer, OpenContext,
+    OptionDescription, Outline, front::LayerFront,
 };
 use crate::{
     Error, Result,
@@ -105,6 +107,10 @@ impl Driver for Vmdk {
 
     fn can_check(&self) -> bool {
         true
+    }
+
+    fn beyond_reference(&self) -> Beyond {
+        Beyond { resize: true, repair: true, ..Beyond::default() }
     }
 }
 

@@ -81,7 +81,7 @@ pub(super) fn outline(storage: Arc<dyn Storage>) -> Result<Outline> {
 }
 
 /// The text of a descriptor that stands alone.
-fn described_text(storage: &dyn Storage) -> Result<(Vec<u8>, u64)> {
+pub(super) fn described_text(storage: &dyn Storage) -> Result<(Vec<u8>, u64)> {
     let bytes = read_text(storage, 0, descriptor::MAX_BYTES)?;
     if !descriptor::is_descriptor(&bytes) {
         return Err(Error::WrongFormat { file: storage.path().to_owned(), format: "vmdk" });
@@ -125,14 +125,8 @@ fn open_hosted(
         return Err(Error::unsupported(storage.path(), "writing a VMDK of version 3"));
     }
     let sparse = hosted(HostFile::IMAGE, Arc::clone(&storage), &raw, &header, writes)?;
-    let size = sparse.capacity_bytes;
-    let extent = GuestExtent {
-        start_bytes: 0,
-        end_bytes: size,
-        kind: Kind::Sparse(Box::new(sparse)),
-        type_name: String::new(),
-        read_only: false,
-    };
+    let size = sparse.capacity_bytes();
+    let extent = GuestExtent::new(0..size, Kind::Sparse(Box::new(sparse)), String::new(), false);
     let content = Content { descriptor, at_bytes: at };
     Ok(VmdkLayer::new(context.mode, vec![storage], vec![extent], create_type.to_owned(), content))
 }
@@ -224,7 +218,7 @@ fn open_described(
         let (kind, len_bytes) = opener.open(&line)?;
         let end_bytes = end_of_extent(&*opener.files[0], at, start_bytes, len_bytes)?;
         let read_only = line.access == Access::ReadOnly;
-        extents.push(GuestExtent { start_bytes, end_bytes, kind, type_name: line.type_name, read_only });
+        extents.push(GuestExtent::new(start_bytes..end_bytes, kind, line.type_name, read_only));
         start_bytes = end_bytes;
     }
     let content = Content { descriptor, at_bytes: at };
@@ -334,7 +328,7 @@ impl ExtentFiles<'_> {
                 Sparse::new(file, Arc::clone(&storage), sesparse::read(&*storage)?, false)?
             }
         };
-        let len_bytes = sparse.capacity_bytes;
+        let len_bytes = sparse.capacity_bytes();
         Ok((Kind::Sparse(Box::new(sparse)), len_bytes))
     }
 

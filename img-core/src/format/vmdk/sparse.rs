@@ -33,6 +33,9 @@ const READ_SLICE_BYTES: u64 = 4096;
 /// on the next one: a larger slice would write back data that has changed meanwhile.
 const WRITE_SLICE_BYTES: u64 = SECTOR_BYTES;
 
+/// No place in a file.
+const NOWHERE: u64 = u64::MAX;
+
 /// The entry of a grain that reads as zeroes, where the header allows it ("zeroed-grain GTE").
 pub(super) const ZEROED_GRAIN: u32 = 1;
 
@@ -71,15 +74,15 @@ pub(super) enum KeptTable {
 pub(super) struct Sparse {
     pub(super) file: HostFile,
     pub(super) storage: Arc<dyn Storage>,
-    pub(super) capacity_bytes: u64,
+    capacity_bytes: AtomicU64,
     pub(super) grain_bytes: u64,
     /// Grains a table.
     pub(super) table_entries: u64,
     /// Tables a directory.
-    pub(super) directory_entries: u64,
+    directory_entries: AtomicU64,
     directory: RwLock<Directory>,
-    /// The second directory, whose tables say the same.
-    pub(super) redundant_at: Option<u64>,
+    /// The second directory, whose tables say the same; [`NOWHERE`] for none.
+    redundant_at: AtomicU64,
     pub(super) form: EntryForm,
     pub(super) tables: SliceCache,
     pub(super) compressed: bool,
@@ -144,11 +147,11 @@ impl Sparse {
         let file_bytes = storage.len_bytes()?;
         let sparse = Self {
             file,
-            capacity_bytes: shape.capacity_bytes,
+            capacity_bytes: AtomicU64::new(shape.capacity_bytes),
             grain_bytes: shape.grain_bytes,
             table_entries: shape.table_entries,
-            directory_entries: shape.directory_entries,
-            redundant_at: shape.redundant_at,
+            directory_entries: AtomicU64::new(shape.directory_entries),
+            redundant_at: AtomicU64::new(shape.redundant_at.unwrap_or(NOWHERE)),
             form: shape.form,
             tables: SliceCache::new(slice_bytes, TABLE_CACHE_BYTES),
             compressed: shape.compressed,
@@ -165,11 +168,12 @@ impl Sparse {
             Directory::File(at) => Some(at),
             Directory::Kept(_) => None,
         };
-        for (name, at) in [("grain directory", primary), ("redundant grain directory", sparse.redundant_at)] {
+        for (name, at) in [("grain directory", primary), ("redundant grain directory", sparse.redundant_at())]
+        {
             let Some(at) = at else { continue };
-            let end = at.checked_add(sparse.directory_entries * sparse.entry_bytes()); // at most 2^25 × 8
+            let end = at.checked_add(sparse.directory_entries() * sparse.entry_bytes()); // at most 2^25 × 8
             if !end.is_some_and(|end| sparse.is_inside(end)) {
-                let expected = format!("{} entries inside the file", sparse.directory_entries);
+                let expected = format!("{} entries inside the file", sparse.directory_entries());
                 return Err(Error::corrupt(sparse.storage.path(), name, at, expected, "its end"));
             }
         }
@@ -182,6 +186,46 @@ impl Sparse {
 
     pub(super) fn directory_for_change(&self) -> RwLockWriteGuard<'_, Directory> {
         self.directory.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn capacity_bytes(&self) -> u64 {
+        self.capacity_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Tables a directory.
+    pub(super) fn directory_entries(&self) -> u64 {
+        self.directory_entries.load(Ordering::Relaxed)
+    }
+
+    /// The second directory, whose tables say the same.
+    pub(super) fn redundant_at(&self) -> Option<u64> {
+        Some(self.redundant_at.load(Ordering::Relaxed)).filter(|at| *at != NOWHERE)
+    }
+
+    /// The directories that are in the file, where tables are changed in place.
+    pub(super) fn directories(&self) -> impl Iterator<Item = u64> {
+        let primary = match &*self.directory() {
+            Directory::File(at) => Some(*at),
+            Directory::Kept(_) => None,
+        };
+        [primary, self.redundant_at()].into_iter().flatten()
+    }
+
+    /// The extent has another size and other directories now. Nothing is in flight.
+    pub(super) fn take_shape(
+        &self,
+        capacity_bytes: u64,
+        directory_entries: u64,
+        directories: [Option<u64>; 2],
+    ) {
+        if let [Some(at), redundant_at] = directories {
+            *self.directory_for_change() = Directory::File(at);
+            self.redundant_at.store(redundant_at.unwrap_or(NOWHERE), Ordering::Relaxed);
+        }
+        self.directory_entries.store(directory_entries, Ordering::Relaxed);
+        self.capacity_bytes.store(capacity_bytes, Ordering::Relaxed);
+        // Where metadata stand is found anew.
+        *self.metadata.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Bytes of a table entry, and of one of the directory.
@@ -204,7 +248,7 @@ impl Sparse {
 
     /// How many grains there are; the last may be cut by the end of the extent.
     pub(super) fn grains(&self) -> u64 {
-        self.capacity_bytes.div_ceil(self.grain_bytes)
+        self.capacity_bytes().div_ceil(self.grain_bytes)
     }
 
     /// Whether the file reaches up to `end`. It may have grown since it was last looked at.
@@ -333,7 +377,7 @@ impl Sparse {
             Some(next) if next > host && next - host < most => next - host,
             _ => most,
         };
-        let decoded = self.grain_bytes.min(self.capacity_bytes - grain * self.grain_bytes);
+        let decoded = self.grain_bytes.min(self.capacity_bytes() - grain * self.grain_bytes);
         let lead = self.lead_bytes();
         let small = |bytes: u64| u32::try_from(bytes).expect("a compressed grain is at most 2 MiB");
         Place::Encoded {
@@ -466,7 +510,7 @@ impl Sparse {
     }
 
     /// `count` entries from byte `at` on.
-    fn words(&self, mut at: u64, count: u64, out: &mut Vec<u64>) -> Result<()> {
+    pub(super) fn words(&self, mut at: u64, count: u64, out: &mut Vec<u64>) -> Result<()> {
         let size = self.entry_bytes();
         let end = at + count * size;
         while at < end {

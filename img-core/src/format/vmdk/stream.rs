@@ -273,7 +273,7 @@ impl VmdkLayer {
             )));
         }
         self.end_table(sparse, stream)?;
-        let mut entries = vec![0; usize_of(sparse.directory_entries * 4)];
+        let mut entries = vec![0; usize_of(sparse.directory_entries() * 4)];
         if let Directory::Kept(tables) = &*sparse.directory() {
             for (index, table) in tables {
                 let KeptTable::Stored(at) = table else { continue };

@@ -14,7 +14,7 @@ use std::{collections::HashMap, ops::Range, sync::atomic::Ordering};
 use super::{
     header::SECTOR_BYTES,
     layer::{GuestExtent, Kind, VmdkLayer},
-    sparse::{Directory, Grain, Sparse},
+    sparse::{Grain, Sparse},
     stream::{GrainPlace, Stream, sector_entry},
 };
 use crate::{
@@ -114,6 +114,7 @@ impl State {
 impl VmdkLayer {
     /// Crash order 1. Called before every change of guest bytes.
     pub(super) fn before_guest_change(&self) -> Result<()> {
+        self.check_not_halted()?;
         if self.is_content_renewed() {
             return Ok(());
         }
@@ -138,7 +139,7 @@ impl VmdkLayer {
     fn prepare(&self, guest: Range<u64>) -> Result<(WriteToken, WritePlan)> {
         let index = self.extent_index(guest.start);
         let extent = self.writable_extent(index)?;
-        let guest = guest.start..guest.end.min(extent.end_bytes);
+        let guest = guest.start..guest.end.min(extent.end_bytes());
         let inside = guest.start - extent.start_bytes..guest.end - extent.start_bytes;
         match &extent.kind {
             Kind::Zero => Err(Error::unsupported(self.path(), "writing to a ZERO extent")),
@@ -156,7 +157,8 @@ impl VmdkLayer {
         }
     }
 
-    fn writable_extent(&self, index: usize) -> Result<&GuestExtent> {
+    /// An extent that may be changed.
+    pub(super) fn writable_extent(&self, index: usize) -> Result<&GuestExtent> {
         let extent = &self.extents[index];
         if extent.read_only {
             let feature = format_args!("writing to extent {index}, which the descriptor calls RDONLY");
@@ -224,7 +226,7 @@ impl VmdkLayer {
     /// Guest bytes of grains of an extent, cut at its end.
     pub(super) fn guest_of(&self, index: usize, sparse: &Sparse, grains: Range<u64>) -> Range<u64> {
         let extent = &self.extents[index];
-        let end = (grains.end * sparse.grain_bytes).min(sparse.capacity_bytes);
+        let end = (grains.end * sparse.grain_bytes).min(sparse.capacity_bytes());
         extent.start_bytes + grains.start * sparse.grain_bytes..extent.start_bytes + end
     }
 
@@ -348,6 +350,7 @@ impl VmdkLayer {
 
     /// Crash order 2 and 3.
     pub(super) fn drain(&self, state: &mut State) -> Result<()> {
+        self.check_not_halted()?;
         if let Growth::Streaming(_) = state.growth
             && let Some(sparse) = self.sparse_extents().next()
         {
@@ -444,19 +447,11 @@ impl LayerWriter for VmdkLayer {
         self.drain(&mut state)
     }
 
-    fn resize(&self, _virtual_size_bytes: u64, _preallocation: Preallocation) -> Result<()> {
-        Err(Error::Invalid("Image format driver does not support resize".to_owned()))
+    fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
+        self.grow(virtual_size_bytes, preallocation)
     }
 
     fn close(&self) -> Result<()> {
         LayerWriter::flush(self)
-    }
-}
-
-/// Whether a directory is in the file, where tables are changed in place.
-pub(super) fn directory_at(sparse: &Sparse) -> Option<u64> {
-    match &*sparse.directory() {
-        Directory::File(at) => Some(*at),
-        Directory::Kept(_) => None,
     }
 }

@@ -50,7 +50,7 @@ impl VmdkLayer {
             let Kind::Sparse(sparse) = &extent.kind else { return Ok(()) };
             // Parts of grains, of which the table cannot speak.
             let parts = inside.start % sparse.grain_bytes != 0
-                || (inside.end % sparse.grain_bytes != 0 && inside.end != sparse.capacity_bytes);
+                || (inside.end % sparse.grain_bytes != 0 && inside.end != sparse.capacity_bytes());
             let says_zero = sparse.form == EntryForm::Sectors { zeroed_grains: true } && !parts;
             sparse.each_grain(&inside, |_, found| {
                 can &= match found {
@@ -136,7 +136,7 @@ impl VmdkLayer {
         while at < guest.end {
             let index = self.extent_index(at);
             let extent = &self.extents[index];
-            let end = guest.end.min(extent.end_bytes);
+            let end = guest.end.min(extent.end_bytes());
             part(index, at - extent.start_bytes..end - extent.start_bytes)?;
             at = end;
         }

@@ -4,6 +4,7 @@ mod crash;
 mod hostile;
 mod kinds;
 mod model;
+mod resize;
 mod stream;
 
 use std::{
