@@ -13,6 +13,9 @@ const HYPERVISOR: u32 = 1 << 31;
 const MONITOR: u32 = 1 << 3;
 /// Leaf 1, EDX: several logical processors in a package.
 const MULTI_THREADING: u32 = 1 << 28;
+/// Leaf 0x80000007, EDX: the time stamp counter never stops. Linux would take its time from there rather than from KVM's
+/// clock, and would see it jump by as long as the machine was held.
+const INVARIANT_TSC: u32 = 1 << 8;
 /// KVM's leaf of features.
 const KVM_FEATURES: u32 = 0x4000_0001;
 
@@ -23,8 +26,19 @@ pub(super) fn supported(kvm: &Kvm) -> Result<CpuId> {
 
 /// The leaves of one of `cpus` processors, all cores of one package.
 pub(super) fn for_cpu(kvm: &Kvm, supported: &CpuId, cpu: u32, cpus: u32) -> Result<CpuId> {
-    let has_deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
-    let mut entries: Vec<kvm_cpuid_entry2> = supported.as_slice().to_vec();
+    let entries = leaves(supported.as_slice(), kvm.check_extension(Cap::TscDeadlineTimer), cpu, cpus);
+    debug_assert!(entries.iter().any(|entry| entry.function == KVM_FEATURES));
+    CpuId::from_entries(&entries)
+        .map_err(|_| Error::Invalid("KVM supports more CPUID leaves than it takes".to_owned()))
+}
+
+fn leaves(
+    supported: &[kvm_cpuid_entry2],
+    has_deadline_timer: bool,
+    cpu: u32,
+    cpus: u32,
+) -> Vec<kvm_cpuid_entry2> {
+    let mut entries = supported.to_vec();
     // Said anew below.
     entries.retain(|entry| !matches!(entry.function, 0xB | 0x1F));
     let has_extended_topology = entries.iter().any(|entry| entry.function == 0 && entry.eax >= 0xB);
@@ -52,6 +66,7 @@ pub(super) fn for_cpu(kvm: &Kvm, supported: &CpuId, cpu: u32, cpus: u32) -> Resu
                     }
                 }
             }
+            0x8000_0007 => entry.edx &= !INVARIANT_TSC,
             // Cores of the package (AMD).
             0x8000_0008 => entry.ecx = entry.ecx & !0xF0FF | apic_id_bits(cpus) << 12 | (cpus - 1).min(255),
             0x8000_001E => (entry.eax, entry.ebx, entry.ecx) = (cpu, cpu & 0xFF, 0),
@@ -63,9 +78,7 @@ pub(super) fn for_cpu(kvm: &Kvm, supported: &CpuId, cpu: u32, cpus: u32) -> Resu
     if has_extended_topology {
         entries.extend(topology(cpu, cpus));
     }
-    debug_assert!(entries.iter().any(|entry| entry.function == KVM_FEATURES));
-    CpuId::from_entries(&entries)
-        .map_err(|_| Error::Invalid("KVM supports more CPUID leaves than it takes".to_owned()))
+    entries
 }
 
 /// Leaf 0xB: one thread a core, all cores in one package.
@@ -91,6 +104,14 @@ fn apic_id_bits(cpus: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_held_guest_would_be_misled_by_is_not_told() {
+        let all = |function| kvm_cpuid_entry2 { function, ecx: !0, edx: !0, ..Default::default() };
+        let told = leaves(&[all(1), all(0x8000_0007)], false, 0, 1);
+        assert_eq!((told[0].ecx & MONITOR, told[0].ecx & HYPERVISOR), (0, HYPERVISOR));
+        assert_eq!(told[1].edx, !INVARIANT_TSC);
+    }
 
     #[test]
     fn the_topology_counts_all_cores_and_ends() {
