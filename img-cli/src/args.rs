@@ -10,7 +10,7 @@ use crate::{
     context::Context,
     error::{Failure, reason},
     output::complain,
-    progress::Style,
+    progress::{Reporter, Style},
     snapshot_param::Wanted,
 };
 
@@ -60,6 +60,33 @@ impl ProgressArgs {
     /// Whether it was asked for.
     pub(crate) fn is_given(&self) -> bool {
         self.progress.is_some()
+    }
+}
+
+/// The same for commands that the reference says nothing of.
+#[derive(Debug, clap::Args)]
+pub(crate) struct OwnProgressArgs {
+    /// Show how far it is, on standard output: as one line that is overwritten, or, with =json, as one JSON object a
+    /// line: event ("progress" or "finished"), done and total (bytes, requests or tables), percent, elapsed_ms
+    #[arg(long, value_name = "STYLE", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "line", help_heading = "Beyond qemu-img")]
+    progress: Option<String>,
+}
+
+impl OwnProgressArgs {
+    /// # Errors
+    /// As [`ProgressArgs::style`].
+    pub(crate) fn style(&self) -> Result<Style, Failure> {
+        ProgressArgs { progress: self.progress.clone() }.style(false)
+    }
+
+    /// Whoever is to be told; `None` where nobody asked, and signals do what they do to any program.
+    ///
+    /// # Errors
+    /// As [`ProgressArgs::style`].
+    pub(crate) fn reporter(&self, quiet: bool, context: &Context) -> Result<Option<Reporter>, Failure> {
+        let style = ProgressArgs { progress: self.progress.clone() }.style(quiet)?;
+        if style == Style::Hidden { Ok(None) } else { Reporter::start(style, 1.0, context).map(Some) }
     }
 }
 

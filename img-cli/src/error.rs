@@ -2,6 +2,8 @@
 
 use img_core::{Error, text};
 
+use crate::context::Context;
+
 /// Why a command stopped, ready to print.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
@@ -35,6 +37,16 @@ impl Failure {
     /// The same with another exit code.
     pub(crate) fn with_code(self, code: u8) -> Self {
         Self { code, ..self }
+    }
+
+    /// The same with the place on the host where `error` began, unless the text has it: the reference does not tell.
+    pub(crate) fn with_place(self, error: &Error, context: &Context) -> Self {
+        match host_place(error) {
+            Some(place) if !context.is_reference() && !self.text.contains(&place) => {
+                Self { text: format!("{} ({place})", self.text), ..self }
+            }
+            _ => self,
+        }
     }
 
     /// The image called `name` could not be opened.
@@ -78,6 +90,20 @@ pub(crate) fn words(error: &Error) -> String {
         Error::Open { source, .. } => words(source),
         Error::Backing { source, .. } => format!("Could not open backing file: {}", words(source)),
         other => other.to_string(),
+    }
+}
+
+/// The file, the operation and the offset at the root of `error`, where the system refused something.
+fn host_place(error: &Error) -> Option<String> {
+    match error {
+        Error::Io { file, operation, at_bytes, .. } => {
+            let at = at_bytes.map(|at| format!(" at byte {at:#x}")).unwrap_or_default();
+            Some(format!("{}: {operation}{at}", text::from_path(file)))
+        }
+        Error::Open { source, .. } | Error::Backing { source, .. } | Error::Job { source, .. } => {
+            host_place(source)
+        }
+        _ => None,
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
     time::Instant,
 };
 
-use img_core::job::Progress;
+use img_core::job::{Progress, Unwatched};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::{
     consts::{SIGINT, SIGTERM, SIGUSR1},
@@ -142,6 +142,24 @@ impl Reporter {
         ));
         self.out.flush();
     }
+}
+
+/// Runs a job that `reporter`, where there is one, tells of.
+///
+/// # Errors
+/// Of the job, or that it was asked to stop.
+pub(crate) fn told<T>(
+    reporter: Option<&Reporter>,
+    job: impl FnOnce(&dyn Progress) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let Some(reporter) = reporter else { return job(&Unwatched) };
+    reporter.begin();
+    let outcome = job(reporter);
+    if outcome.is_ok() {
+        reporter.complete();
+    }
+    reporter.finish();
+    outcome.map_err(|failure| reporter.interrupted().unwrap_or(failure))
 }
 
 impl Progress for Reporter {

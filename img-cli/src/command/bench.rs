@@ -7,9 +7,10 @@ use img_core::{
 };
 
 use crate::{
-    args::{FileArg, FormatArgs, Opening, ShareArgs},
+    args::{FileArg, FormatArgs, Opening, OwnProgressArgs, ShareArgs},
     context::Context,
     error::{Failure, Outcome, system_reason},
+    progress::told,
     size,
 };
 
@@ -73,6 +74,8 @@ pub(crate) struct Args {
     no_drain: bool,
 
     #[command(flatten)]
+    progress: OwnProgressArgs,
+    #[command(flatten)]
     share: ShareArgs,
     #[command(flatten)]
     file: FileArg,
@@ -134,8 +137,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         pattern: args.write.then(|| u8::try_from(pattern).unwrap_or(u8::MAX)),
         flush: (interval != 0).then_some(FlushEvery { requests: interval, drains: !args.no_drain }),
     };
-    let took = bench(&image, &requests)
-        .map_err(|error| Failure::new(format!("Failed request: {}", system_reason(&error))))?;
+    let reporter = args.progress.reporter(args.quiet, context)?;
+    let took = told(reporter.as_ref(), |progress| {
+        bench(&image, &requests, progress).map_err(|error| {
+            let text = format!("Failed request: {}", system_reason(&error));
+            Failure::new(text).with_place(&error, context)
+        })
+    })?;
     context.out.line(format_args!("Run completed in {:.3} seconds.", took.as_secs_f64()));
     image.close()?;
     Ok(0)

@@ -4,15 +4,17 @@ use img_core::{
     Error,
     format::{CheckReport, Finding, OpenMode, Repair},
     image::Image,
+    job::{Progress, check::check},
 };
 use serde_json::{Map, Value};
 
 use crate::{
-    args::{FileArg, FormatArgs, Layout, Opening, OutputArgs, ShareArgs, source_cache},
+    args::{FileArg, FormatArgs, Layout, Opening, OutputArgs, OwnProgressArgs, ShareArgs, source_cache},
     context::Context,
     error::{Failure, Outcome, reason},
     object::ObjectArgs,
     output::{Out, complain},
+    progress::told,
     qdict,
 };
 
@@ -41,6 +43,8 @@ pub(crate) struct Args {
     #[arg(short = 'r', long, value_name = "WHAT")]
     repair: Option<String>,
 
+    #[command(flatten)]
+    progress: OwnProgressArgs,
     #[command(flatten)]
     share: ShareArgs,
     #[command(flatten)]
@@ -83,12 +87,14 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     if !driver.can_check() || context.is_reference() && is_beyond {
         return Err(Failure::new("This image format does not support checks").with_code(NOT_SUPPORTED));
     }
-    let report = audit(&image, repair, context)?;
+    let reporter = args.progress.reporter(args.quiet, context)?;
+    let audit = |repair| told(reporter.as_ref(), |progress| audit(&image, repair, progress, context));
+    let report = audit(repair)?;
     let report = if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
         if layout == Layout::Human && !args.quiet {
             print_repaired(&report, &context.out);
         }
-        let second = audit(&image, Repair::Nothing, context)?;
+        let second = audit(Repair::Nothing)?;
         CheckReport { corruptions_fixed: report.corruptions_fixed, leaks_fixed: report.leaks_fixed, ..second }
     } else {
         report
@@ -103,7 +109,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         }
     }
     if repairs {
-        image.close().map_err(|error| failed(&error))?;
+        image.close().map_err(|error| failed(&error).with_place(&error, context))?;
     }
     match report {
         CheckReport { check_errors: 1.., .. } => Err(Failure::new("Check failed")),
@@ -114,7 +120,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
 }
 
 /// One pass. Each finding is told as it is met.
-fn audit(image: &Image, repair: Repair, context: &Context) -> Result<CheckReport, Failure> {
+fn audit(
+    image: &Image,
+    repair: Repair,
+    progress: &dyn Progress,
+    context: &Context,
+) -> Result<CheckReport, Failure> {
     let mut tell = |finding: Finding| {
         if finding.with_program_name {
             context.error(&finding.text);
@@ -122,13 +133,13 @@ fn audit(image: &Image, repair: Repair, context: &Context) -> Result<CheckReport
             complain(finding.text);
         }
     };
-    image.check(repair, &mut tell).map_err(|error| match &error {
+    check(image, repair, &mut tell, progress).map_err(|error| match &error {
         // A format that can be checked and not repaired.
         Error::Unsupported { .. } if context.is_reference() => {
             Failure::new("This image format does not support checks").with_code(NOT_SUPPORTED)
         }
         Error::Unsupported { .. } => failed(&error).with_code(NOT_SUPPORTED),
-        _ => failed(&error),
+        _ => failed(&error).with_place(&error, context),
     })
 }
 

@@ -151,7 +151,7 @@ fn run_compare(
         None => compare(both, options, &mut size_warning, reporter),
         Some(marks) => compare_marked(both, marks, options, &mut size_warning, reporter),
     };
-    let answer = answer.map_err(|error| trouble(&error, [a, b]))?;
+    let answer = answer.map_err(|error| trouble(&error, [a, b]).with_place(&error, context))?;
     match answer {
         Comparison::Identical => {
             reporter.complete();

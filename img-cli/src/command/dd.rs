@@ -11,13 +11,13 @@ use img_core::{
 };
 
 use crate::{
-    args::{FormatArgs, Opening, ShareArgs, is_missing_format},
+    args::{FormatArgs, Opening, OwnProgressArgs, ShareArgs, is_missing_format},
     command::create,
     context::Context,
     created::Created,
     error::{Failure, Outcome, system_reason},
     names, option_list,
-    progress::{Reporter, Style},
+    progress::Reporter,
     size,
 };
 
@@ -34,6 +34,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     share: ShareArgs,
+
+    #[command(flatten)]
+    progress: OwnProgressArgs,
 
     /// if=INPUT, of=OUTPUT; bs=BYTES a block (512), count=BLOCKS to copy (all), skip=BLOCKS of the input
     #[arg(value_name = "OPERAND")]
@@ -96,7 +99,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let part = start.unwrap_or(end)..end;
     refuse_same_file(&source, input, output)?;
 
-    let reporter = Reporter::start(Style::Hidden, 1.0, context)?;
+    let reporter = Reporter::start(args.progress.style()?, 1.0, context)?;
     let mut created = Created::default();
     let outcome =
         create_target(args, output, part.end - part.start, &mut created, context).and_then(|target| {
@@ -105,10 +108,17 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
             }
             // Everything is written, zeroes too, as whoever reads and writes block by block does.
             let options = ConvertOptions { sparse_bytes: 0, ..ConvertOptions::default() };
+            reporter.begin();
             let copied = convert_part(&source, part, &target, &options, &reporter);
             let closed = target.close();
-            copied.map_err(|error| refusal(&error))?;
-            closed.map_err(Failure::from)
+            let copied = copied
+                .map_err(|error| refusal(&error).with_place(&error, context))
+                .and_then(|()| closed.map_err(Failure::from));
+            if copied.is_ok() {
+                reporter.complete();
+            }
+            reporter.finish();
+            copied
         });
     match outcome {
         Ok(()) => created.keep(),

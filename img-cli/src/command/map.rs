@@ -110,7 +110,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         (_, Some(failure)) => Err(failure),
         (Err(_), None) if context.out.is_closed() => Ok(0),
         (Err(error), None) => {
-            Err(Failure::new(format!("Could not read file metadata: {}", crate::error::reason(&error))))
+            let text = format!("Could not read file metadata: {}", crate::error::reason(&error));
+            Err(Failure::new(text).with_place(&error, context))
         }
         (Ok(()), None) => {
             printer.finish();

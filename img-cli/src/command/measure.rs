@@ -9,12 +9,14 @@ use img_core::{
 use serde_json::{Map, Value};
 
 use crate::{
-    args::{FormatArgs, Layout, Opening, OutputArgs, ShareArgs},
+    args::{FormatArgs, Layout, Opening, OutputArgs, OwnProgressArgs, ShareArgs},
     command::create,
     context::Context,
     error::{Failure, Outcome},
     object::ObjectArgs,
-    option_list, qdict, size,
+    option_list,
+    progress::told,
+    qdict, size,
     snapshot_param::{self, Wanted},
 };
 
@@ -41,6 +43,8 @@ pub(crate) struct Args {
     #[arg(short = 'l', long, value_name = "SNAPSHOT_PARAM")]
     snapshot: Option<String>,
 
+    #[command(flatten)]
+    progress: OwnProgressArgs,
     #[command(flatten)]
     output: OutputArgs,
     #[command(flatten)]
@@ -97,7 +101,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         Some((image, bitmaps)) => Subject::Copy(image, bitmaps.as_deref()),
         None => Subject::Size(size_bytes.unwrap_or_default()),
     };
-    print(&measure(driver, &options, has_backing, subject)?, layout, context);
+    let reporter = args.progress.reporter(false, context)?;
+    let measured = told(reporter.as_ref(), |progress| {
+        measure(driver, &options, has_backing, subject, progress).map_err(Failure::from)
+    })?;
+    print(&measured, layout, context);
     Ok(0)
 }
 

@@ -94,11 +94,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         );
         return Err(Failure::silent(1));
     }
-    match growth {
-        Growth::Mapped => image.grow_mapped(new)?,
-        Growth::Storage(preallocation) => image.resize(new, preallocation)?,
-    }
-    image.close()?;
+    let resized = match growth {
+        Growth::Mapped => image.grow_mapped(new),
+        Growth::Storage(preallocation) => image.resize(new, preallocation),
+    };
+    resized
+        .and_then(|()| image.close())
+        .map_err(|error| Failure::from(&error).with_place(&error, context))?;
     if !args.quiet {
         context.out.line("Image resized.");
     }

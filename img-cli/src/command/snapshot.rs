@@ -67,16 +67,17 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let opening = Opening { force_share: args.share.force_share, ..Opening::new(file, &args.formats, mode) };
     let image = opening.open(context)?;
     let outcome = if let [name] = args.create.as_slice() {
-        image.snapshot_create(name, now()).map_err(|error| ("create", name, why_not_created(&error)))
+        image.snapshot_create(name, now()).map_err(|error| ("create", name, why_not_created(&error), error))
     } else if let [name] = args.apply.as_slice() {
-        image.snapshot_apply(name).map_err(|error| ("apply", name, why_not_applied(&error)))
+        image.snapshot_apply(name).map_err(|error| ("apply", name, why_not_applied(&error), error))
     } else if let [name] = args.delete.as_slice() {
-        image.snapshot_delete(name).map_err(|error| ("delete", name, why_not_deleted(&error)))
+        image.snapshot_delete(name).map_err(|error| ("delete", name, why_not_deleted(&error), error))
     } else {
         return list(&image, context);
     };
-    outcome
-        .map_err(|(what, name, why)| Failure::new(format!("Could not {what} snapshot '{name}': {why}")))?;
+    outcome.map_err(|(what, name, why, error)| {
+        Failure::new(format!("Could not {what} snapshot '{name}': {why}")).with_place(&error, context)
+    })?;
     image.close()?;
     Ok(0)
 }

@@ -412,7 +412,20 @@ pub trait Layer: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`Error::Unsupported`] when the format has no audit.
     fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
-        let (_, _) = (repair, findings);
+        self.check_watched(repair, findings, &unwatched)
+    }
+
+    /// [`Self::check`] that tells how far it is, and ends where `watch` says so.
+    ///
+    /// # Errors
+    /// As [`Self::check`], and whatever `watch` returns.
+    fn check_watched(
+        &self,
+        repair: Repair,
+        findings: &mut dyn FnMut(Finding),
+        watch: &CheckWatch<'_>,
+    ) -> Result<CheckReport> {
+        let (_, _, _) = (repair, findings, watch);
         Err(Error::unsupported(
             self.file(HostFile::IMAGE).map_or(Path::new(""), |file| file.path()),
             format_args!("checking {} images", self.driver().name()),
@@ -457,6 +470,15 @@ pub enum Repair {
     Leaks,
     /// Leaks, and everything that is wrong.
     All,
+}
+
+/// Told how much of its tables an audit has behind it, and of how many, in a unit of its own; an error ends the audit,
+/// which changes nothing more. Called from several threads.
+pub type CheckWatch<'a> = dyn Fn(u64, u64) -> Result<()> + Sync + 'a;
+
+/// No one watches.
+pub(super) fn unwatched(_done: u64, _total: u64) -> Result<()> {
+    Ok(())
 }
 
 /// One line of an audit, in the reference's words.

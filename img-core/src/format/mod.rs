@@ -28,12 +28,12 @@ pub use dirty::{BitmapInfo, Bitmaps, DirtyMap, MAX_MAP_BYTES, NewBitmap};
 pub use extent::{Codec, Extent, HostFile, HostOffset, Place};
 pub use front::{FrontReader, FrontRequest, FrontRun, FrontWriter, LookAhead};
 use host_file::{file_preallocation, first_block, refuse_file_options};
-use layer::look_alone;
 pub use layer::{
-    Backing, Beyond, CheckReport, CompressedWrites, CreateRequest, Driver, Finding, HostUse, Layer, Lease,
-    LeaseToken, OpenContext, OpenFile, OpenMode, Outline, Reference, ReferenceKind, Repair, SnapshotInfo,
-    Snapshots,
+    Backing, Beyond, CheckReport, CheckWatch, CompressedWrites, CreateRequest, Driver, Finding, HostUse,
+    Layer, Lease, LeaseToken, OpenContext, OpenFile, OpenMode, Outline, Reference, ReferenceKind, Repair,
+    SnapshotInfo, Snapshots,
 };
+use layer::{look_alone, unwatched};
 pub use measure::{MeasureRequest, MeasureSource, Measured};
 pub use options::{
     FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,

@@ -47,7 +47,7 @@ use open::Opened;
 
 use crate::{
     Error, Result,
-    format::{CheckReport, Extent, Finding, HostFile, Layer, Lease, Place, Repair},
+    format::{CheckReport, CheckWatch, Extent, Finding, HostFile, Layer, Lease, Place, Repair},
     storage::{DetectZeroes, Storage},
     sync::Mutex,
     text,
@@ -255,9 +255,22 @@ impl Image {
     /// # Errors
     /// When the format has no audit, or the audit cannot go on.
     pub fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
+        self.check_watched(repair, findings, &|_, _| Ok(()))
+    }
+
+    /// See [`Layer::check_watched`].
+    ///
+    /// # Errors
+    /// As [`Self::check`], and whatever `watch` returns.
+    pub fn check_watched(
+        &self,
+        repair: Repair,
+        findings: &mut dyn FnMut(Finding),
+        watch: &CheckWatch<'_>,
+    ) -> Result<CheckReport> {
         let _alone = self.gate.drain();
         self.decoded.begin_generation();
-        self.layers[0].check(repair, findings)
+        self.layers[0].check_watched(repair, findings, watch)
     }
 
     fn check_inside(&self, guest_bytes: &Range<u64>) -> Result<()> {

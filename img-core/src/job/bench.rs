@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::Progress;
 use crate::{Error, Result, image::Image};
 
 /// The most requests under way: more threads than this gain nothing on any host, and take its memory.
@@ -73,14 +74,15 @@ impl Bench {
 /// Does it, and tells how long the requests took, flushes included.
 ///
 /// # Errors
-/// Of the first request that failed; no other is begun after it.
-pub fn bench(image: &Image, bench: &Bench) -> Result<Duration> {
+/// Of the first request that failed; no other is begun after it. [`Error::Cancelled`] between two requests.
+pub fn bench(image: &Image, bench: &Bench, progress: &dyn Progress) -> Result<Duration> {
     let affordable = (MAX_BUFFERS_BYTES / bench.request_bytes.max(1)).clamp(1, MAX_DEPTH);
     let threads = bench.depth.min(bench.count).clamp(1, affordable);
     let threads = usize::try_from(threads).expect("at most 1024");
     let run = Run {
         image,
         bench,
+        progress,
         disk_bytes: image.virtual_size_bytes(),
         next: AtomicU64::new(0),
         done: AtomicU64::new(0),
@@ -109,6 +111,7 @@ pub fn bench(image: &Image, bench: &Bench) -> Result<Duration> {
 struct Run<'a> {
     image: &'a Image,
     bench: &'a Bench,
+    progress: &'a dyn Progress,
     disk_bytes: u64,
     /// Requests begun.
     next: AtomicU64,
@@ -152,6 +155,10 @@ impl Run<'_> {
             }
             self.note(self.request(index, buffer));
             let done = self.done.fetch_add(1, Ordering::SeqCst) + 1;
+            self.progress.advance(done, self.bench.count);
+            if self.progress.is_cancelled() {
+                self.note(Err(Error::Cancelled));
+            }
             if let Some(FlushEvery { requests, drains: false }) = self.bench.flush
                 && done.is_multiple_of(requests)
             {
@@ -183,6 +190,7 @@ mod tests {
     use super::*;
     use crate::{
         format::{Driver as _, OpenContext, OpenMode, OptionSet, raw::Raw},
+        job::Unwatched,
         storage::{
             MemoryStorage, Storage,
             testing::{FailAt, Operation},
@@ -216,7 +224,7 @@ mod tests {
             Some(FlushEvery { requests: 9, drains: false }),
         ] {
             let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::from_bytes("disk", &vec![0; 200 * 4096]));
-            bench(&open(Arc::clone(&storage)), &Bench { flush, ..BENCH }).expect("done");
+            bench(&open(Arc::clone(&storage)), &Bench { flush, ..BENCH }, &Unwatched).expect("done");
             let mut bytes = vec![0; 200 * 4096];
             storage.read_at(&mut bytes, 0).expect("readable");
             for (at, byte) in bytes.iter().enumerate() {
@@ -242,7 +250,7 @@ mod tests {
         for flush in [None, Some(FlushEvery { requests: 8, drains: true })] {
             let memory: Arc<dyn Storage> = Arc::new(MemoryStorage::from_bytes("disk", &vec![0; 200 * 4096]));
             let failing = Arc::new(FailAt::once(memory, |operation| operation == Operation::Write, 20));
-            bench(&open(failing), &Bench { flush, ..BENCH }).expect_err("one write fails");
+            bench(&open(failing), &Bench { flush, ..BENCH }, &Unwatched).expect_err("one write fails");
         }
     }
 }

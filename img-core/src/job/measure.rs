@@ -1,6 +1,6 @@
 //! How large a new image would be: the target's format counts, the source's map is walked once.
 
-use super::status::Walk;
+use super::{Progress, status::Walk};
 use crate::{
     Error, Result,
     format::{BitmapInfo, Driver, MeasureRequest, MeasureSource, Measured, OptionSet},
@@ -19,20 +19,21 @@ pub enum Subject<'a> {
 /// Measures an image that `driver` would make with `options` (without `size`), over a backing file or not.
 ///
 /// # Errors
-/// [`Error::Invalid`] for formats that cannot be measured and options that they refuse; [`Error::Job`] when the
+/// [`Error::Cancelled`]; [`Error::Invalid`] for formats that cannot be measured and options that they refuse; [`Error::Job`] when the
 /// source's map cannot be read.
 pub fn measure(
     driver: &dyn Driver,
     options: &OptionSet,
     has_backing: bool,
     subject: Subject<'_>,
+    progress: &dyn Progress,
 ) -> Result<Measured> {
     match subject {
         Subject::Size(virtual_size_bytes) => {
             driver.measure(&MeasureRequest { virtual_size_bytes, options, has_backing, source: None })
         }
         Subject::Copy(image, bitmaps) => {
-            let bytes_in_units = |unit_bytes| bytes_in_units(image, unit_bytes);
+            let bytes_in_units = |unit_bytes| bytes_in_units(image, unit_bytes, progress);
             driver.measure(&MeasureRequest {
                 virtual_size_bytes: image.virtual_size_bytes(),
                 options,
@@ -44,10 +45,14 @@ pub fn measure(
 }
 
 /// See [`MeasureSource::bytes_in_units`].
-fn bytes_in_units(image: &Image, unit_bytes: u64) -> Result<u64> {
+fn bytes_in_units(image: &Image, unit_bytes: u64, progress: &dyn Progress) -> Result<u64> {
     let mut walk = Walk::new(image, 0, 0, u64::MAX);
     let (mut bytes, mut counted_to) = (0, 0);
     while let Some(status) = walk.next()? {
+        progress.advance(status.end(), image.virtual_size_bytes());
+        if progress.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
         if !status.data || status.zero {
             continue;
         }

@@ -7,6 +7,7 @@
 pub mod amend;
 pub mod bench;
 pub mod bitmaps;
+pub mod check;
 pub mod commit;
 pub mod compare;
 pub mod convert;

@@ -1,6 +1,9 @@
 //! The VMDK target: a small image of any kind, patches anywhere, and everything that can be asked of it.
 
-use img_core::format::{OpenMode, Repair};
+use img_core::{
+    format::{OpenMode, Repair},
+    storage::Preallocation,
+};
 
 use super::{
     script::Script,
@@ -110,4 +113,59 @@ pub fn vmdk(input: &[u8]) {
     }
     drop(image.write_compressed(&grain(9), script.tricky() & !0xffff));
     drop(image.close());
+    grow(&files, &mut script);
+    files.put(patched, &bytes);
+    mend(&files);
+}
+
+/// What can be read of the first and the last grains.
+fn readable(files: &Files, size: u64) -> Vec<Option<Vec<u8>>> {
+    let Ok(image) = files.open(OpenMode::Read) else { return Vec::new() };
+    let size = size.min(image.virtual_size_bytes());
+    let starts = (0..size.min(4 << 16)).step_by(1 << 16).chain([size.saturating_sub(1 << 16)]);
+    let read = |at: u64| {
+        let mut guest = vec![0; usize::try_from((size - at).min(1 << 16)).expect("at most 64 KiB")];
+        image.read_at(&mut guest, at).ok().map(|()| guest)
+    };
+    starts.map(read).collect()
+}
+
+/// A disk that grew reads as before, with zeroes behind; one that did not is as it was.
+fn grow(files: &Files, script: &mut Script<'_>) {
+    let Ok(image) = files.open(OpenMode::Write) else { return };
+    let old = image.virtual_size_bytes();
+    let before = readable(files, old);
+    let more = 1 << (script.byte() % 28);
+    let grown = image.resize(old.saturating_add(more), Preallocation::Off);
+    drop(image.close());
+    for (number, (old, new)) in before.iter().zip(readable(files, old)).enumerate() {
+        assert!(old.is_none() || *old == new, "{grown:?} changed what is read, {number}");
+    }
+    if grown.is_ok() {
+        let image = files.open(OpenMode::Read).expect("a disk that grew opens");
+        let new = image.virtual_size_bytes();
+        assert!(new > old);
+        let mut tail = vec![0xee; usize::try_from((new - old).min(1 << 20)).expect("at most 1 MiB")];
+        if image.read_at(&mut tail, old).is_ok() {
+            assert!(tail.iter().all(|byte| *byte == 0), "something shows behind the old end");
+        }
+    }
+}
+
+/// Mending leaves every byte that could be read, and finds nothing more to do after it succeeded.
+fn mend(files: &Files) {
+    let before = readable(files, u64::MAX);
+    let audit = |repair| {
+        let image = files.open(OpenMode::Check { repair: true })?;
+        let report = image.check(repair, &mut |_| {})?;
+        image.close().map(|()| report)
+    };
+    let first = audit(Repair::All);
+    for (number, (old, new)) in before.iter().zip(readable(files, u64::MAX)).enumerate() {
+        assert!(old.is_none() || *old == new, "{first:?} changed what is read, {number}");
+    }
+    if first.is_ok() {
+        let second = audit(Repair::All).expect("what was mended is sound");
+        assert_eq!(second.corruptions_fixed, 0, "{first:?}");
+    }
 }

@@ -24,9 +24,10 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, Bitmaps, CheckReport, Codec, Driver, Extent, Finding, HostFile, HostOffset, HostUse, Layer,
-        LayerWriter, LeaseToken, OpenContext, OpenMode, Repair, Snapshots,
+        Backing, Bitmaps, CheckReport, CheckWatch, Codec, Driver, Extent, Finding, HostFile, HostOffset,
+        HostUse, Layer, LayerWriter, LeaseToken, OpenContext, OpenMode, Repair, Snapshots,
         table_cache::{SliceCache, lock},
+        unwatched,
     },
     storage::{Flush, Storage},
     sync::{
@@ -187,7 +188,8 @@ impl Qcow2Layer {
         // not durable may be gone after a power cut, and what it replaced must not be overwritten before.
         self.image_file().flush(Flush::Data)?;
         let mut header = self.header().clone();
-        let report = super::check::check(self.storage(), &mut header, Repair::All, &mut |_: Finding| {})?;
+        let report =
+            super::check::check(self.storage(), &mut header, Repair::All, &mut |_: Finding| {}, &unwatched)?;
         if report.check_errors != 0 || report.corruptions != 0 {
             return Err(Error::Invalid("Could not repair dirty image".to_owned()));
         }
@@ -449,7 +451,12 @@ impl Layer for Qcow2Layer {
         Ok((end - guest_bytes.start, kept))
     }
 
-    fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
+    fn check_watched(
+        &self,
+        repair: Repair,
+        findings: &mut dyn FnMut(Finding),
+        watch: &CheckWatch<'_>,
+    ) -> Result<CheckReport> {
         // The audit looks at the file, not at what is cached of it, lazy counts included.
         if self.mode == OpenMode::Write {
             self.guard(self.settle())?;
@@ -457,7 +464,7 @@ impl Layer for Qcow2Layer {
             self.drain()?;
         }
         let mut header = self.header().clone();
-        let report = super::check::check(self.storage(), &mut header, repair, findings);
+        let report = super::check::check(self.storage(), &mut header, repair, findings, watch);
         if repair != Repair::Nothing {
             self.reload()?;
         }

@@ -3,9 +3,10 @@
 //! Growing: (1) a larger L1 table is written in a new place, its counts durable, sync; (2) the header that names
 //! it, sync; (3) the old table is freed; (4) what stands behind the old end is forgotten, and the image above
 //! makes zero what would show of a backing file, drain; (5) the size in the header, sync; (6) the new part is
-//! preallocated as asked. Shrinking: (1) the size in the header, sync; (2) what lies behind the new end is
-//! forgotten and its space freed, drain; (3) the file is cut behind the last cluster in use. A crash leaves
-//! the old disk or the new one: what may stand behind its end does not show, and step 4 forgets it.
+//! preallocated as asked, and where that fails the disk shrinks again. Shrinking: (1) the size in the header, sync;
+//! (2) what lies behind the new end is forgotten and its space freed, drain; (3) the file is cut behind the last
+//! cluster in use. A crash leaves the old disk or the new one: what may stand behind its end does not show, and step 4
+//! forgets it.
 
 use std::{collections::HashSet, ops::Range, sync::atomic::Ordering};
 
@@ -47,8 +48,14 @@ impl Qcow2Layer {
         self.update_header(|header| header.virtual_size_bytes = bytes)?;
         // (6)
         if mapped || preallocation != Preallocation::Off || self.is_raw_data() {
-            self.preallocate(old.next_multiple_of(self.geometry.cluster_bytes())..bytes, preallocation)?;
-            self.drain()?;
+            let new = old.next_multiple_of(self.geometry.cluster_bytes())..bytes;
+            let filled = self.preallocate(new, preallocation).and_then(|()| self.drain());
+            if let Err(error) = filled {
+                // Who asked for space gets it or nothing. A host that refuses this too leaves the larger disk, of
+                // which the new part reads as zeroes; what is told is why it was not filled.
+                drop(self.shrink(old, bytes));
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -187,7 +194,17 @@ impl Qcow2Layer {
             let host = self.allocate_searching(state, count);
             state.free_index = index;
             let host = host?;
-            self.set_aside(host..host + count * cluster, how)?;
+            let range = host..host + count * cluster;
+            let file = self.image_file();
+            let old_end = file.len_bytes()?;
+            if let Err(error) = self.set_aside(range.clone(), how) {
+                // What could be had goes back: what undoes the rest takes room too.
+                state.free(Freed::clusters(range, false));
+                if file.len_bytes()? > old_end {
+                    file.resize(old_end, Preallocation::Off)?;
+                }
+                return Err(error);
+            }
             host
         };
         for index in 0..count {

@@ -13,16 +13,21 @@ use super::{
 };
 use crate::{
     Result,
-    format::{CheckReport, Repair},
+    format::{CheckReport, CheckWatch, Repair},
     storage::{Flush, Storage},
 };
 
 /// Audits the image on `storage` and makes good what `repair` allows: leaks cannot be given back, so either
 /// kind of repair is the same.
-pub(super) fn check(storage: &dyn Storage, header: &mut Header, repair: Repair) -> Result<CheckReport> {
-    let mut audit = Audit::run(storage, header, false)?;
+pub(super) fn check(
+    storage: &dyn Storage,
+    header: &mut Header,
+    repair: Repair,
+    watch: &CheckWatch<'_>,
+) -> Result<CheckReport> {
+    let mut audit = Audit::run(storage, header, false, watch)?;
     if repair != Repair::Nothing && audit.lost != 0 && !audit.has_shared_table {
-        audit = Audit::run(storage, header, true)?;
+        audit = Audit::run(storage, header, true, watch)?;
     }
     let mut report = audit.report;
     let clusters = audit.end_bytes.saturating_sub(audit.first_bytes) >> header.geometry.cluster_bits;
@@ -52,11 +57,17 @@ struct Audit<'a> {
     has_shared_table: bool,
     /// Entries that lead nowhere.
     lost: u64,
+    watch: &'a CheckWatch<'a>,
     report: CheckReport,
 }
 
 impl<'a> Audit<'a> {
-    fn run(storage: &'a dyn Storage, header: &Header, repairs: bool) -> Result<Self> {
+    fn run(
+        storage: &'a dyn Storage,
+        header: &Header,
+        repairs: bool,
+        watch: &'a CheckWatch<'a>,
+    ) -> Result<Self> {
         let geometry = header.geometry;
         let mut audit = Self {
             storage,
@@ -68,6 +79,7 @@ impl<'a> Audit<'a> {
             tables: ClusterSet::default(),
             has_shared_table: false,
             lost: 0,
+            watch,
             report: CheckReport {
                 total_clusters: header.virtual_size_bytes.div_ceil(geometry.cluster_bytes()),
                 ..CheckReport::default()
@@ -80,7 +92,8 @@ impl<'a> Audit<'a> {
     fn l1(&mut self, l1_offset: u64) -> Result<()> {
         self.name_table(l1_offset);
         let storage = self.storage;
-        for_each_piece(storage, l1_offset, self.geometry.table_bytes(), |_, bytes| {
+        let total = self.geometry.table_bytes() / 8;
+        for_each_piece(storage, l1_offset, self.geometry.table_bytes(), |first, bytes| {
             let mut changed = false;
             for within in (0..bytes.len()).step_by(8) {
                 let table = entry_at(bytes, within);
@@ -92,9 +105,11 @@ impl<'a> Audit<'a> {
                 } else if self.name_table(table) {
                     self.l2(table)?;
                 }
+                (self.watch)(first + within as u64 / 8 + 1, total)?;
             }
             Ok(changed)
-        })
+        })?;
+        (self.watch)(total, total)
     }
 
     fn l2(&mut self, table: u64) -> Result<()> {

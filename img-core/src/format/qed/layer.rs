@@ -19,9 +19,10 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, CheckReport, Driver, Extent, Finding, HostFile, Layer, LayerWriter, OpenContext, OpenMode,
-        OptionSet, Repair,
+        Backing, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer, LayerWriter, OpenContext,
+        OpenMode, OptionSet, Repair,
         table_cache::{SliceCache, lock},
+        unwatched,
     },
     storage::{Flush, Storage},
     sync::{
@@ -204,7 +205,7 @@ fn repair(storage: &dyn Storage, header: &mut Header) -> Result<()> {
     // Whoever left the image so may have been killed between a write and its flush: what is read here and not
     // durable may be gone after a power cut, and nothing may be built on it before.
     storage.flush(Flush::Data)?;
-    let report = super::check::check(storage, header, Repair::All)?;
+    let report = super::check::check(storage, header, Repair::All, &unwatched)?;
     if report.corruptions != 0 || report.check_errors != 0 {
         return Err(Error::Invalid("Could not repair dirty image".to_owned()));
     }
@@ -252,13 +253,18 @@ impl Layer for QedLayer {
         self.map.map_cached(guest_bytes, found)
     }
 
-    fn check(&self, repair: Repair, _findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
+    fn check_watched(
+        &self,
+        repair: Repair,
+        _findings: &mut dyn FnMut(Finding),
+        watch: &CheckWatch<'_>,
+    ) -> Result<CheckReport> {
         // The audit looks at the file, not at what is cached of it.
         if self.mode == OpenMode::Write {
             self.settle()?;
         }
         let mut header = self.header.write().unwrap_or_else(PoisonError::into_inner);
-        let report = super::check::check(self.file(), &mut header, repair);
+        let report = super::check::check(self.file(), &mut header, repair, watch);
         if repair != Repair::Nothing {
             self.map.l1.clear();
             self.map.l2.clear();

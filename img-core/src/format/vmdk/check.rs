@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{CheckReport, Finding, Repair},
+    format::{CheckReport, CheckWatch, Finding, Layer as _, Repair},
 };
 
 /// Walks all tables. As with the reference the first entry that is wrong ends it. What [`repair`] knows how to mend
@@ -21,6 +21,7 @@ pub(super) fn check(
     layer: &VmdkLayer,
     repair: Repair,
     findings: &mut dyn FnMut(Finding),
+    watch: &CheckWatch<'_>,
 ) -> Result<CheckReport> {
     let mut report = CheckReport::default();
     match repair {
@@ -28,9 +29,11 @@ pub(super) fn check(
         Repair::Leaks => return Err(Error::unsupported(layer.path(), "giving back leaks of vmdk images")),
         Repair::All => report.corruptions_fixed = repair::mend(layer, findings)?,
     }
+    let total = layer.virtual_size_bytes();
     for extent in &layer.extents {
         if let Kind::Sparse(sparse) = &extent.kind {
-            check_tables(extent, sparse, findings)?;
+            let watch = |bytes: u64| watch((extent.start_bytes + bytes).min(total), total);
+            check_tables(extent, sparse, findings, &watch)?;
         }
     }
     if repair == Repair::All {
@@ -39,7 +42,13 @@ pub(super) fn check(
     Ok(report)
 }
 
-fn check_tables(extent: &GuestExtent, sparse: &Sparse, findings: &mut dyn FnMut(Finding)) -> Result<()> {
+/// `watch` is told of how many guest bytes of the extent the tables are behind us.
+fn check_tables(
+    extent: &GuestExtent,
+    sparse: &Sparse,
+    findings: &mut dyn FnMut(Finding),
+    watch: &dyn Fn(u64) -> Result<()>,
+) -> Result<()> {
     let mut entries = Vec::new();
     let mut first = 0;
     let mut tell = |grain: u64, before: &str, after: &str| {
@@ -66,6 +75,7 @@ fn check_tables(extent: &GuestExtent, sparse: &Sparse, findings: &mut dyn FnMut(
             }
         }
         first += count;
+        watch(first * sparse.grain_bytes)?;
     }
     Ok(())
 }

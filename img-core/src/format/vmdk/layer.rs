@@ -8,8 +8,8 @@ use super::{Vmdk, check, descriptor::Descriptor, details, open, sparse::Sparse, 
 use crate::{
     Error, Result,
     format::{
-        Backing, CheckReport, Codec, CompressedWrites, Driver, Extent, Finding, HostFile, HostOffset, Layer,
-        LayerWriter, OpenMode, Place, Repair, table_cache::lock,
+        Backing, CheckReport, CheckWatch, Codec, CompressedWrites, Driver, Extent, Finding, HostFile,
+        HostOffset, Layer, LayerWriter, OpenMode, Place, Repair, table_cache::lock,
     },
     storage::Storage,
     sync::{
@@ -312,8 +312,13 @@ impl Layer for VmdkLayer {
         (self.mode.writes() && self.files[0].is_writable()).then_some(self)
     }
 
-    fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
-        check::check(self, repair, findings)
+    fn check_watched(
+        &self,
+        repair: Repair,
+        findings: &mut dyn FnMut(Finding),
+        watch: &CheckWatch<'_>,
+    ) -> Result<CheckReport> {
+        check::check(self, repair, findings, watch)
     }
 }
 

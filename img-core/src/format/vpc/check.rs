@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Result,
-    format::{CheckReport, Finding, Repair},
+    format::{CheckReport, CheckWatch, Finding, Repair},
     storage::{Flush, Preallocation, Storage},
 };
 
@@ -26,6 +26,7 @@ pub(super) fn check(
     rule: SizeRule,
     repair: Repair,
     findings: &mut dyn FnMut(Finding),
+    watch: &CheckWatch<'_>,
 ) -> Result<CheckReport> {
     let copies = Copies::read(storage)?;
     let footer = copies.choose(storage.path())?;
@@ -45,7 +46,7 @@ pub(super) fn check(
     audit.report.fragmented_clusters = audit.places.fragmented() as u64;
     audit.report.image_end_offset = audit.places.used_end();
     audit.copies_at_the_front()?;
-    audit.entries()?;
+    audit.entries(watch)?;
     audit.end_of_the_file()?;
     Ok(audit.report)
 }
@@ -103,15 +104,16 @@ impl Audit<'_> {
     }
 
     /// Blocks outside the file, and blocks that share their place.
-    fn entries(&mut self) -> Result<()> {
+    fn entries(&mut self, watch: &CheckWatch<'_>) -> Result<()> {
         let mut wrong = Vec::new();
         let (header, path, file_bytes) = (&self.header, self.storage.path(), self.copies.file_bytes);
         read_table(self.storage, header, 0, |block, entry| {
             if checked_block(header, path, file_bytes, block, entry).is_err() {
                 wrong.push(format!("ERROR block {block} at sector {entry:#x} is not inside the file"));
             }
-            Ok(())
+            watch(block.into(), header.table_entries.into())
         })?;
+        watch(header.table_entries.into(), header.table_entries.into())?;
         for at in &self.places.broken_locators {
             wrong.push(format!("ERROR the parent locator at byte {at:#x} leads outside the file"));
         }

@@ -18,8 +18,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Attempt, Backing, CheckReport, Driver, Extent, Finding, HostFile, Layer, LayerWriter, OpenMode,
-        PreparedWrite, Repair, WriteStep, WriteToken, raw::RawLayer, table_cache::lock,
+        Attempt, Backing, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer, LayerWriter,
+        OpenMode, PreparedWrite, Repair, WriteStep, WriteToken, raw::RawLayer, table_cache::lock,
     },
     storage::{Flush, Preallocation, Storage},
     sync::Mutex,
@@ -97,8 +97,13 @@ impl Layer for FixedLayer {
         self.disk.writer().map(|_| self as &dyn LayerWriter)
     }
 
-    fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
-        super::check::check(self.storage(), self.rule, repair, findings)
+    fn check_watched(
+        &self,
+        repair: Repair,
+        findings: &mut dyn FnMut(Finding),
+        watch: &CheckWatch<'_>,
+    ) -> Result<CheckReport> {
+        super::check::check(self.storage(), self.rule, repair, findings, watch)
     }
 }
 
@@ -165,8 +170,22 @@ impl LayerWriter for FixedLayer {
         let end = new_bytes + SECTOR_BYTES;
         if new_bytes > old_at {
             storage.write_zeroes(old_at..new_bytes.min(old_at + SECTOR_BYTES), false)?;
-            if preallocation != Preallocation::Off {
-                storage.preallocate(old_at..new_bytes, preallocation)?;
+            let filled = match preallocation {
+                Preallocation::Off => Ok(()),
+                how => storage.preallocate(old_at..new_bytes, how),
+            };
+            if let Err(error) = filled {
+                // Who asked for space gets it or nothing: back as in shrinking. A host that refuses that too leaves
+                // the larger disk; what is told is why it was not filled.
+                let undone = storage
+                    .write_at(footer.raw.as_bytes(), old_at)
+                    .and_then(|()| storage.flush(Flush::Data))
+                    .and_then(|()| storage.resize(old_at + SECTOR_BYTES, Preallocation::Off));
+                if undone.is_err() {
+                    *footer = Footer { raw, at_bytes: new_bytes, ..*footer };
+                    self.disk.virtual_size_bytes.store(new_bytes, Ordering::Relaxed);
+                }
+                return Err(error);
             }
         } else {
             storage.resize(end, Preallocation::Off)?;

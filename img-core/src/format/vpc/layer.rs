@@ -23,8 +23,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, CheckReport, Driver, Extent, Finding, HostFile, Layer, LayerWriter, OpenMode, Place, Repair,
-        table_cache::lock,
+        Backing, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer, LayerWriter, OpenMode,
+        Place, Repair, table_cache::lock,
     },
     storage::{Flush, Storage},
     sync::{
@@ -267,7 +267,12 @@ impl Layer for SparseLayer {
         (self.mode == OpenMode::Write).then_some(self)
     }
 
-    fn check(&self, repair: Repair, findings: &mut dyn FnMut(Finding)) -> Result<CheckReport> {
-        super::check::check(&*self.storage, self.rule, repair, findings)
+    fn check_watched(
+        &self,
+        repair: Repair,
+        findings: &mut dyn FnMut(Finding),
+        watch: &CheckWatch<'_>,
+    ) -> Result<CheckReport> {
+        super::check::check(&*self.storage, self.rule, repair, findings, watch)
     }
 }

@@ -150,6 +150,7 @@ impl Gatherer {
         if let Some(error) = failed.into_inner().expect("no worker panics") {
             return Err(error);
         }
+        (subject.watch)(bytes, bytes)?;
         let mut census = Census {
             counters: self.counters,
             tables: Vec::new(),
@@ -300,6 +301,8 @@ impl<'a> Worker<'a> {
                 }
                 share = &share[run..];
             }
+            let done = tables.len().min(start + TABLES_AT_ONCE) as u64;
+            (subject.watch)(done * cluster, tables.len() as u64 * cluster)?;
         }
     }
 

@@ -55,7 +55,13 @@ pub(super) fn is_no_worse(
     let wrong = |storage: &dyn Storage, header: &Header| {
         let mut quiet = |_| {};
         let mut teller = Teller::new(&mut quiet, Mode::NOTHING);
-        let result = audit(storage, &mut header.clone(), Mode::NOTHING, &mut teller, None);
+        let result = audit(
+            storage,
+            &mut header.clone(),
+            Mode::NOTHING,
+            (&mut teller, None),
+            &crate::format::unwatched,
+        );
         result.map(|()| (teller.report.corruptions, teller.report.check_errors))
     };
     Ok(match (wrong(base, old_header), wrong(rehearsal, header)) {

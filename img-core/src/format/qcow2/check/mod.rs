@@ -42,7 +42,7 @@ use self::{
     table::Rules,
 };
 use super::{
-    super::{CheckReport, Finding, Repair},
+    super::{CheckReport, CheckWatch, Finding, Repair, unwatched},
     entry::REFCOUNT_TABLE_RESERVED,
     feature::incompatible,
     geometry::Geometry,
@@ -75,6 +75,7 @@ pub(super) fn check(
     header: &mut Header,
     repair: Repair,
     findings: &mut dyn FnMut(Finding),
+    watch: &CheckWatch<'_>,
 ) -> Result<CheckReport> {
     let mode = match repair {
         Repair::Nothing => Mode::NOTHING,
@@ -83,13 +84,13 @@ pub(super) fn check(
     };
     let mut teller = Teller::new(findings, mode);
     if !mode.repairs() {
-        audit(storage.as_ref(), header, mode, &mut teller, None)?;
+        audit(storage.as_ref(), header, mode, (&mut teller, None), watch)?;
         return Ok(teller.report);
     }
     let base = storage.as_ref();
     let old_header = header.clone();
     let rehearsal = Rehearsal::new(base)?;
-    let mut result = audit(&rehearsal, header, mode, &mut teller, Some(&rehearsal));
+    let mut result = audit(&rehearsal, header, mode, (&mut teller, Some(&rehearsal)), watch);
     let is_held = rehearsal.is_held();
     if result.is_ok() && rehearsal.has_changes() {
         read_pointers(&rehearsal, header)?;
@@ -166,11 +167,13 @@ struct Subject<'a> {
     storage: &'a dyn Storage,
     geometry: Geometry,
     file_bytes: u64,
+    /// Told of the tables that are counted.
+    watch: &'a CheckWatch<'a>,
 }
 
 impl<'a> Subject<'a> {
     fn new(storage: &'a dyn Storage, geometry: Geometry) -> Result<Self> {
-        Ok(Self { storage, geometry, file_bytes: storage.len_bytes()? })
+        Ok(Self { storage, geometry, file_bytes: storage.len_bytes()?, watch: &unwatched })
     }
 
     /// Clusters of the file, the last one perhaps cut short.
@@ -221,10 +224,10 @@ fn audit(
     storage: &dyn Storage,
     header: &mut Header,
     mode: Mode,
-    teller: &mut Teller<'_>,
-    rehearsal: Option<&Rehearsal<'_>>,
+    (teller, rehearsal): (&mut Teller<'_>, Option<&Rehearsal<'_>>),
+    watch: &CheckWatch<'_>,
 ) -> Result<()> {
-    let subject = Subject::new(storage, header.geometry)?;
+    let subject = Subject { watch, ..Subject::new(storage, header.geometry)? };
     let table_bytes = u64::from(header.refcount_table_clusters) * header.geometry.cluster_bytes();
     let blocks = Blocks::read(&subject, header.refcount_table_offset, table_bytes)?;
     let snapshots = snapshots::read(&subject, header, mode, teller)?;

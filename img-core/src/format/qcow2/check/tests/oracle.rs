@@ -114,12 +114,12 @@ pub(super) fn ours(storage: &Arc<dyn Storage>, repair: Repair) -> Result<Verdict
         let prefix = if finding.with_program_name { "qemu-img: " } else { "" };
         lines.extend(format!("{prefix}{}", finding.text).lines().map(str::to_owned));
     };
-    let mut result = check(storage, &mut header, repair, &mut findings);
+    let mut result = check(storage, &mut header, repair, &mut findings, &crate::format::unwatched);
     if let Ok(first) = &result
         && (first.corruptions_fixed > 0 || first.leaks_fixed > 0)
     {
         let (corruptions_fixed, leaks_fixed) = (first.corruptions_fixed, first.leaks_fixed);
-        let again = check(storage, &mut header, Repair::Nothing, &mut findings);
+        let again = check(storage, &mut header, Repair::Nothing, &mut findings, &crate::format::unwatched);
         result = again.map(|report| CheckReport { corruptions_fixed, leaks_fixed, ..report });
     }
     let (report, failure) = match result {
