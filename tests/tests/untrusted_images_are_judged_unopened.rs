@@ -159,11 +159,41 @@ fn files_that_images_name_are_listed_and_never_opened() {
         // What is allowed is not opened either.
         let report = report_allowing(at, image);
         assert_eq!(report["references"][0]["allowed"], image != "json.qcow2", "{report:#}");
-        assert!(is_quiet(), "{image}: a file that it names was opened");
+        // But where it holds the image's own tables.
+        assert!(is_quiet() != (image == "two.vmdk"), "{image}: the file that it names");
+        while !is_quiet() {}
     }
     // Others do open them, and the watch tells.
     img(at, ["map", "over.qcow2"]).output().success();
     assert!(!is_quiet());
+}
+
+/// Sparse extents are judged by their own files, where they may be opened: as good as one file, or as bad.
+#[test]
+fn tables_in_extents_are_judged_where_they_may_be_opened() {
+    let directory = with(
+        "qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse good.vmdk 3G; \
+         qemu-io -f vmdk -c 'write -P 7 1M 3M' -c 'write -P 8 2500M 1M' good.vmdk >text; \
+         for n in bad gone out; do sed s/good-s/$n-s/ good.vmdk >$n.vmdk; \
+           for e in 1 2; do cp good-s00$e.vmdk $n-s00$e.vmdk; done; done; \
+         directory=$(od -An -tu8 -j56 -N8 bad-s002.vmdk); \
+         printf '\\377\\377\\377\\000' | dd of=bad-s002.vmdk bs=512 seek=$((directory)) conv=notrunc status=none; \
+         rm gone-s002.vmdk; mkdir sub; mv out-s002.vmdk sub; ln -s /etc/passwd out-s002.vmdk",
+    );
+    let at = directory.path();
+    let report = accepted(at, "good.vmdk", &["--allow-refs", "."]);
+    assert_eq!(report["virtual-size"], 3_u64 << 30, "{report:#}");
+    assert_eq!(report["stored-bytes"], 4 << 20, "{report:#}");
+    assert_eq!(report["check"]["errors"], 0, "{report:#}");
+    let ids = |image| -> Vec<String> {
+        let report = report_allowing(at, image);
+        assert_eq!(report["verdict"], "refuse", "{report:#}");
+        let reasons = report["reasons"].as_array().expect("reasons");
+        reasons.iter().map(|reason| reason["id"].as_str().expect("an id").to_owned()).collect()
+    };
+    assert!(ids("bad.vmdk").contains(&"structure-invalid".to_owned()));
+    assert_eq!(ids("gone.vmdk"), ["image-unusable"]);
+    assert!(ids("out.vmdk").contains(&"reference-outside".to_owned()));
 }
 
 #[track_caller]

@@ -1,6 +1,7 @@
 //! One verdict about an image that is not trusted, from its own file alone.
 //!
-//! Files that the image names are listed and judged by their names; none is opened, whatever the policy allows.
+//! Files that the image names are listed and judged by their names. None is opened, whatever the policy allows, but
+//! extents that hold the image's own tables: where all of them may be opened they are judged with it.
 
 use std::{
     fs,
@@ -14,7 +15,7 @@ use crate::{
         CheckReport, Driver, Extent, HostFile, Layer, OpenContext, OpenMode, OptionSet, Outline, Place,
         Reference, ReferenceKind, Repair, registry,
     },
-    image::{full_backing_name, probe, protocol},
+    image::{data_file_path, full_backing_name, probe, protocol},
     limits,
     storage::{FileOptions, MemoryStorage, Storage, lock::Use},
     text,
@@ -232,7 +233,10 @@ impl Verdict {
             );
             self.reasons.push(Reason::new("reference-format-unknown", text));
         }
-        if let ReferenceKind::Extent { has_tables: true } = reference.kind {
+        let is_allowed = self.references.last().is_some_and(|judged| judged.allowed);
+        if let ReferenceKind::Extent { has_tables: true } = reference.kind
+            && !is_allowed
+        {
             let text = format!(
                 "{image}: the tables in the extent '{}' are not judged, as it is another file",
                 reference.name
@@ -249,7 +253,11 @@ impl Verdict {
         outline: &Outline,
         policy: &Policy,
     ) -> Result<()> {
-        let Some(layer) = &outline.layer else { return Ok(()) };
+        let whole = match &outline.layer {
+            Some(_) => None,
+            None => self.open_with_tables(driver, &storage, policy)?,
+        };
+        let Some(layer) = outline.layer.as_ref().or(whole.as_ref()) else { return Ok(()) };
         let file = text::from_path(storage.path());
         self.dirty = layer.is_dirty();
         if self.dirty {
@@ -275,7 +283,7 @@ impl Verdict {
         }
         let bitmaps = layer.bitmaps().map_or(Ok(Vec::new()), |bitmaps| bitmaps.list());
         self.bitmaps = self.kept(bitmaps)?.map_or(0, |bitmaps| bitmaps.len());
-        if self.encryption.is_none() {
+        if self.encryption.is_none() && whole.is_none() {
             // What is only refused to who reads the disk.
             self.kept(open_to_read(driver, storage))?;
         }
@@ -283,9 +291,41 @@ impl Verdict {
             self.audit(&file, &**layer);
         }
         if !layer.is_its_file() {
-            self.measure(&file, &**layer, policy)?;
+            self.measure(&file, &**layer, whole.is_some(), policy)?;
         }
         Ok(())
+    }
+
+    /// Opens an image whose tables are in extents that it names, where policy lets each of its extents be opened.
+    fn open_with_tables(
+        &mut self,
+        driver: &'static dyn Driver,
+        storage: &Arc<dyn Storage>,
+        policy: &Policy,
+    ) -> Result<Option<Arc<dyn Layer>>> {
+        let extents = || {
+            self.references.iter().filter_map(|judged| match judged.reference.kind {
+                ReferenceKind::Extent { has_tables } => Some((has_tables, judged.allowed)),
+                ReferenceKind::Backing { .. } | ReferenceKind::DataFile => None,
+            })
+        };
+        if !extents().any(|(has_tables, _)| has_tables) || !extents().all(|(_, allowed)| allowed) {
+            return Ok(None);
+        }
+        let image = text::from_path(storage.path());
+        let open_file = |name: &str, _: OpenMode| -> Result<Arc<dyn Storage>> {
+            let path = data_file_path(&image, name)?;
+            let file = limits::open_reference(&path, || {
+                Ok(Arc::new(FileOptions::new().open(text::to_path(&path))?) as Arc<dyn Storage>)
+            })?;
+            if !policy.force_share {
+                file.lock(Use::Read)?;
+            }
+            Ok(file)
+        };
+        let options = OptionSet::new();
+        let context = OpenContext { mode: OpenMode::Read, options: &options, open_file: &open_file };
+        self.kept(driver.open(Arc::clone(storage), &context))
     }
 
     /// The image's own check.
@@ -322,11 +362,18 @@ impl Verdict {
         self.check = Some(report);
     }
 
-    /// How many guest bytes the file stands for. Ends as soon as they are too many.
-    fn measure(&mut self, file: &str, layer: &dyn Layer, policy: &Policy) -> Result<()> {
+    /// How many guest bytes the file stands for; with `all_files`, those of its extents too. Ends as soon as they are
+    /// too many.
+    fn measure(&mut self, file: &str, layer: &dyn Layer, all_files: bool, policy: &Policy) -> Result<()> {
         let window =
             layer.extent_granularity_bytes().map_or(WINDOW_BYTES, |unit| u64::from(unit) * WINDOW_UNITS);
-        let most = self.file_bytes.saturating_mul(policy.max_ratio);
+        let mut files_bytes = self.file_bytes;
+        if all_files {
+            for extent in (1..).map_while(|number| layer.file(HostFile(number))) {
+                files_bytes = files_bytes.saturating_add(extent.len_bytes()?);
+            }
+        }
+        let most = files_bytes.saturating_mul(policy.max_ratio);
         let size = layer.virtual_size_bytes();
         let mut stored = Stored::default();
         let mut extents = Vec::new();
@@ -337,13 +384,13 @@ impl Verdict {
             if self.kept(layer.map_range(start..end, &mut extents))?.is_none() {
                 return Ok(());
             }
-            stored.count(&extents);
+            stored.count(&extents, all_files);
             if stored.guest_bytes > most {
                 let (found, ratio) = (stored.guest_bytes, policy.max_ratio);
                 let text = format!(
                     "{file}: {} bytes of file stand for {found} bytes of disk or more ({} of them compressed), \
                      more than {ratio} for one",
-                    self.file_bytes, stored.compressed_guest_bytes
+                    files_bytes, stored.compressed_guest_bytes
                 );
                 self.reasons.push(Reason::beyond("expansion-ratio", text, found, most));
                 return Ok(());
@@ -356,10 +403,12 @@ impl Verdict {
 }
 
 impl Stored {
-    fn count(&mut self, extents: &[Extent]) {
+    fn count(&mut self, extents: &[Extent], all_files: bool) {
         for extent in extents {
             match extent.place {
-                Place::Data { file: HostFile::IMAGE, .. } => self.guest_bytes += extent.len_bytes,
+                Place::Data { file, .. } if all_files || file == HostFile::IMAGE => {
+                    self.guest_bytes += extent.len_bytes
+                }
                 Place::Encoded { .. } => {
                     self.guest_bytes += extent.len_bytes;
                     self.compressed_guest_bytes += extent.len_bytes;
@@ -451,7 +500,10 @@ mod tests {
             (16, encoded),
         ];
         let mut stored = Stored::default();
-        stored.count(&places.map(|(len_bytes, place)| Extent { len_bytes, place }));
+        stored.count(&places.map(|(len_bytes, place)| Extent { len_bytes, place }), false);
         assert_eq!(stored, Stored { guest_bytes: 24, compressed_guest_bytes: 16 });
+        let mut stored = Stored::default();
+        stored.count(&places.map(|(len_bytes, place)| Extent { len_bytes, place }), true);
+        assert_eq!(stored, Stored { guest_bytes: 28, compressed_guest_bytes: 16 });
     }
 }
