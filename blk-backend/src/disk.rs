@@ -28,7 +28,7 @@ use img_core::{
 
 use crate::engine::{EngineInUse, Flight, LaneSnapshot, Mailbox, ThreadClock, Workers};
 
-/// Threads that may wait for tables, copies, decoders and flushes at the same time, unless told otherwise.
+/// Threads that may wait for tables, decoders and flushes at the same time, unless told otherwise.
 const DEFAULT_WORKERS: usize = 16;
 
 /// How an image is opened and served.

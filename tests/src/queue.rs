@@ -3,6 +3,7 @@
 
 use std::{
     io::{IoSlice, IoSliceMut},
+    ops::Range,
     sync::Arc,
     task::{Wake, Waker},
     thread::{self, Thread},
@@ -11,7 +12,7 @@ use std::{
 use img_core::{
     Result,
     format::{Attempt, Place, WriteStep},
-    image::{Commit, Image, ImageExtent},
+    image::{Commit, Image, ImageExtent, WriteTicket},
 };
 
 /// One queue of a disk. The lists keep their memory from request to request.
@@ -123,11 +124,24 @@ impl Queue {
                 }
             };
             let mut done = at;
-            for WriteStep { guest_bytes, file, at: host, .. } in &self.steps {
+            let mut around = Vec::new();
+            for step in &self.steps {
+                let Some(filled) = filled(&self.image, &ticket, step, &mut self.extents)? else { break };
+                around.push(filled);
+            }
+            if around.len() < self.steps.len() {
+                drop(ticket);
+                self.count.blocked += 1;
+                return self.image.write_vectored_at(&[IoSlice::new(buf)], at);
+            }
+            for (WriteStep { guest_bytes, file, at: host, .. }, [before, after]) in
+                self.steps.iter().zip(around)
+            {
                 assert_eq!(guest_bytes.start, done, "steps follow each other");
                 let part = to_usize(guest_bytes.start - at)..to_usize(guest_bytes.end - at);
                 let storage = self.image.storage(0, *file).expect("steps name open files");
-                storage.write_at(&buf[part], host.0)?;
+                let bytes = [&before, &buf[part], &after].map(IoSlice::new);
+                storage.write_vectored_at(&bytes, host.0 - before.len() as u64)?;
                 done = guest_bytes.end;
             }
             assert_eq!(done, range.end, "the steps cover the request");
@@ -143,6 +157,34 @@ impl Queue {
             };
         }
     }
+}
+
+/// What a step fills before the guest's bytes and behind them; `None` where that takes a thread that may block.
+fn filled(
+    image: &Image,
+    ticket: &WriteTicket,
+    step: &WriteStep,
+    extents: &mut Vec<ImageExtent>,
+) -> Result<Option<[Vec<u8>; 2]>> {
+    let Range { start, end } = step.guest_bytes;
+    let mut filled = [Vec::new(), Vec::new()];
+    let ranges = [start - step.fill_before_bytes..start, end..end + step.fill_after_bytes];
+    for (bytes, range) in filled.iter_mut().zip(ranges) {
+        if !ticket.map_fill(range.clone(), extents) {
+            return Ok(None);
+        }
+        for extent in &*extents {
+            assert_eq!(extent.guest_offset, range.start + bytes.len() as u64, "extents follow each other");
+            let from = bytes.len();
+            bytes.resize(from + to_usize(extent.len_bytes), 0);
+            if let Place::Data { file, at, .. } = extent.place {
+                let storage = image.storage(extent.depth, file).expect("the map names open files");
+                storage.read_at(&mut bytes[from..], at.0)?;
+            }
+        }
+        assert_eq!(bytes.len() as u64, range.end - range.start, "the extents cover what is filled");
+    }
+    Ok(Some(filled))
 }
 
 /// Parks this thread until something ended that was in the way.

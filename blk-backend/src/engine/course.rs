@@ -19,8 +19,9 @@ use img_core::{
 use super::{
     backend::EngineInUse,
     lane::{Event, Lane},
+    ring::Ring,
     slot::Stage,
-    transfer::{Hold, Way},
+    transfer::{Hold, Progress, Way},
     worker::{Job, Task},
 };
 use crate::request::{Errno, Op};
@@ -184,6 +185,20 @@ impl Lane {
         slot.stage = Stage::Moving;
         if slot.pending == 0 {
             self.end_moving(index);
+        } else if matches!(slot.hold, Some(Hold::Fill(..))) {
+            // A buffer that was filled in the call is written, and free for the next request, while it is in the
+            // processor's cache.
+            while let Some((transfer, result)) = self.backend.ring().and_then(Ring::next_moved) {
+                self.moved(transfer, result);
+            }
+        }
+    }
+
+    /// The kernel has answered a transfer.
+    pub(super) fn moved(&mut self, transfer: u32, result: Result<u32, Errno>) {
+        let ring = self.backend.ring().expect("only a ring moves bytes");
+        if let Progress::Last(index) = self.transfers.moved(ring, &mut self.slots, transfer, result) {
+            self.end_moving(index);
         }
     }
 
@@ -202,7 +217,14 @@ impl Lane {
                 }
             }
             (Some(errno), _) => self.end(index, Err(errno)),
-            (None, Some(Hold::Write(ticket))) => {
+            (None, Some(Hold::Fill(ticket, buffer))) => {
+                let ring = self.backend.ring().expect("it has moved bytes");
+                match self.transfers.write_filled(ring, index, slot, ticket, buffer) {
+                    Way::Pushed => self.begin_moving(index),
+                    Way::Busy | Way::Blocks => self.change(index),
+                }
+            }
+            (None, Some(Hold::Write(ticket, _))) => {
                 let fua = slot.op.is_fua();
                 match ticket.try_commit() {
                     Commit::Blocks(ticket) => self.hand_over(index, Task::Commit { ticket, fua }),

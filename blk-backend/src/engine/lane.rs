@@ -20,7 +20,7 @@ use super::{
     poll::{Poll, Poller},
     ring::{Answer, BELL},
     slot::{Slots, Stage},
-    transfer::{Progress, Transfers},
+    transfer::Transfers,
 };
 use crate::{
     disk::Disk,
@@ -369,14 +369,7 @@ impl Lane {
             match answer {
                 Answer::Ready { token: BELL } => {}
                 Answer::Ready { token } => self.events.push(Event::Ready { token }),
-                Answer::Moved { transfer, result } => {
-                    let ring = self.backend.ring().expect("only a ring moves bytes");
-                    if let Progress::Last(index) =
-                        self.transfers.moved(ring, &mut self.slots, transfer, result)
-                    {
-                        self.end_moving(index);
-                    }
-                }
+                Answer::Moved { transfer, result } => self.moved(transfer, result),
             }
         }
         Ok(())

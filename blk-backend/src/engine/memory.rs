@@ -111,9 +111,26 @@ impl RunLists {
 
     /// Appends a list of the memory that holds `length_bytes` of a request from `at_bytes` on.
     pub(super) fn add(&mut self, memory: &Runs, at_bytes: u64, length_bytes: u64) {
+        self.push(memory, at_bytes, length_bytes);
+        self.end();
+    }
+
+    /// Adds that memory to the list that is being made, which [`Self::end`] ends.
+    pub(super) fn push(&mut self, memory: &Runs, at_bytes: u64, length_bytes: u64) {
         memory.each(at_bytes, length_bytes, |address, length| {
             self.runs.push(iovec { iov_base: address.cast(), iov_len: length });
         });
+    }
+
+    /// Adds a part of the engine's own memory to the list that is being made.
+    pub(super) fn push_own(&mut self, part: iovec) {
+        if part.iov_len > 0 {
+            self.runs.push(part);
+        }
+    }
+
+    /// Ends the list that is being made.
+    pub(super) fn end(&mut self) {
         self.ends.push(self.runs.len());
     }
 
@@ -145,9 +162,63 @@ impl RunLists {
     /// Fills what is left of a list with zeroes.
     pub(super) fn zero(&self, list: Range<usize>) {
         for run in &self.runs[list] {
-            // SAFETY: the lists of a request name its own memory, which is writable for a read.
+            // SAFETY: the lists of a request name its own memory, which is writable for a read, or parts of an
+            // `OwnMemory` that the request holds.
             unsafe { std::ptr::write_bytes(run.iov_base.cast::<u8>(), 0, run.iov_len) };
         }
+    }
+}
+
+/// Memory of the engine's own, for bytes on their way from file to file. It is reached by address alone: the kernel
+/// writes it, too.
+#[derive(Debug)]
+pub(super) struct OwnMemory {
+    bytes: Vec<u8>,
+    /// The first aligned one.
+    start: *mut u8,
+    /// Bytes from there on.
+    length: usize,
+}
+
+impl Default for OwnMemory {
+    fn default() -> Self {
+        Self { bytes: Vec::new(), start: std::ptr::null_mut(), length: 0 }
+    }
+}
+
+impl OwnMemory {
+    /// Enough for any file that is read past the cache.
+    pub(super) const ALIGNMENT_BYTES: usize = 4096;
+
+    /// What it takes of the process's memory.
+    pub(super) fn taken_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Makes it at least so long. No part of it is in use.
+    pub(super) fn grow(&mut self, length: usize) {
+        if self.length < length {
+            self.bytes.resize(length + Self::ALIGNMENT_BYTES, 0);
+            let skipped = self.bytes.as_ptr().align_offset(Self::ALIGNMENT_BYTES);
+            self.start = self.bytes.as_mut_ptr().wrapping_add(skipped);
+            self.length = length;
+        }
+    }
+
+    /// A part of it, as the kernel is told.
+    ///
+    /// # Panics
+    /// When it is longer than that.
+    pub(super) fn part(&self, range: Range<usize>) -> iovec {
+        assert!(range.start <= range.end && range.end <= self.length, "{range:?} of {}", self.length);
+        iovec { iov_base: self.start.wrapping_add(range.start).cast(), iov_len: range.end - range.start }
+    }
+
+    /// Fills a part with zeroes.
+    pub(super) fn zero(&self, range: Range<usize>) {
+        let part = self.part(range);
+        // SAFETY: `part` has checked that it is inside `bytes`, to which nobody has a reference.
+        unsafe { std::ptr::write_bytes(part.iov_base.cast::<u8>(), 0, part.iov_len) };
     }
 }
 

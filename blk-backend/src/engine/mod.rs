@@ -2,9 +2,10 @@
 //!
 //! - [`Lane`]: one queue thread's way to a disk; what a front end talks to. `course`: the way of a request through it.
 //! - `slot`: the requests of a lane, each at one place from submission to answer.
-//! - `transfer`: the fast way: extents become transfers of the ring, one countdown for each request.
+//! - `transfer`: the fast way: extents become transfers of the ring, one countdown for each request. `fill`: writes to a
+//!   part of a new cluster go it twice.
 //! - `ring`: the kernel's ring, and what it may do; `epoll`: how a lane sleeps where there is none; `backend`: which.
-//! - `worker`: threads for what may wait: tables that are not in memory, copies, decoders, flushes, discards.
+//! - `worker`: threads for what may wait: tables that are not in memory, decoders, flushes, discards.
 //! - `flight`: changes under way, by guest cluster; who would run into one is parked there as a value.
 //! - `mailbox`: how workers, and everybody else, reach a lane that may be asleep.
 //! - `poll`: how long a lane looks for work before it sleeps.
@@ -15,6 +16,7 @@ mod backend;
 mod clock;
 mod course;
 mod epoll;
+mod fill;
 mod flight;
 mod lane;
 mod mailbox;

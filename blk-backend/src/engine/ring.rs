@@ -279,9 +279,14 @@ impl Ring {
         self.calls
     }
 
+    /// The next answer to a transfer that was done when it was asked for.
+    pub(super) fn next_moved(&mut self) -> Option<(u32, Result<u32, Errno>)> {
+        self.moved.pop_front()
+    }
+
     /// The next answer that is there.
     pub(super) fn next(&mut self) -> io::Result<Option<Answer>> {
-        if let Some((transfer, result)) = self.moved.pop_front() {
+        if let Some((transfer, result)) = self.next_moved() {
             return Ok(Some(Answer::Moved { transfer, result }));
         }
         loop {

@@ -13,17 +13,21 @@ use img_core::{
 };
 
 use super::{
+    fill::{Buffer, Buffers},
     memory::Runs,
     ring::{Ring, RingFile},
     slot::{Slot, Slots},
 };
-use crate::request::Errno;
+use crate::request::{Errno, iovec};
 
 /// What a request holds while its bytes are moved.
 #[derive(Debug)]
 pub(super) enum Hold {
     Read(#[expect(dead_code, reason = "held for its drop")] Ticket),
-    Write(WriteTicket),
+    /// With the buffer of what is written around the guest's bytes.
+    Write(WriteTicket, #[expect(dead_code, reason = "held for its drop")] Option<Buffer>),
+    /// For a write: what stands around the guest's bytes is on its way to the buffer.
+    Fill(WriteTicket, Buffer),
 }
 
 /// What came of trying the fast way.
@@ -58,9 +62,17 @@ struct Transfer {
     left_bytes: u64,
 }
 
+/// A run of host bytes that is to be moved, and is not yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HostRun {
+    pub(super) file: File,
+    pub(super) at_bytes: u64,
+    pub(super) len_bytes: u64,
+}
+
 /// A host file as the ring knows it.
 #[derive(Clone, Copy, Debug)]
-struct File {
+pub(super) struct File {
     ring: RingFile,
     /// Offsets, lengths and addresses are multiples of this.
     unit_bytes: u64,
@@ -73,9 +85,10 @@ pub(super) struct Transfers {
     free: Vec<u32>,
     /// By depth and number of the file: what the ring calls it; `None` where it cannot be used.
     files: Vec<Vec<Option<File>>>,
-    extents: Vec<ImageExtent>,
-    steps: Vec<WriteStep>,
-    places: Vec<(File, u64, u64)>,
+    pub(super) extents: Vec<ImageExtent>,
+    pub(super) steps: Vec<WriteStep>,
+    pub(super) places: Vec<HostRun>,
+    pub(super) buffers: Buffers,
 }
 
 impl Transfers {
@@ -114,7 +127,7 @@ impl Transfers {
                 if !file.takes(at, &slot.runs, request_at, len_bytes) {
                     return Way::Blocks;
                 }
-                self.places.push((file, at, len_bytes));
+                self.places.push(HostRun { file, at_bytes: at, len_bytes });
             }
         }
         slot.lists.clear();
@@ -129,7 +142,7 @@ impl Transfers {
             }
         }
         slot.hold = Some(Hold::Read(ticket));
-        self.push_all(ring, index, slot, false)
+        self.push_all(ring, index, slot, 0, false)
     }
 
     /// Tries to write without a worker.
@@ -145,6 +158,9 @@ impl Transfers {
         self.places.clear();
         slot.lists.clear();
         slot.pending = 0;
+        if self.steps.iter().any(WriteStep::fills) {
+            return self.read_around(ring, image, index, slot, ticket);
+        }
         for at in 0..self.steps.len() {
             let WriteStep { file, at: HostOffset(at), ref guest_bytes, .. } = self.steps[at];
             let request_at = guest_bytes.start - slot.guest_bytes.start;
@@ -153,19 +169,27 @@ impl Transfers {
             if !file.takes(at, &slot.runs, request_at, len_bytes) {
                 return Way::Blocks;
             }
-            self.places.push((file, at, len_bytes));
+            self.places.push(HostRun { file, at_bytes: at, len_bytes });
             slot.lists.add(&slot.runs, request_at, len_bytes);
         }
-        slot.hold = Some(Hold::Write(ticket));
-        self.push_all(ring, index, slot, true)
+        slot.hold = Some(Hold::Write(ticket, None));
+        self.push_all(ring, index, slot, 0, true)
     }
 
-    /// Pushes a transfer for each of [`Self::places`], whose memory stands in the lists of the slot, in order.
-    fn push_all(&mut self, ring: &mut Ring, index: u32, slot: &mut Slot, writes: bool) -> Way {
+    /// Pushes a transfer for each of [`Self::places`], whose memory stands in the lists of the slot from `first_list`
+    /// on, in order.
+    pub(super) fn push_all(
+        &mut self,
+        ring: &mut Ring,
+        index: u32,
+        slot: &mut Slot,
+        first_list: usize,
+        writes: bool,
+    ) -> Way {
         for at in 0..self.places.len() {
-            let (file, at_bytes, left_bytes) = self.places[at];
-            let transfer =
-                Transfer { slot: index, file, writes, at_bytes, runs: slot.lists.range(at), left_bytes };
+            let HostRun { file, at_bytes, len_bytes: left_bytes } = self.places[at];
+            let runs = slot.lists.range(first_list + at);
+            let transfer = Transfer { slot: index, file, writes, at_bytes, runs, left_bytes };
             let number = match self.free.pop() {
                 Some(number) => {
                     self.all[number as usize] = transfer;
@@ -227,7 +251,13 @@ impl Transfers {
     }
 
     /// What the ring calls a file of the image; `None` where it has no descriptor or the table no room.
-    fn file(&mut self, ring: &mut Ring, image: &Image, depth: usize, file: HostFile) -> Option<File> {
+    pub(super) fn file(
+        &mut self,
+        ring: &mut Ring,
+        image: &Image,
+        depth: usize,
+        file: HostFile,
+    ) -> Option<File> {
         let known = self.files.get(depth).and_then(|files| files.get(file.0 as usize));
         if let Some(known) = known {
             return *known;
@@ -252,12 +282,20 @@ impl Transfers {
 impl File {
     /// Whether the kernel takes a part of a request as it is. (Alignment is decided here alone: what does not fit
     /// goes to a worker, and the storage bounces it.)
-    fn takes(self, at_bytes: u64, runs: &Runs, request_at_bytes: u64, len_bytes: u64) -> bool {
+    pub(super) fn takes(self, at_bytes: u64, runs: &Runs, request_at_bytes: u64, len_bytes: u64) -> bool {
         let unit = self.unit_bytes;
         unit == 1
             || at_bytes.is_multiple_of(unit)
                 && len_bytes.is_multiple_of(unit)
                 && runs.are_aligned(request_at_bytes, len_bytes, unit)
+    }
+
+    /// The same for a buffer of the engine's own.
+    pub(super) fn takes_own(self, at_bytes: u64, part: iovec) -> bool {
+        let unit = self.unit_bytes;
+        let is_aligned = |number: usize| (number as u64).is_multiple_of(unit);
+        unit == 1
+            || at_bytes.is_multiple_of(unit) && is_aligned(part.iov_base.addr()) && is_aligned(part.iov_len)
     }
 }
 
@@ -266,7 +304,7 @@ impl File {
 fn push(ring: &mut Ring, number: u32, transfer: &Transfer, slot: &mut Slot) -> bool {
     let runs = slot.lists.get(transfer.runs.clone());
     // SAFETY: the list stands in the slot, and is not changed before the answer; the memory is that of the slot's
-    // request, which is answered when none of its transfers is pending.
+    // request, which is answered when none of its transfers is pending, or of the buffer that it holds until then.
     let pushed =
         unsafe { ring.transfer(number, transfer.writes, transfer.file.ring, transfer.at_bytes, runs) };
     if pushed.is_err() {

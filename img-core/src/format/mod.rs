@@ -39,5 +39,5 @@ pub use options::{
     FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,
 };
 pub use write::{
-    Amended, Attempt, Frame, LayerWriter, Mapping, PreparedWrite, WritePlan, WriteStep, WriteToken,
+    Amended, Attempt, Below, Frame, LayerWriter, Mapping, PreparedWrite, WritePlan, WriteStep, WriteToken,
 };

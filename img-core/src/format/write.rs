@@ -96,6 +96,17 @@ pub enum Attempt<T> {
     Blocks,
 }
 
+/// What memory knows of a guest range in the layers below the top one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Below {
+    /// It reads as zeroes.
+    Zeroes,
+    /// Where all of it stands, as it is or as zeroes.
+    Plain,
+    /// Too little, or that it has to be decoded.
+    Unknown,
+}
+
 /// A part of a write, and where its bytes go. The file is one of the top layer's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WriteStep {
@@ -105,6 +116,10 @@ pub struct WriteStep {
     pub file: HostFile,
     /// Where `guest_bytes.start` will stand.
     pub at: HostOffset,
+    /// This many bytes before `at` are written too, with what the guest reads there now.
+    pub fill_before_bytes: u64,
+    /// This many bytes behind the written ones likewise.
+    pub fill_after_bytes: u64,
     /// As in a [`WritePlan`].
     pub maps: Range<u64>,
 }
@@ -113,7 +128,20 @@ impl WriteStep {
     /// For layers: a write over what is there.
     #[must_use]
     pub fn in_place(guest_bytes: Range<u64>, file: HostFile, at: HostOffset) -> Self {
-        Self { maps: guest_bytes.start..guest_bytes.start, guest_bytes, file, at }
+        Self {
+            maps: guest_bytes.start..guest_bytes.start,
+            guest_bytes,
+            file,
+            at,
+            fill_before_bytes: 0,
+            fill_after_bytes: 0,
+        }
+    }
+
+    /// Whether more is written than the guest's bytes.
+    #[must_use]
+    pub fn fills(&self) -> bool {
+        self.fill_before_bytes > 0 || self.fill_after_bytes > 0
     }
 
     /// The part of the map that the commit changes.
@@ -129,8 +157,10 @@ impl WriteStep {
             && last.file == self.file
             && last.at.0 + (last.guest_bytes.end - last.guest_bytes.start) == self.at.0
             && last.maps.is_empty() == self.maps.is_empty()
+            && (last.fill_after_bytes, self.fill_before_bytes) == (0, 0)
         {
             last.guest_bytes.end = self.guest_bytes.end;
+            last.fill_after_bytes = self.fill_after_bytes;
             if !self.maps.is_empty() {
                 last.maps.end = self.maps.end;
             }
@@ -268,10 +298,10 @@ pub trait LayerWriter: Send + Sync {
     fn prepare_compressed(&self, guest_offset: u64, stored_bytes: u32) -> Result<PreparedWrite<'_>>;
 
     /// Finds or reserves places for all of `guest_bytes` (not empty, inside the disk), from memory alone and without
-    /// waiting, and appends them to `steps`. What is given out needs no filling: bytes are overwritten in place, or
-    /// they take new clusters whole, or in part where the rest reads as zeroes and so does the host there.
-    /// `zeroes_below` says from memory whether the layers below read as zeroes in a range; false where they do
-    /// not or it cannot say.
+    /// waiting, and appends them to `steps`: bytes are overwritten in place, or they take new clusters whole, or in
+    /// part. In that case the rest is [filled](WriteStep::fill_before_bytes) by the caller, unless it reads as zeroes
+    /// and so does the host there; the map tells from memory what it reads as. `below` says the same of the layers
+    /// below.
     ///
     /// The caller holds a lease from before the call until the bytes are written. Without a token there is nothing
     /// to commit. When it is not done, nothing is reserved, and what `steps` holds is good for nothing.
@@ -280,10 +310,10 @@ pub trait LayerWriter: Send + Sync {
     fn try_prepare_write(
         &self,
         guest_bytes: Range<u64>,
-        zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        below: &dyn Fn(Range<u64>) -> Below,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
-        let (_, _, _) = (guest_bytes, zeroes_below, steps);
+        let (_, _, _) = (guest_bytes, below, steps);
         Ok(Attempt::Blocks)
     }
 
@@ -383,8 +413,14 @@ mod tests {
         assert_eq!(steps[0].mapping(), None, "nothing of the map changes");
         // The next one takes a new cluster, of which it fills the end.
         WriteStep { maps: 1536..4096, ..in_place(1536) }.push_to(&mut steps);
-        WriteStep { maps: 4096..8192, ..in_place(2048) }.push_to(&mut steps);
+        WriteStep { maps: 4096..8192, fill_after_bytes: 512, ..in_place(2048) }.push_to(&mut steps);
         assert_eq!(steps.len(), 2);
+        assert_eq!((steps[1].fills(), steps[1].fill_after_bytes), (true, 512));
+        // Between two guest bytes that are written together nothing else is.
+        WriteStep { maps: 8192..9216, ..in_place(2560) }.push_to(&mut steps);
+        assert_eq!(steps.len(), 3);
+        WriteStep { maps: 9216..9728, fill_before_bytes: 512, ..in_place(3072) }.push_to(&mut steps);
+        assert_eq!(steps.len(), 4);
         let mapping =
             Mapping { guest_bytes: 1536..8192, file: HostFile::IMAGE, at: HostOffset(65536 + 1536) };
         assert_eq!(steps[1].mapping(), Some(mapping));

@@ -8,7 +8,7 @@
 //!
 //! | answer | then |
 //! | --- | --- |
-//! | [`Attempt::Done`] | move the bytes; commit a write; drop the ticket |
+//! | [`Attempt::Done`] | move the bytes, for a write with [what is around them](WriteTicket::map_fill); commit a write; drop the ticket |
 //! | [`Attempt::Busy`] | park the request, [ask to be woken](Image::wake_on_progress), try again |
 //! | [`Attempt::Blocks`] | hand the request to a thread that may block, which calls [`Image::read_vectored_at`] or [`Image::write_vectored_at`] |
 //!
@@ -20,7 +20,7 @@ use std::{ops::Range, sync::Arc, task::Waker};
 use super::{Change, Image, ImageExtent, NoteId};
 use crate::{
     Result,
-    format::{Attempt, Extent, HostFile, LeaseToken, Mapping, Place, WriteStep, WriteToken},
+    format::{Attempt, Below, Extent, HostFile, LeaseToken, Mapping, Place, WriteStep, WriteToken},
     storage::{DetectZeroes, Storage},
 };
 
@@ -84,7 +84,8 @@ impl Image {
     }
 
     /// Finds or reserves places for all of `guest_bytes` and puts the steps of the write into `steps`, in place of what
-    /// it held: clusters are overwritten in place, or allocated where nothing has to be filled or copied.
+    /// it held: clusters are overwritten in place, or allocated. What a step fills the caller reads where
+    /// [`WriteTicket::map_fill`] says.
     ///
     /// [`Attempt::Blocks`] also where every write must be durable when it returns, where zeroes are told from other
     /// bytes, and for a first or last sector that is guarded.
@@ -108,7 +109,7 @@ impl Image {
             return Ok(Attempt::Done(WriteTicket::new(ticket, None)));
         }
         let attempt = writer
-            .try_prepare_write(guest_bytes, &|range| self.is_zero_below(range), steps)
+            .try_prepare_write(guest_bytes, &|range| self.below(range), steps)
             .unwrap_or(Attempt::Blocks);
         Ok(match attempt {
             Attempt::Done(token) => {
@@ -168,14 +169,19 @@ impl Image {
         top.unwrap_or(false) && is_known
     }
 
-    /// Whether memory says that the layers below the top read as zeroes.
-    fn is_zero_below(&self, guest_bytes: Range<u64>) -> bool {
-        let mut is_zero = true;
-        let is_known = self
-            .frozen
-            .map_cached(guest_bytes, &mut |extent| is_zero &= extent.reads_as_zeroes())
-            .unwrap_or(false);
-        is_known && is_zero
+    /// What memory knows of the layers below the top.
+    fn below(&self, guest_bytes: Range<u64>) -> Below {
+        let (mut is_zero, mut is_plain) = (true, true);
+        let is_known = self.frozen.map_cached(guest_bytes, &mut |extent| {
+            is_zero &= extent.reads_as_zeroes();
+            is_plain &= !matches!(extent.place, Place::Encoded { .. });
+        });
+        match is_known {
+            Ok(true) if is_zero => Below::Zeroes,
+            Ok(true) if is_plain => Below::Plain,
+            // What is wrong is met and told by the thread that may block.
+            _ => Below::Unknown,
+        }
     }
 }
 
@@ -189,6 +195,31 @@ impl Drop for Ticket {
 impl WriteTicket {
     fn new(ticket: Ticket, token: Option<WriteToken>) -> Self {
         Self { token, changes: Vec::new(), notes: Vec::new(), ticket }
+    }
+
+    /// Where the bytes stand that a step fills, put into `extents` in place of what it held; behind the end of the disk
+    /// there are zeroes. They stay there until the commit. False where memory does not tell any more, or a decoder is
+    /// needed: the ticket is then to be dropped, and the write left to a thread that may block.
+    pub fn map_fill(&self, guest_bytes: Range<u64>, extents: &mut Vec<ImageExtent>) -> bool {
+        extents.clear();
+        let image = &self.ticket.image;
+        // The size stays while there are tickets.
+        let end = guest_bytes.end.min(image.virtual_size_bytes()).max(guest_bytes.start);
+        let mut is_plain = true;
+        let is_known = image.map_cached(guest_bytes.start..end, &mut |extent| {
+            is_plain &= !matches!(extent.place, Place::Encoded { .. });
+            extent.push_to(extents);
+        });
+        if end < guest_bytes.end {
+            let place = Place::Zero { reserved: None };
+            extents.push(ImageExtent {
+                guest_offset: end,
+                len_bytes: guest_bytes.end - end,
+                depth: 0,
+                place,
+            });
+        }
+        is_known && is_plain
     }
 
     /// Makes the map point at the bytes, which were written. Never waits.

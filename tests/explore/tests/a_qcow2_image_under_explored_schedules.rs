@@ -16,7 +16,7 @@ use std::{
 
 use img_core_explored::{
     format::{Attempt, Layer, OpenContext, OpenMode, OptionSet, Place, WriteStep, registry},
-    image::{Commit, Image},
+    image::{Commit, Image, ImageExtent, WriteTicket},
     storage::{MemoryStorage, Storage, testing::CrashRecorder},
 };
 use shuttle::{
@@ -147,15 +147,31 @@ fn write(image: &Arc<Image>, guest: Range<u64>, byte: u8) {
     let Attempt::Done(ticket) = attempt else {
         return image.write_at(&bytes, guest.start).expect("written");
     };
-    for WriteStep { guest_bytes, file, at, .. } in &steps {
+    for step in &steps {
+        let WriteStep { guest_bytes, file, at, fill_before_bytes, fill_after_bytes, .. } = step;
+        let before = filled(image, &ticket, guest_bytes.start - fill_before_bytes..guest_bytes.start);
+        let after = filled(image, &ticket, guest_bytes.end..guest_bytes.end + fill_after_bytes);
+        let (Some(before), Some(after)) = (before, after) else {
+            drop(ticket);
+            return image.write_at(&bytes, guest.start).expect("written");
+        };
         let len = usize::try_from(guest_bytes.end - guest_bytes.start).expect("small");
         thread::yield_now();
-        image.storage(0, *file).expect("open").write_at(&bytes[..len], at.0).expect("written");
+        let all = [&before, &bytes[..len], &after].concat();
+        image.storage(0, *file).expect("open").write_at(&all, at.0 - fill_before_bytes).expect("written");
     }
     match ticket.try_commit() {
         Commit::Done => {}
         Commit::Blocks(ticket) => ticket.commit().expect("committed"),
     }
+}
+
+/// What a step of a write fills, with time between the answer and the bytes.
+fn filled(image: &Arc<Image>, ticket: &WriteTicket, guest: Range<u64>) -> Option<Vec<u8>> {
+    let mut bytes = vec![0xee; usize::try_from(guest.end - guest.start).expect("small")];
+    let mut extents = Vec::new();
+    ticket.map_fill(guest.clone(), &mut extents).then(|| fill(image, &extents, guest.start, &mut bytes))?;
+    Some(bytes)
 }
 
 /// Reads as a queue does, with time between the answer and the bytes.
@@ -167,8 +183,14 @@ fn read(image: &Arc<Image>, guest: Range<u64>) -> Vec<u8> {
         image.read_at(&mut bytes, guest.start).expect("read");
         return bytes;
     };
-    for extent in &extents {
-        let from = usize::try_from(extent.guest_offset - guest.start).expect("small");
+    fill(image, &extents, guest.start, &mut bytes);
+    bytes
+}
+
+/// Fills `bytes`, which start at `start` of the guest's disk, from where the map says.
+fn fill(image: &Arc<Image>, extents: &[ImageExtent], start: u64, bytes: &mut [u8]) {
+    for extent in extents {
+        let from = usize::try_from(extent.guest_offset - start).expect("small");
         let part = &mut bytes[from..from + usize::try_from(extent.len_bytes).expect("small")];
         thread::yield_now();
         match extent.place {
@@ -179,7 +201,6 @@ fn read(image: &Arc<Image>, guest: Range<u64>) -> Vec<u8> {
             Place::Encoded { .. } => unreachable!("nothing is compressed"),
         }
     }
-    bytes
 }
 
 fn spawn(image: &Arc<Image>, work: impl FnOnce(&Arc<Image>) + Send + 'static) -> thread::JoinHandle<()> {

@@ -4,6 +4,7 @@ mod client;
 mod control;
 mod crash;
 mod direct;
+mod fill;
 mod model;
 mod requests;
 

@@ -1,9 +1,10 @@
 //! Writes that are prepared from memory alone, for threads that must not wait.
 //!
-//! What is in the caches is enough for most writes: over what is there, or to new clusters that need no filling,
-//! where the L2 table is there, unshared, and cached, and so are the counts around the free index. Anything else
-//! (a table to be made, copied or read, a drain that is due, the dirty bit of lazy refcounts, a lock that is held)
-//! is left to [`Qcow2Layer::prepare`], which may wait. The order of a crash is that of all writes: counts and
+//! What is in the caches is enough for most writes: over what is there, or to new clusters, where the L2 table is
+//! there, unshared, and cached, and so are the counts around the free index. What is around the bytes of a write in
+//! its clusters is filled by whoever moves the bytes, where the map knows in which places it stands. Anything else
+//! (a table to be made, copied or read, a cluster to be decoded, a drain that is due, the dirty bit of lazy refcounts,
+//! a lock that is held) is left to [`Qcow2Layer::prepare`], which may wait. The order of a crash is that of all writes: counts and
 //! entries change in memory here, and a drain makes them durable one before the other.
 
 use std::{ops::Range, sync::atomic::Ordering};
@@ -20,14 +21,14 @@ use super::{
 };
 use crate::{
     Result,
-    format::{Attempt, HostOffset, Layer, WriteStep, WriteToken},
+    format::{Attempt, Below, HostOffset, Layer, WriteStep, WriteToken},
 };
 
 /// So many slices of counts are searched for free clusters: 8192 counts of two bytes.
 const SEARCHED_SLICES: u32 = 4;
 
-/// Says from memory whether the layers below read as zeroes in a guest range.
-type ZeroesBelow<'a> = dyn Fn(Range<u64>) -> bool + 'a;
+/// Says from memory what the layers below have in a guest range.
+type AskBelow<'a> = dyn Fn(Range<u64>) -> Below + 'a;
 
 /// A prefix of a write.
 struct Piece {
@@ -40,7 +41,7 @@ impl Qcow2Layer {
     pub(super) fn try_prepare(
         &self,
         guest: &Range<u64>,
-        zeroes_below: &ZeroesBelow<'_>,
+        below: &AskBelow<'_>,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
         self.check_writable()?;
@@ -55,7 +56,7 @@ impl Qcow2Layer {
             Some(_) => steps.truncate(known),
         }
         let Some(mut state) = self.try_state() else { return Ok(Attempt::Blocks) };
-        self.reserve(&mut state, guest, zeroes_below, steps)
+        self.reserve(&mut state, guest, below, steps)
     }
 
     /// Whether all of a range can be written over what is there: then the steps that do it are appended. `None`
@@ -78,7 +79,7 @@ impl Qcow2Layer {
         &self,
         state: &mut State,
         guest: &Range<u64>,
-        zeroes_below: &ZeroesBelow<'_>,
+        below: &AskBelow<'_>,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
         let geometry = self.geometry;
@@ -92,7 +93,7 @@ impl Qcow2Layer {
         let mut at = guest.start;
         let mut chain = None;
         while at < guest.end {
-            match self.piece(state, at..guest.end, zeroes_below) {
+            match self.piece(state, at..guest.end, below) {
                 Ok(Some(Piece { step, write })) => {
                     at = step.guest_bytes.end;
                     step.push_to(steps);
@@ -114,12 +115,7 @@ impl Qcow2Layer {
 
     /// The longest prefix of a range that is written alike and stands in one slice of L2 entries. `None` when that
     /// takes more than memory.
-    fn piece(
-        &self,
-        state: &mut State,
-        guest: Range<u64>,
-        zeroes_below: &ZeroesBelow<'_>,
-    ) -> Result<Option<Piece>> {
+    fn piece(&self, state: &mut State, guest: Range<u64>, below: &AskBelow<'_>) -> Result<Option<Piece>> {
         let (geometry, root) = (self.geometry, self.root());
         let l1_index = geometry.l1_index(guest.start);
         let Some(entry) = self.map.cached_l1_entry(root, l1_index) else { return Ok(None) };
@@ -152,69 +148,79 @@ impl Qcow2Layer {
             return Ok(Some(Piece { step: in_place(host), write: None }));
         }
         let Shape { clusters, fill, kind } = self.shape(&alike)?;
-        let Some(host) = self.place(state, &alike, &clusters, &fill, zeroes_below)? else { return Ok(None) };
-        let step = WriteStep { maps: fill, ..in_place(host) };
+        let Some((host, is_filled)) = self.place(state, &alike, &clusters, &fill, below)? else {
+            return Ok(None);
+        };
+        let (fill_before_bytes, fill_after_bytes) =
+            if is_filled { (alike.guest.start - fill.start, fill.end - alike.guest.end) } else { (0, 0) };
+        let step = WriteStep { maps: fill, fill_before_bytes, fill_after_bytes, ..in_place(host) };
         Ok(Some(Piece { step, write: Some(Write { clusters, host, kind, also: None }) }))
     }
 
-    /// Finds host clusters for a write that is not in place.
+    /// Finds host clusters for a write that is not in place, and says whether what is around it has to be written.
     fn place(
         &self,
         state: &mut State,
         alike: &Alike,
         clusters: &Range<u64>,
         fill: &Range<u64>,
-        zeroes_below: &ZeroesBelow<'_>,
-    ) -> Result<Option<u64>> {
+        below: &AskBelow<'_>,
+    ) -> Result<Option<(u64, bool)>> {
         let geometry = self.geometry;
         let (before, after) = (fill.start..alike.guest.start, alike.guest.end..fill.end);
         let needs_fill = !before.is_empty() || !after.is_empty();
-        if needs_fill
-            && !(self.fills_with_zeroes(alike.first, before, zeroes_below)?
-                && self.fills_with_zeroes(alike.last, after, zeroes_below)?)
-        {
-            return Ok(None);
+        let fills = [(alike.first, before), (alike.last, after)];
+        let mut is_zero = true;
+        for (found, fill) in fills {
+            match self.around(found, fill, below)? {
+                Below::Zeroes => {}
+                Below::Plain => is_zero = false,
+                Below::Unknown => return Ok(None),
+            }
         }
         let length = clusters.end - clusters.start;
         match alike.way {
             // Old bytes stand there, or may.
-            Way::Reuse(_) if needs_fill => Ok(None),
             Way::Reuse(host) => {
                 self.check_data_write(&(host..host + length))?;
-                Ok(Some(host))
+                Ok(Some((host, needs_fill)))
             }
-            _ if geometry.external_data => Ok((!needs_fill).then_some(clusters.start)),
-            _ => self.allocate_cached(state, length >> geometry.cluster_bits, needs_fill),
+            _ if geometry.external_data => Ok(Some((clusters.start, needs_fill))),
+            _ => {
+                let known_end = self.end_bytes.load(Ordering::Relaxed);
+                let host = self.allocate_cached(state, length >> geometry.cluster_bits)?;
+                // Behind the end the host has never held anything.
+                Ok(host.map(|host| (host, needs_fill && !(is_zero && host >= known_end))))
+            }
         }
     }
 
-    /// Whether a part of a cluster reads as zeroes, by its entry and by the layers below.
-    fn fills_with_zeroes(
-        &self,
-        found: Found,
-        fill: Range<u64>,
-        zeroes_below: &ZeroesBelow<'_>,
-    ) -> Result<bool> {
+    /// What the map knows of a part of a cluster that is not written by the guest.
+    fn around(&self, found: Found, fill: Range<u64>, below: &AskBelow<'_>) -> Result<Below> {
         // Behind the end of the disk there is nothing to keep.
         let fill = fill.start..fill.end.min(self.virtual_size_bytes());
-        Ok(fill.is_empty()
-            || match self.map.checked(found, self.geometry.cluster_start(fill.start))? {
-                Cluster::Zero { .. } => true,
-                Cluster::Unallocated | Cluster::Subclusters { allocated: 0, .. } => zeroes_below(fill),
-                _ => false,
-            })
+        if fill.is_empty() {
+            return Ok(Below::Zeroes);
+        }
+        Ok(match self.map.checked(found, self.geometry.cluster_start(fill.start))? {
+            Cluster::Zero { .. } => Below::Zeroes,
+            Cluster::Standard { .. } => Below::Plain,
+            Cluster::Compressed { .. } => Below::Unknown,
+            Cluster::Unallocated | Cluster::Subclusters { allocated: 0, .. } => below(fill),
+            // Some of it stands here.
+            Cluster::Subclusters { .. } => match below(fill) {
+                Below::Zeroes | Below::Plain => Below::Plain,
+                Below::Unknown => Below::Unknown,
+            },
+        })
     }
 
     /// Allocates clusters in a row, with a count of one each in memory, where counts in the cache tell which are
-    /// free. With `untouched` the host has never held anything there. `None` when that is not to be had.
-    fn allocate_cached(&self, state: &mut State, count: u64, untouched: bool) -> Result<Option<u64>> {
+    /// free. `None` when that is not to be had.
+    fn allocate_cached(&self, state: &mut State, count: u64) -> Result<Option<u64>> {
         let bits = self.geometry.cluster_bits;
         let Some(first) = self.find_free_cached(state, count)? else { return Ok(None) };
         let host = first << bits..(first + count) << bits;
-        let known_end = self.end_bytes.load(Ordering::Relaxed);
-        if untouched && host.start < known_end {
-            return Ok(None);
-        }
         self.check_overlap(&host, None)?;
         let Some((at, index)) = self.cached_refcount_place(first)? else { return Ok(None) };
         let order = self.geometry.refcount_order;

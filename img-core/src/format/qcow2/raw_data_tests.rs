@@ -10,7 +10,7 @@ use super::{
     layer_tests::{read, reference, text, write},
 };
 use crate::{
-    format::{Attempt, LayerWriter, Lease, OpenContext, OpenMode, OptionSet},
+    format::{Attempt, Below, LayerWriter, Lease, OpenContext, OpenMode, OptionSet},
     storage::{
         MemoryStorage, Storage,
         testing::{Gated, Operation, Random},
@@ -94,7 +94,7 @@ fn writes_wait_for_zeroes_in_their_clusters_alone() {
     let attempt = |guest| {
         let _lease = Lease::of(&layer);
         let mut steps = Vec::new();
-        layer.try_prepare_write(guest, &|_| true, &mut steps).expect("asked")
+        layer.try_prepare_write(guest, &|_| Below::Zeroes, &mut steps).expect("asked")
     };
     assert_eq!(attempt(CLUSTER..CLUSTER + 512), Attempt::Done(None), "in place, from memory");
     std::thread::scope(|scope| {

@@ -18,8 +18,8 @@ use super::{
 use crate::{
     Result,
     format::{
-        Amended, Attempt, Backing, HostOffset, Layer, LayerWriter, OptionSet, PreparedWrite, WritePlan,
-        WriteStep, WriteToken, table_cache::lock_wait,
+        Amended, Attempt, Backing, Below, HostOffset, Layer, LayerWriter, OptionSet, PreparedWrite,
+        WritePlan, WriteStep, WriteToken, table_cache::lock_wait,
     },
     storage::Preallocation,
 };
@@ -495,10 +495,10 @@ impl LayerWriter for Qcow2Layer {
     fn try_prepare_write(
         &self,
         guest_bytes: Range<u64>,
-        zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        below: &dyn Fn(Range<u64>) -> Below,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
-        self.try_prepare(&guest_bytes, zeroes_below, steps)
+        self.try_prepare(&guest_bytes, below, steps)
     }
 
     fn try_commit_write(&self, token: WriteToken) -> Option<WriteToken> {

@@ -16,8 +16,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Attempt, Backing, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
-        table_cache::lock_wait,
+        Attempt, Backing, Below, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep,
+        WriteToken, table_cache::lock_wait,
     },
     storage::Preallocation,
 };
@@ -229,7 +229,7 @@ impl LayerWriter for QedLayer {
     fn try_prepare_write(
         &self,
         guest_bytes: Range<u64>,
-        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        _below: &dyn Fn(Range<u64>) -> Below,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
         self.try_in_place(&guest_bytes, steps)

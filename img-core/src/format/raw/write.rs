@@ -6,7 +6,7 @@ use super::{SECTOR_BYTES, layer::RawLayer};
 use crate::{
     Error, Result,
     format::{
-        Attempt, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
+        Attempt, Below, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
         first_block,
     },
     storage::{Flush, Preallocation},
@@ -29,7 +29,7 @@ impl LayerWriter for RawLayer {
     fn try_prepare_write(
         &self,
         guest_bytes: Range<u64>,
-        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        _below: &dyn Fn(Range<u64>) -> Below,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
         let at = HostOffset(self.start_bytes + guest_bytes.start);

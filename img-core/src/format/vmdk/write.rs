@@ -20,8 +20,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Attempt, HostOffset, Layer as _, LayerWriter, Place, PreparedWrite, WritePlan, WriteStep, WriteToken,
-        in_flight::GuestRanges, table_cache::lock_wait,
+        Attempt, Below, HostOffset, Layer as _, LayerWriter, Place, PreparedWrite, WritePlan, WriteStep,
+        WriteToken, in_flight::GuestRanges, table_cache::lock_wait,
     },
     storage::{Flush, Preallocation},
 };
@@ -388,7 +388,7 @@ impl LayerWriter for VmdkLayer {
     fn try_prepare_write(
         &self,
         guest_bytes: Range<u64>,
-        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        _below: &dyn Fn(Range<u64>) -> Below,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
         self.try_in_place(&guest_bytes, steps)

@@ -18,8 +18,9 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Attempt, Backing, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer, LayerWriter,
-        OpenMode, PreparedWrite, Repair, WriteStep, WriteToken, raw::RawLayer, table_cache::lock,
+        Attempt, Backing, Below, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer,
+        LayerWriter, OpenMode, PreparedWrite, Repair, WriteStep, WriteToken, raw::RawLayer,
+        table_cache::lock,
     },
     storage::{Flush, Preallocation, Storage},
     sync::Mutex,
@@ -119,10 +120,10 @@ impl LayerWriter for FixedLayer {
     fn try_prepare_write(
         &self,
         guest_bytes: Range<u64>,
-        zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        below: &dyn Fn(Range<u64>) -> Below,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
-        self.disk.try_prepare_write(guest_bytes, zeroes_below, steps)
+        self.disk.try_prepare_write(guest_bytes, below, steps)
     }
 
     fn commit_write(&self, token: WriteToken) -> Result<()> {

@@ -10,8 +10,8 @@ use super::{alloc::State, footer::DiskType, geometry::SECTOR_BYTES, layer::Spars
 use crate::{
     Error, Result,
     format::{
-        Attempt, HostFile, HostOffset, Layer, LayerWriter, PreparedWrite, WritePlan, WriteStep, WriteToken,
-        table_cache::lock_wait,
+        Attempt, Below, HostFile, HostOffset, Layer, LayerWriter, PreparedWrite, WritePlan, WriteStep,
+        WriteToken, table_cache::lock_wait,
     },
     storage::Preallocation,
 };
@@ -200,7 +200,7 @@ impl LayerWriter for SparseLayer {
     fn try_prepare_write(
         &self,
         guest_bytes: Range<u64>,
-        _zeroes_below: &dyn Fn(Range<u64>) -> bool,
+        _below: &dyn Fn(Range<u64>) -> Below,
         steps: &mut Vec<WriteStep>,
     ) -> Result<Attempt<Option<WriteToken>>> {
         self.check_writable()?;
