@@ -3,24 +3,42 @@
 //! Where the overlay holds nothing the guest reads through to the backing file. Those clusters that would read
 //! differently through the new one are written into the overlay first; then the name in it changes.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
-use super::{Progress, WINDOW_BYTES, compress::Compressor, windows};
+use super::{
+    Progress, WINDOW_BYTES,
+    compress::Compressor,
+    cores,
+    ordered::{Done, First, StopOnPanic, Turn, Turns},
+    status::Walk,
+    windows,
+};
 use crate::{
     Error, JobStep, Result,
-    format::{Backing, Extent, HostFile, Layer, Lease, Place},
-    image::{Image, ImageExtent},
+    format::{Backing, Codec, Extent, HostFile, Layer, Lease, Place},
+    image::Image,
     zeroes::is_zero,
 };
 
-/// How much is compared at once.
-const COMPARE_BYTES: u64 = 2 << 20;
+/// What may be written at once, and is kept of the old backing file until then.
+const PIECE_BYTES: u64 = 1 << 20;
+
+/// Bytes of both backing files that are read and compared while they are in the cache of the core that read them.
+const STEP_BYTES: u64 = 64 << 10;
 
 /// The unit of writing for formats without clusters.
 const DEFAULT_UNIT_BYTES: u32 = 65536;
 
+/// Threads beyond the number of cores, that have work while others wait for their turn to write.
+const SPARE_THREADS: usize = 1;
+
 /// Writes into the top layer of `image` what it needs to read the same over `new`, or over nothing. The name in
 /// the image is not changed yet: see [`set_backing`].
+///
+/// All cores compare; windows are written in order, so that the image comes out the same at any number of them.
 ///
 /// # Errors
 /// [`Error::Job`] when something cannot be read or written; the guest reads what it read before.
@@ -31,16 +49,40 @@ pub fn rebase(image: &Image, new: Option<&Image>, compress: bool, progress: &dyn
         [] => None,
         below => Some(Image::from_layers(below.to_vec())?),
     };
-    let compressor = match top.compression() {
-        Some(codec) if compress => Some(Compressor::new(codec, None)?),
-        _ => None,
-    };
     let unit = u64::from(top.cluster_size_bytes().unwrap_or(DEFAULT_UNIT_BYTES));
-    let mut job = Rebase { image, top: &**top, old, new, unit, compressor, progress };
+    let below = old.iter().chain(new).flat_map(Image::layers);
+    // Compressed clusters are decoded whole.
+    let clusters = below.filter_map(|layer| layer.cluster_size_bytes()).map(u64::from);
+    let step = clusters.fold(STEP_BYTES.max(unit), u64::max);
+    let job = Rebase {
+        image,
+        top: &**top,
+        old,
+        new,
+        unit,
+        step,
+        compress: top.compression().filter(|_| compress),
+        next: AtomicU64::new(0),
+        turns: Turns::default(),
+        failed: First::new(),
+        done: Done::default(),
+        progress,
+    };
     let size = image.virtual_size_bytes();
-    for window in windows(0..size, WINDOW_BYTES.max(unit)) {
-        progress.advance(window.start, size);
-        job.window(window)?;
+    progress.advance(0, size);
+    let work = || {
+        let _stop = StopOnPanic(&job.turns);
+        job.work();
+    };
+    let threads = size.div_ceil(job.window_bytes()).min((cores() + SPARE_THREADS) as u64);
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+    if let Some(error) = job.failed.into_inner() {
+        return Err(error);
     }
     image.flush()?;
     progress.advance(size, size);
@@ -65,12 +107,80 @@ struct Rebase<'a> {
     new: Option<&'a Image>,
     /// Guest bytes that are written together.
     unit: u64,
-    compressor: Option<Compressor>,
+    /// Guest bytes that are read and compared together, a multiple of it.
+    step: u64,
+    compress: Option<Codec>,
+    /// The window that is looked at next: its number is the ticket.
+    next: AtomicU64,
+    turns: Turns,
+    failed: First<Error>,
+    done: Done,
     progress: &'a dyn Progress,
 }
 
+/// What a thread keeps between windows.
+struct Hands<'a> {
+    ticket: u64,
+    /// From the first write of a window to its end.
+    turn: Option<Turn<'a>>,
+    compressor: Option<Compressor>,
+    old: Vec<u8>,
+    new: Vec<u8>,
+}
+
+/// Why a thread ends before everything is done.
+enum Stop {
+    /// Somebody else failed, and the reason is kept there.
+    Other,
+    Failed(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
 impl Rebase<'_> {
-    fn window(&mut self, window: Range<u64>) -> Result<()> {
+    fn window_bytes(&self) -> u64 {
+        WINDOW_BYTES.max(self.unit)
+    }
+
+    fn work(&self) {
+        let mut hands = Hands { ticket: 0, turn: None, compressor: None, old: Vec::new(), new: Vec::new() };
+        let size = self.image.virtual_size_bytes();
+        loop {
+            hands.ticket = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(start) = hands.ticket.checked_mul(self.window_bytes()).filter(|start| *start < size)
+            else {
+                return;
+            };
+            let window = start..start.saturating_add(self.window_bytes()).min(size);
+            let len = window.end - window.start;
+            match self.window(window, &mut hands).and_then(|()| self.take_turn(&mut hands)) {
+                Ok(()) => {
+                    hands.turn = None;
+                    self.done.add(hands.ticket, len, |sum| self.progress.advance(sum, size));
+                }
+                Err(Stop::Other) => return,
+                Err(Stop::Failed(error)) => {
+                    self.failed.offer(hands.ticket, error);
+                    // Before the turn is passed on: nobody writes behind what failed.
+                    self.turns.stop();
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take_turn<'s>(&'s self, hands: &mut Hands<'s>) -> Result<(), Stop> {
+        if hands.turn.is_none() {
+            hands.turn = Some(self.turns.wait(hands.ticket).ok_or(Stop::Other)?);
+        }
+        Ok(())
+    }
+
+    fn window<'s>(&'s self, window: Range<u64>, hands: &mut Hands<'s>) -> Result<(), Stop> {
         let mut silent = Vec::new();
         {
             let _lease = Lease::of(self.top);
@@ -87,13 +197,13 @@ impl Rebase<'_> {
             }
         }
         for range in silent {
-            self.silent(range)?;
+            self.silent(range, hands)?;
         }
         Ok(())
     }
 
     /// A range of which the overlay holds nothing.
-    fn silent(&mut self, range: Range<u64>) -> Result<()> {
+    fn silent<'s>(&'s self, range: Range<u64>, hands: &mut Hands<'s>) -> Result<(), Stop> {
         let old = places(self.old.as_ref(), range.clone())?;
         let new = places(self.new, range.clone())?;
         let mut start = range.start;
@@ -120,8 +230,8 @@ impl Rebase<'_> {
         for part in unlike {
             let start = (part.start - part.start % self.unit).max(done);
             let end = part.end.next_multiple_of(self.unit).min(range.end);
-            for piece in windows(start..end.max(start), COMPARE_BYTES.max(self.unit)) {
-                self.compare(piece)?;
+            for piece in windows(start..end.max(start), PIECE_BYTES.max(self.step)) {
+                self.compare(piece, hands)?;
             }
             done = end.max(start);
         }
@@ -129,37 +239,49 @@ impl Rebase<'_> {
     }
 
     /// Reads both backing files and writes the units in which they differ.
-    fn compare(&mut self, range: Range<u64>) -> Result<()> {
+    fn compare<'s>(&'s self, range: Range<u64>, hands: &mut Hands<'s>) -> Result<(), Stop> {
         if self.progress.is_cancelled() {
-            return Err(Error::Cancelled);
+            return Err(Error::Cancelled.into());
         }
-        let old = bytes(self.old.as_ref(), &range)?;
-        let new = bytes(self.new, &range)?;
-        let mut unlike: Option<Range<u64>> = None;
-        for unit in windows(range.clone(), self.unit) {
-            let index = place(&range, &unit);
-            if old[index.clone()] != new[index] {
-                match &mut unlike {
-                    Some(run) => run.end = unit.end,
-                    None => unlike = Some(unit),
+        let mut unlike: Vec<Range<u64>> = Vec::new();
+        hands.old.resize(place(&range, &range).len(), 0);
+        for step in windows(range.clone(), self.step) {
+            let old = &mut hands.old[place(&range, &step)];
+            hands.new.resize(old.len(), 0);
+            read(self.old.as_ref(), step.start, old)?;
+            read(self.new, step.start, &mut hands.new)?;
+            if *old == hands.new[..] {
+                continue;
+            }
+            for unit in windows(step.clone(), self.unit) {
+                let index = place(&step, &unit);
+                if old[index.clone()] != hands.new[index] {
+                    match unlike.last_mut() {
+                        Some(run) if run.end == unit.start => run.end = unit.end,
+                        _ => unlike.push(unit),
+                    }
                 }
-            } else if let Some(run) = unlike.take() {
-                self.write(run.clone(), &old[place(&range, &run)])?;
             }
         }
-        match unlike {
-            Some(run) => self.write(run.clone(), &old[place(&range, &run)]),
-            None => Ok(()),
+        for run in unlike {
+            self.take_turn(hands)?;
+            let Hands { old, compressor, .. } = hands;
+            self.write(run.clone(), &old[place(&range, &run)], compressor)?;
         }
+        Ok(())
     }
 
-    fn write(&mut self, range: Range<u64>, bytes: &[u8]) -> Result<()> {
+    fn write(&self, range: Range<u64>, bytes: &[u8], compressor: &mut Option<Compressor>) -> Result<()> {
         let failed = |error| at(JobStep::Write, range.start, error);
         if is_zero(bytes) {
             return self.image.write_zeroes(range.clone(), true).map_err(failed);
         }
-        let Some(compressor) = &mut self.compressor else {
+        let Some(codec) = self.compress else {
             return self.image.write_at(bytes, range.start).map_err(failed);
+        };
+        let compressor = match compressor {
+            Some(compressor) => compressor,
+            None => compressor.insert(Compressor::new(codec, None)?),
         };
         let size = self.image.virtual_size_bytes();
         for unit in windows(range.clone(), self.unit) {
@@ -200,26 +322,22 @@ impl Source {
     }
 }
 
-/// Where the bytes of `range` come from; behind the end of a disk they read as zeroes.
+/// Where the bytes of `range` come from; holes of the host, and what is behind the end of a disk, read as zeroes.
 fn places(image: Option<&Image>, range: Range<u64>) -> Result<Vec<Source>> {
     let size = image.map_or(0, Image::virtual_size_bytes);
-    let mut extents: Vec<ImageExtent> = Vec::new();
     let mut sources = Vec::new();
-    if let Some(image) = image
-        && range.start < size
-    {
-        let inside = range.start..range.end.min(size);
-        image.map_range(inside, &mut extents).map_err(|error| at(JobStep::Map, range.start, error))?;
-        for extent in &extents {
-            let place = (!extent.reads_as_zeroes()).then(|| {
-                let file = match extent.place {
+    if let Some(image) = image {
+        let mut walk = Walk::new(image, 0, range.start, range.end);
+        while let Some(status) = walk.next()? {
+            let place = (!status.zero).then(|| {
+                let file = match status.place {
                     Place::Data { file, .. } | Place::Encoded { file, .. } => file,
                     Place::Zero { .. } | Place::Unallocated => HostFile::IMAGE,
                 };
-                let storage = image.layers()[extent.depth].file(file);
-                (extent.place, storage.and_then(|storage| storage.origin()))
+                let storage = image.layers()[status.depth].file(file);
+                (status.place, storage.and_then(|storage| storage.origin()))
             });
-            sources.push(Source { start: extent.guest_offset, end: extent.end(), place });
+            sources.push(Source { start: status.start, end: status.end(), place });
         }
     }
     if range.end > size {
@@ -228,15 +346,17 @@ fn places(image: Option<&Image>, range: Range<u64>) -> Result<Vec<Source>> {
     Ok(sources)
 }
 
-/// What a guest would read there; zeroes behind the end.
-fn bytes(image: Option<&Image>, range: &Range<u64>) -> Result<Vec<u8>> {
-    let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap_or(usize::MAX)];
-    if let Some(image) = image.filter(|image| range.start < image.virtual_size_bytes()) {
-        let inside = range.start..range.end.min(image.virtual_size_bytes());
-        let part = &mut bytes[place(range, &inside)];
-        image.read_at(part, range.start).map_err(|error| at(JobStep::Read, range.start, error))?;
+/// Reads what a guest would read from `start` on; zeroes behind the end.
+fn read(image: Option<&Image>, start: u64, bytes: &mut [u8]) -> Result<()> {
+    let left = image.map_or(0, |image| image.virtual_size_bytes().saturating_sub(start));
+    let (inside, behind) = bytes.split_at_mut(usize::try_from(left).unwrap_or(bytes.len()).min(bytes.len()));
+    behind.fill(0);
+    match image {
+        Some(image) if !inside.is_empty() => {
+            image.read_at(inside, start).map_err(|error| at(JobStep::Read, start, error))
+        }
+        _ => Ok(()),
     }
-    Ok(bytes)
 }
 
 /// Where `part` of `whole` stands in the bytes of `whole`.
