@@ -177,56 +177,6 @@ impl FileArg {
     }
 }
 
-/// Formats and protocols that the reference knows by name and this build does not.
-const MISSING_FORMATS: &[&str] = &[
-    "blkdebug",
-    "blklogwrites",
-    "blkverify",
-    "bochs",
-    "cloop",
-    "compress",
-    "copy-before-write",
-    "copy-on-read",
-    "dmg",
-    "file",
-    "ftp",
-    "ftps",
-    "gluster",
-    "host_cdrom",
-    "host_device",
-    "http",
-    "https",
-    "iscsi",
-    "iser",
-    "luks",
-    "nbd",
-    "nfs",
-    "nvme",
-    "parallels",
-    "preallocate",
-    "qcow",
-    "quorum",
-    "rbd",
-    "replication",
-    "snapshot-access",
-    "ssh",
-    "throttle",
-    "vdi",
-    "vhdx",
-    "vmdk",
-    "vvfat",
-];
-
-/// Whether `name` is a format that exists, but not here.
-pub(crate) fn is_missing_format(name: &str) -> bool {
-    MISSING_FORMATS.contains(&name)
-}
-
-/// What a format of that name that is not here is refused with.
-pub(crate) fn missing_format(name: &str) -> String {
-    format!("The format '{name}' is not supported yet")
-}
-
 /// # Errors
 /// When `text` is no cache mode.
 pub(crate) fn source_cache(text: Option<&str>) -> Result<CacheMode, Failure> {
@@ -236,6 +186,10 @@ pub(crate) fn source_cache(text: Option<&str>) -> Result<CacheMode, Failure> {
             .ok_or_else(|| Failure::new(format!("Invalid source cache option: {text}"))),
     }
 }
+
+/// Protocols of the reference that are called otherwise than their drivers.
+const PROTOCOLS_ELSEWHERE: &[&str] =
+    &["fat", "gluster+rdma", "gluster+tcp", "gluster+unix", "nbd+tcp", "nbd+unix"];
 
 /// An image to open.
 #[derive(Clone, Copy, Debug)]
@@ -280,8 +234,8 @@ impl<'a> Opening<'a> {
     pub(crate) fn image_name(&self) -> Result<ImageName, Failure> {
         if let Some(protocol) = image::protocol(self.name)
             && !self.image_opts
-            && is_missing_format(protocol)
             && protocol != "file"
+            && (registry::is_elsewhere(protocol) || PROTOCOLS_ELSEWHERE.contains(&protocol))
         {
             return Err(Failure::new(format!(
                 "Could not open '{}': The protocol '{protocol}' is not supported yet",
@@ -300,11 +254,8 @@ impl<'a> Opening<'a> {
             return refuse("force-share=on can only be used with read-only images".to_owned());
         }
         match self.format {
-            Some(format) if registry::by_name(format).is_none() && is_missing_format(format) => {
-                refuse(missing_format(format))
-            }
             Some(format) if registry::by_name(format).is_none() => {
-                refuse(format!("Unknown driver '{format}'"))
+                refuse(registry::unknown(format).to_string())
             }
             _ => Ok(OpenOptions {
                 mode: self.mode,

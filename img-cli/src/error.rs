@@ -86,6 +86,7 @@ pub(crate) fn words(error: &Error) -> String {
         Error::Io { operation: "preallocate", source, .. } => {
             format!("Could not preallocate new data: {}", os_text(source))
         }
+        Error::WrongFormat { format: "vmdk", .. } => "invalid VMDK image descriptor".to_owned(),
         Error::WrongFormat { format, .. } => format!("Image is not in {format} format"),
         Error::Open { source, .. } => words(source),
         Error::Backing { source, .. } => format!("Could not open backing file: {}", words(source)),

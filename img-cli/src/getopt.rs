@@ -31,10 +31,11 @@ enum Takes {
 fn takes(arg: &Arg) -> Takes {
     match arg.get_action() {
         ArgAction::Set | ArgAction::Append => {
-            if arg.get_num_args().is_some_and(|count| count.min_values() == 0) {
-                Takes::MaybeValue
-            } else {
-                Takes::Value
+            match arg.get_num_args().map(|count| (count.min_values(), count.max_values())) {
+                // A switch whose every mention counts.
+                Some((_, 0)) => Takes::Nothing,
+                Some((0, _)) => Takes::MaybeValue,
+                _ => Takes::Value,
             }
         }
         _ => Takes::Nothing,

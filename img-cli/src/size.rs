@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use img_core::format::{SizeError, parse_size};
+use img_core::format::{SizeError, parse_number, parse_size};
 
 /// The largest size that the reference accepts from the command line.
 pub(crate) const MAX_BYTES: u64 = i64::MAX as u64;
@@ -20,14 +20,9 @@ pub(crate) fn small(what: &str, text: &str, min: u64) -> Result<u64, String> {
     ranged(what, text, parse_size(text), min, MAX_SMALL)
 }
 
-/// A plain count between `min` and `max`: decimal or hexadecimal, no suffix.
+/// A plain count between `min` and `max`: decimal, hexadecimal or octal as C has it, no suffix.
 pub(crate) fn count(what: &str, text: &str, min: u64, max: u64) -> Result<u64, String> {
-    let plain = !text.is_empty() && !text.ends_with(|c: char| !c.is_ascii_hexdigit());
-    let fraction = text.contains('.');
-    let hex = text.starts_with("0x");
-    let suffix = !hex && text.ends_with(|c: char| !c.is_ascii_digit());
-    let value = if plain && !fraction && !suffix { parse_size(text) } else { Err(SizeError::Malformed) };
-    ranged(what, text, value, min, max)
+    ranged(what, text, parse_number(text), min, max)
 }
 
 fn ranged(what: &str, text: &str, value: Result<u64, SizeError>, min: u64, max: u64) -> Result<u64, String> {
@@ -101,7 +96,9 @@ mod tests {
 
     #[test]
     fn counts_take_no_suffix() {
-        assert_eq!(count("number", "16", 1, 16), Ok(16));
+        for (text, number) in [("16", 16), ("0x10", 16), ("020", 16), (" +5", 5)] {
+            assert_eq!(count("number", text, 1, 16), Ok(number), "{text}");
+        }
         assert_eq!(count("number", "8k", 1, 16), Err("Invalid number specified: '8k'.".into()));
         assert_eq!(
             count("number", "17", 1, 16),

@@ -1,6 +1,6 @@
 //! `convert -l`: which snapshot.
 
-use img_core::format::SnapshotInfo;
+use img_core::format::{SnapshotInfo, split_list};
 
 use crate::{context::Context, error::Failure};
 
@@ -25,14 +25,19 @@ pub(crate) fn parse(text: &str, context: &Context) -> Result<Wanted, Failure> {
         return Ok(Wanted::Either(text.to_owned()));
     }
     let (mut id, mut name) = (None, None);
-    for part in text.split(',') {
+    let mut parts = split_list(text);
+    if parts.last().is_some_and(String::is_empty) {
+        // A comma may stand behind the last.
+        parts.pop();
+    }
+    for part in &parts {
         match part.split_once('=') {
             Some(("snapshot.id", value)) => id = Some(value.to_owned()),
             Some(("snapshot.name", value)) => name = Some(value.to_owned()),
             Some((key, _)) => return Err(unknown(key, text, context)),
             // A name alone is switched on, or off with a `no` in front, as if it were a switch.
             None => {
-                let (key, value) = part.strip_prefix("no").map_or((part, "on"), |key| (key, "off"));
+                let (key, value) = part.strip_prefix("no").map_or((part.as_str(), "on"), |key| (key, "off"));
                 context.warning(&format!(
                     "short-form boolean option '{part}' deprecated\nPlease use {key}={value} instead"
                 ));

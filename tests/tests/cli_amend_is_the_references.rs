@@ -41,6 +41,12 @@ fn refusals() {
         "qemu-img amend -o extended_l2=on a",
         "qemu-img amend -o compression_type=zstd a",
         "qemu-img amend -o encryption=off a",
+        // The hint stands where all of the list would do for a new image.
+        "qemu-img amend -o cluster_size=x a",
+        "qemu-img amend -o cluster_size=4k,foo=1 a",
+        "qemu-img amend -o cluster_size=4k,nocow=on a",
+        "qemu-img amend -o extended_l2=maybe a",
+        "qemu-img amend -o extended_l2=on,cluster_size=4k a",
         "qemu-img amend -o encrypt.format=luks a",
         "qemu-img amend -o encrypt.new-secret=x a",
         "qemu-img amend -o extent_size_hint=1M a",

@@ -76,6 +76,12 @@ fn commit_refuses_alike() {
         "qemu-img commit nofile",
         "qemu-img commit -f zork top",
         "qemu-img commit --image-opts -f qcow2 top",
+        // Opened for writing before anything else is looked at.
+        "qemu-img commit plain",
+        "qemu-img commit -p nofile",
+        "qemu-img commit -p base",
+        "qemu-img create -q -f qcow2 -u -b gone -F qcow2 orphan 1M && qemu-img commit -p orphan",
+        "printf '\\2' | dd of=new bs=1 seek=79 conv=notrunc status=none; qemu-img commit new",
     ]);
     twins.agree();
 }
@@ -99,6 +105,7 @@ fn rebases_agree() {
         "qemu-img rebase -b ../new -F qcow2 d/over",
         "qemu-img rebase -b file:new -F qcow2 top",
         "qemu-img rebase --image-opts -b new -F qcow2 driver=qcow2,file.filename=top",
+        "qemu-img rebase -b new -F qcow2 'json:{\"driver\":\"qcow2\",\"file.filename\":\"top\"}'",
     ] {
         let look =
             "qemu-img info -U top | grep back; qemu-img convert -U -O raw top out.raw; qemu-img check -q top";
@@ -183,12 +190,20 @@ fn bitmaps_agree() {
         "--remove -f qcow2 a coarse",
         "--add --image-opts driver=qcow2,file.filename=a z",
         "--merge x --merge y --merge fine a z",
+        // Each mention counts, in its place.
+        "--add --remove --add a again",
+        "--clear --merge two --clear --merge one --disable --enable -b b a one",
+        "--disable --enable --disable a one",
+        "--enable --remove --enable a nope",
+        "--add=x a y",
     ] {
         twins.line(&format!("qemu-img bitmap {line}"));
         twins.line("for n in a tiny huge; do qemu-img info $n | grep -v 'disk size\\|file length'; done");
     }
     twins.line("for n in a tiny huge; do qemu-img check -q $n || echo $n; done");
     twins.line("qemu-img convert -O qcow2 --bitmaps a copy && qemu-img info copy");
+    // What lies below is not looked at.
+    twins.line("qemu-img create -q -f qcow2 -u -b gone -F qcow2 o 1M && qemu-img bitmap --add o x");
     twins.agree();
 }
 

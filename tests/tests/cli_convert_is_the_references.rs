@@ -221,6 +221,19 @@ fn refusals() {
         "-p -n c1 odd",
         "-p -q c1 o",
         "-f qcow2 r o",
+        // Which of two reasons is named.
+        "-C -c -S 4k c1 o",
+        "-C -S 4k -n -o foo=1 c1 o",
+        "-C --salvage --target-is-zero c1 o",
+        "-C -c --target-image-opts c1 o",
+        "--skip-broken-bitmaps -C -c c1 o",
+        "-n -o foo=1 --skip-broken-bitmaps c1 o",
+        "-t foo -O nope c1 o",
+        "-t foo -c -O qed c1 o",
+        "-t foo -o foo=1 -O qcow2 c1 o",
+        "-t foo --bitmaps -f raw -O qcow2 r o",
+        "--bitmaps -B c1 -O raw r o",
+        "-l snapshot.name=nope, c1 o",
     ] {
         // The reference leaves a half-made target behind, img does not.
         twins.line(&format!("qemu-img convert {line}; code=$?; rm -f o o.data; exit $code"));
@@ -238,6 +251,22 @@ fn progress() {
             "qemu-img compare -p c1 c1 > p; tail -c 42 p | od -c; rm p",
         ])
         .agree();
+}
+
+/// Version 2 has no such flag: what the cluster reads as is not known. In which words is each program's own.
+#[test]
+fn a_zero_flag_in_version_2_is_damage() {
+    Twins::new(&[
+        "qemu-img create -q -f qcow2 -o compat=0.10 old 1M && qemu-io -c 'write -q -P 1 0 64k' old",
+        "printf '\\1' | dd of=old bs=1 seek=$((4 * 65536 + 7)) conv=notrunc status=none",
+    ])
+    .without_files()
+    .lines(&[
+        "qemu-img convert -O raw old out 2>/dev/null",
+        "qemu-img map --output=json old >/dev/null 2>&1",
+        "qemu-img check old >/dev/null 2>&1",
+    ])
+    .agree();
 }
 
 #[test]

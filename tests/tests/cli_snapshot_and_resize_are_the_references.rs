@@ -51,9 +51,33 @@ fn snapshot() {
         "qemu-img snapshot -c x v2",
         "qemu-img snapshot -l v2",
         "qemu-img snapshot -c x x",
+        "qemu-img snapshot -a x x",
+        "qemu-img snapshot -d x x",
+        // Refused before the snapshot is looked for.
+        "cp bm t; qemu-img snapshot -a none t; code=$?; rm t; exit $code",
         "qemu-img check s",
     ])
     .agree();
+}
+
+/// A disk without a byte has an L1 table without an entry, which stands nowhere.
+#[test]
+fn snapshots_of_an_empty_disk() {
+    Twins::new(&["qemu-img create -q -f qcow2 e 0", "qemu-img create -q -f qcow2 -o compat=0.10 old 0"])
+        .without_files()
+        .lines(&[
+            "qemu-img snapshot -c one e",
+            "qemu-img snapshot -c one old",
+            "qemu-img resize -q e 1M && qemu-io -c 'write -q -P 1 0 64k' e",
+            "qemu-img snapshot -c two e",
+            "qemu-img snapshot -a one e",
+            "qemu-img info e | grep 'virtual\\|corrupt'",
+            "qemu-img snapshot -a two e && qemu-io -c 'read -q -P 1 0 64k' e",
+            "qemu-img snapshot -d one e",
+            "qemu-img snapshot -l e | cut -c1-30",
+            "qemu-img check -q e && qemu-img check -q old",
+        ])
+        .agree();
 }
 
 /// A snapshot whose L1 table cannot be where the entry says: it is listed, and refused where it is used.

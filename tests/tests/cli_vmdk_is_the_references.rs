@@ -69,6 +69,9 @@ fn refusals_are_in_the_same_words() {
             "qemu-img snapshot -l base.vmdk",
             "qemu-img info --image-opts driver=vmdk,file.filename=base.vmdk,foo=1",
             "qemu-img convert -c -f raw -O vmdk -o subformat=monolithicFlat raw y.vmdk",
+            "qemu-img info -f vmdk raw",
+            "qemu-img rebase -b raw -F vmdk base.vmdk",
+            "qemu-img create -q -f qcow2 q 1M; qemu-img rebase -b raw -F vmdk q",
         ])
         .agree();
 }

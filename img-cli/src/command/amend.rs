@@ -101,11 +101,12 @@ fn parse(driver: &dyn Driver, list: &str) -> Result<OptionSet, Failure> {
         return Err(Failure::new(format!("Format driver '{name}' does not support option amendment")));
     }
     option_list::parse(list, known).map_err(|why| {
-        let of_new_images = driver
-            .create_options()
-            .iter()
-            .any(|option| why == format!("Invalid parameter '{}'", option.name));
-        let hint = if of_new_images { "\nThis option is only supported for image creation" } else { "" };
+        // The whole list would do for a new image.
+        let hint = if option_list::parse(list, driver.create_options()).is_ok() {
+            "\nThis option is only supported for image creation"
+        } else {
+            ""
+        };
         Failure::new(format!("{why}{hint}"))
     })
 }

@@ -24,28 +24,28 @@ pub(crate) struct Options {
     formats: FormatArgs,
 
     /// Make BITMAP, which notes changes from then on
-    #[arg(long, action = clap::ArgAction::Count)]
-    add: u8,
+    #[arg(long, num_args = 0, default_missing_value = "")]
+    add: Vec<String>,
 
     /// How many bytes of the disk a bit of the new bitmap stands for
     #[arg(short = 'g', long, value_name = "BYTES")]
     granularity: Option<String>,
 
     /// Take BITMAP out of the image
-    #[arg(long, action = clap::ArgAction::Count)]
-    remove: u8,
+    #[arg(long, num_args = 0, default_missing_value = "")]
+    remove: Vec<String>,
 
     /// Forget what BITMAP has noted
-    #[arg(long, action = clap::ArgAction::Count)]
-    clear: u8,
+    #[arg(long, num_args = 0, default_missing_value = "")]
+    clear: Vec<String>,
 
     /// Note changes in BITMAP from now on
-    #[arg(long, action = clap::ArgAction::Count)]
-    enable: u8,
+    #[arg(long, num_args = 0, default_missing_value = "")]
+    enable: Vec<String>,
 
     /// Note no changes in BITMAP any more
-    #[arg(long, action = clap::ArgAction::Count)]
-    disable: u8,
+    #[arg(long, num_args = 0, default_missing_value = "")]
+    disable: Vec<String>,
 
     /// Add what the bitmap SOURCE has noted to BITMAP
     #[arg(long, value_name = "SOURCE")]
@@ -113,19 +113,9 @@ impl FromArgMatches for Args {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let options = Options::from_arg_matches(matches)?;
         let mut actions = Vec::new();
-        let flags = [
-            (options.add, Action::Add),
-            (options.remove, Action::Remove),
-            (options.clear, Action::Clear),
-            (options.enable, Action::Enable),
-            (options.disable, Action::Disable),
-        ];
-        for (count, action) in flags {
-            if count > 0
-                && let Some(at) = matches.index_of(action.name())
-            {
-                actions.push((at, action));
-            }
+        for action in [Action::Add, Action::Remove, Action::Clear, Action::Enable, Action::Disable] {
+            let places = matches.indices_of(action.name()).into_iter().flatten();
+            actions.extend(places.map(|at| (at, action.clone())));
         }
         let places = matches.indices_of("merge").into_iter().flatten();
         actions.extend(places.zip(&options.merge).map(|(at, source)| (at, Action::Merge(source.clone()))));
@@ -170,7 +160,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let [file, name] = options.operands.as_slice() else {
         return Err(Failure::new("Expecting filename and bitmap name"));
     };
-    let image = Opening::new(file, &options.formats, OpenMode::Write).open(context)?;
+    let image =
+        Opening { backing: false, ..Opening::new(file, &options.formats, OpenMode::Write) }.open(context)?;
     let other = match &options.source_file {
         Some(source) => {
             let formats = FormatArgs { format: options.source_format.clone(), image_opts: false };

@@ -5,13 +5,13 @@ use std::fs;
 use clap::ValueHint;
 use img_core::{
     format::OpenMode,
-    image::{CacheMode, Image, ImageName},
+    image::{Image, ImageName},
     job::commit::{CommitOptions, commit},
     text,
 };
 
 use crate::{
-    args::{ChangeArgs, FileArg, Opening, print_warnings},
+    args::{ChangeArgs, FileArg, Opening},
     context::Context,
     error::{Failure, Outcome},
     names,
@@ -60,9 +60,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     args.objects.check(context)?;
     let file = args.file.one()?;
     let cache = args.change.cache_mode()?;
+    let formats = &args.change.formats;
+    let opening = Opening { cache, discards: true, ..Opening::new(file, formats, OpenMode::Write) };
+    let image = opening.open(context)?;
     let reporter = Reporter::start(args.change.style()?, 1.0, context)?;
     reporter.begin();
-    let outcome = run_commit(args, file, cache, rate_bytes, &reporter, context);
+    let outcome = run_commit(args, image, &opening, rate_bytes, &reporter, context);
     if outcome.is_ok() {
         reporter.complete();
     }
@@ -83,26 +86,24 @@ struct Base {
 
 fn run_commit(
     args: &Args,
-    file: &str,
-    cache: CacheMode,
+    image: Image,
+    opening: &Opening<'_>,
     rate_bytes: Option<u64>,
     reporter: &Reporter,
     context: &Context,
 ) -> Result<(), Failure> {
     // The chain is opened to find the base, and again in two parts: nothing below the base is read, and only the
-    // base and the overlay are written.
-    let looked_at =
-        Opening { cache, discards: true, ..Opening::new(file, &args.change.formats, OpenMode::Read) };
-    let base = find_base(&looked_at.open_quietly(context)?, file, args.base.as_deref())?;
-    let opening = Opening { mode: OpenMode::Write, ..looked_at };
+    // base and the overlay are written. What is worth a warning was told the first time.
+    let base = find_base(&image, opening.name, args.base.as_deref());
+    image.close()?;
+    let base = base?;
     let mut options = opening.options(context)?;
     options.max_layers = base.depth;
     let open = |name: &ImageName, options, text: &str| {
         Image::open(name, options).map_err(|error| Failure::open(text, &error))
     };
-    let overlay = open(&opening.image_name()?, &options, file)?;
-    print_warnings(&overlay, context);
-    let base_opening = Opening { name: &base.name, image_opts: false, format: Some(base.format), ..opening };
+    let overlay = open(&opening.image_name()?, &options, opening.name)?;
+    let base_opening = Opening { name: &base.name, image_opts: false, format: Some(base.format), ..*opening };
     // As the overlay's name describes it, where it does.
     let base_name = match opening.image_name()?.below(base.depth) {
         Some(described) => described,

@@ -4,13 +4,14 @@
 mod numbers;
 mod pipe;
 mod stream;
+mod target;
 
 use std::fs::File;
 
 use clap::ValueHint;
 use img_core::{
     Error, JobStep,
-    format::{OpenMode, OptionSet},
+    format::OpenMode,
     image::{CacheMode, Image},
     job::{
         bitmaps,
@@ -29,7 +30,6 @@ use crate::{
     context::Context,
     created::Created,
     error::{Failure, Outcome, system_reason},
-    names,
     object::ObjectArgs,
     option_list,
     progress::{Reporter, Style},
@@ -233,26 +233,26 @@ fn style(args: &Args, context: &Context) -> Result<Style, Failure> {
 /// For options that exclude each other.
 fn check_combination(args: &Args, has_options: bool) -> Result<(), Failure> {
     let refuse = |text: &str| Err(Failure::new(text));
-    if args.no_create && has_options {
-        return refuse("-o has no effect when skipping image creation");
-    }
     if args.skip_broken_bitmaps && !args.bitmaps {
         return refuse("Use of --skip-broken-bitmaps requires --bitmaps");
+    }
+    if args.copy_range_offloading && args.compress {
+        return refuse("Cannot enable copy offloading when -c is used");
+    }
+    if args.copy_range_offloading && args.sparse_size.is_some() {
+        return refuse("Cannot enable copy offloading when -S is used");
+    }
+    if args.copy_range_offloading && args.salvage {
+        return refuse("Cannot use copy offloading in salvaging mode");
+    }
+    if args.no_create && has_options {
+        return refuse("-o has no effect when skipping image creation");
     }
     if args.target_image_opts && !args.no_create {
         return refuse("--target-image-opts requires use of -n flag");
     }
     if args.target_is_zero && !args.no_create {
         return refuse("--target-is-zero requires use of -n flag");
-    }
-    if args.copy_range_offloading && args.sparse_size.is_some() {
-        return refuse("Cannot enable copy offloading when -S is used");
-    }
-    if args.copy_range_offloading && args.compress {
-        return refuse("Cannot enable copy offloading when -c is used");
-    }
-    if args.copy_range_offloading && args.salvage {
-        return refuse("Cannot use copy offloading in salvaging mode");
     }
     if args.dirty_bitmap.is_some() && args.snapshot.is_some() {
         return refuse("--dirty-bitmap says what changed in the disk as it is now: it does not go with -l");
@@ -289,12 +289,6 @@ impl Job<'_> {
             Found::Stream(source) => return self.copy_stream(source, created),
             Found::Images(sources) => sources,
         };
-        if self.args.bitmaps {
-            if sources.len() > 1 {
-                return Err(Failure::new("Copying bitmaps only possible with single source"));
-            }
-            bitmaps::check_bitmaps(&sources[0], self.args.skip_broken_bitmaps)?;
-        }
         if let Some(name) = &self.args.dirty_bitmap {
             if sources.len() > 1 {
                 return Err(Failure::new("--dirty-bitmap is only possible with a single source"));
@@ -309,11 +303,13 @@ impl Job<'_> {
         if let Some(pipe) = PipeTarget::find(self.target, self.context) {
             return self.to_pipe(pipe, &sources, total_bytes);
         }
+        let planned =
+            if self.args.no_create { None } else { Some(self.plan_target(total_bytes, sources.len())?) };
+        self.check_bitmaps(&sources)?;
         let cache = self.target_cache()?;
-        let has_backing = if self.args.no_create {
-            self.args.backing.is_some()
-        } else {
-            self.create_target(total_bytes, sources.len(), created)?
+        let has_backing = match planned {
+            None => self.args.backing.is_some(),
+            Some(planned) => self.create_target(planned, created)?,
         };
         self.stop_if_asked()?;
         let target = self.open_target(cache)?;
@@ -381,86 +377,17 @@ impl Job<'_> {
             .collect()
     }
 
-    fn target_cache(&self) -> Result<CacheMode, Failure> {
-        match self.args.output_cache.as_deref() {
-            None => Ok(CacheMode::Unsafe),
-            Some(text) => CacheMode::from_name(text)
-                .ok_or_else(|| Failure::new(format!("Invalid cache option: {text}"))),
+    fn check_bitmaps(&self, sources: &[Image]) -> Result<(), Failure> {
+        match (self.args.bitmaps, sources) {
+            (false, _) => Ok(()),
+            (true, [source]) => Ok(bitmaps::check_bitmaps(source, self.args.skip_broken_bitmaps)?),
+            (true, _) => Err(Failure::new("Copying bitmaps only possible with single source")),
         }
-    }
-
-    /// Makes the target, and tells whether it has a backing file.
-    fn create_target(
-        &self,
-        total_bytes: u64,
-        source_count: usize,
-        created: &mut Created,
-    ) -> Result<bool, Failure> {
-        let driver = create::driver(self.args.output_format.as_deref().unwrap_or("raw"))?;
-        names::check_protocol(self.target).map_err(Failure::new)?;
-        let known = option_list::descriptions(driver, true, self.context);
-        let mut options = match &self.list {
-            Some(list) => option_list::parse(list, &known).map_err(Failure::new)?,
-            None => OptionSet::new(),
-        };
-        // The target is as big as the sources, whatever the options say.
-        options.set("size", total_bytes.to_string());
-        let (backing, format) = (self.args.backing.as_deref(), self.args.backing_format.as_deref());
-        create::record_backing(driver, backing, format, &mut options, self.context)?;
-        let has_backing = options.get("backing_file").is_some();
-        if has_backing && source_count > 1 {
-            return Err(Failure::new(
-                "Having a backing file for the target makes no sense when concatenating multiple input images",
-            ));
-        }
-        if has_backing && options.get("backing_fmt").is_none() {
-            return Err(Failure::new("Use of backing file requires explicit backing format"));
-        }
-        if self.args.compress {
-            self.check_compression(driver.can_compress(), &options)?;
-        }
-        created.expect(names::path(self.target));
-        if let Some(data_file) = options.get("data_file") {
-            created.expect(names::path(data_file));
-        }
-        let made = create::make_for("converting", driver, self.target, options, &known, self.context)?;
-        created.add(made);
-        Ok(has_backing)
-    }
-
-    fn check_compression(&self, can_compress: bool, options: &OptionSet) -> Result<(), Failure> {
-        if !can_compress {
-            return Err(Failure::new("Compression not supported for this file format"));
-        }
-        if options.get("encryption").is_some_and(|on| on != "off") || options.get("encrypt.format").is_some()
-        {
-            return Err(Failure::new("Compression and encryption not supported at the same time"));
-        }
-        if options.get("preallocation").is_some_and(|mode| mode != "off") {
-            return Err(Failure::new("Compression and preallocation not supported at the same time"));
-        }
-        Ok(())
     }
 
     /// Zeroes are looked for in runs of so many bytes; 0 for nowhere.
     fn sparse_bytes(&self) -> u64 {
         self.numbers.sparse_bytes.unwrap_or(4096)
-    }
-
-    fn open_target(&self, cache: CacheMode) -> Result<Image, Failure> {
-        let format = self.args.output_format.as_deref().or((!self.args.target_image_opts).then_some("raw"));
-        Opening {
-            name: self.target,
-            image_opts: self.args.target_image_opts,
-            format,
-            mode: OpenMode::Write,
-            cache,
-            force_share: false,
-            exclusive: false,
-            backing: true,
-            discards: self.sparse_bytes() > 0,
-        }
-        .open(self.context)
     }
 
     /// Copies everything that is asked for.

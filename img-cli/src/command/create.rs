@@ -12,7 +12,7 @@ use img_core::{
 };
 
 use crate::{
-    args::{Opening, is_missing_format, missing_format},
+    args::Opening,
     context::Context,
     error::{Failure, Outcome, os_text},
     names,
@@ -106,7 +106,7 @@ pub(crate) fn driver(format: &str) -> Result<&'static dyn Driver, Failure> {
     match registry::by_name(format) {
         Some(driver) if driver.can_create() => Ok(driver),
         Some(_) => Err(Failure::new(format!("Format driver '{format}' does not support image creation"))),
-        None if is_missing_format(format) => Err(Failure::new(missing_format(format))),
+        None if registry::is_elsewhere(format) => Err(Failure::from(registry::unknown(format))),
         None => Err(Failure::new(format!("Unknown file format '{format}'"))),
     }
 }
@@ -252,7 +252,7 @@ pub(crate) fn make(
     let format = options.take("backing_fmt");
     if let Some(format) = &format
         && registry::by_name(format).is_none()
-        && !is_missing_format(format)
+        && !registry::is_elsewhere(format)
     {
         return Err(Failure::new(format!("Parameter 'backing-fmt' does not accept value '{format}'")));
     }

@@ -11,7 +11,7 @@ use img_core::{
 };
 
 use crate::{
-    args::{FormatArgs, Opening, OwnProgressArgs, ShareArgs, is_missing_format},
+    args::{FormatArgs, Opening, OwnProgressArgs, ShareArgs},
     command::create,
     context::Context,
     created::Created,
@@ -64,7 +64,7 @@ impl Operands {
     fn read(words: &[String]) -> Result<Self, Failure> {
         let mut read = Self { input: None, output: None, block_bytes: 512, count: None, skip: 0 };
         let number =
-            |what: &str, value: &str| size::argument(what, value, size::MAX_BYTES).map_err(Failure::new);
+            |what: &str, value: &str| size::count(what, value, 0, size::MAX_BYTES).map_err(Failure::new);
         for word in words {
             let unrecognized = |name: &str| Failure::new(format!("unrecognized operand {name}"));
             let (name, value) = word.split_once('=').ok_or_else(|| unrecognized(word))?;
@@ -154,15 +154,14 @@ fn create_target(
 ) -> Result<Image, Failure> {
     let format = args.output_format.as_str();
     let driver = create::driver(format).map_err(|failure| {
-        let is_unknown = registry::by_name(format).is_none() && !is_missing_format(format);
-        let text = if is_unknown { "Unknown file format".to_owned() } else { failure.text };
-        Failure { text, ..failure }
+        let is_unknown = registry::by_name(format).is_none() && !registry::is_elsewhere(format);
+        if is_unknown { Failure::new("Unknown file format") } else { failure }
     })?;
     let said = |failure: Failure| Failure {
         text: format!("{output}: error while creating output image: {}", failure.text),
         ..failure
     };
-    names::check_protocol(output).map_err(|text| said(Failure::new(text)))?;
+    names::check_protocol(output).map_err(Failure::new)?;
     let known = option_list::descriptions(driver, true, context);
     let mut options = OptionSet::new();
     options.set("size", size_bytes.to_string());

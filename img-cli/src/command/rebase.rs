@@ -88,7 +88,7 @@ fn run_rebase(args: &Args, file: &str, reporter: &Reporter, context: &Context) -
         ..Opening::new(file, &args.change.formats, OpenMode::Write)
     };
     let image = opening.open(context)?;
-    let done = change(args, file, &image, backing_cache, reporter, context);
+    let done = change(args, &image, backing_cache, reporter, context);
     let closed = image.close();
     done?;
     closed.map_err(Failure::from)
@@ -96,7 +96,6 @@ fn run_rebase(args: &Args, file: &str, reporter: &Reporter, context: &Context) -
 
 fn change(
     args: &Args,
-    file: &str,
     image: &Image,
     cache: CacheMode,
     reporter: &Reporter,
@@ -112,7 +111,7 @@ fn change(
     }
     let name = args.backing.as_deref().filter(|name| !name.is_empty());
     if !args.backing_unsafe {
-        let new = name.map(|name| open_new(args, file, name, cache, context)).transpose()?;
+        let new = name.map(|name| open_new(args, image, name, cache, context)).transpose()?;
         rebase(image, new.as_ref(), args.compress, reporter)?;
     }
     let shown = args.backing.as_deref().unwrap_or_default();
@@ -128,12 +127,12 @@ fn change(
 /// Opens the new backing file with its chain.
 fn open_new(
     args: &Args,
-    file: &str,
+    image: &Image,
     name: &str,
     cache: CacheMode,
     context: &Context,
 ) -> Result<Image, Failure> {
-    let full = names::full_backing_name(file, name).map_err(Failure::new)?;
+    let full = names::full_backing_name(image.layer_name(0), name).map_err(Failure::new)?;
     img_core::limits::check_reference(names::path(&full))?;
     let opening = Opening {
         name: &full,

@@ -71,9 +71,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     };
     let change = change(text)?;
     let image = Opening::new(file, &args.formats, OpenMode::Write).open(context)?;
-    if context.is_reference() && image.layers()[0].driver().beyond_reference().resize {
-        return Err(Failure::new("Image format driver does not support resize"));
-    }
     let old = image.virtual_size_bytes();
     let new = match change {
         Change::To(bytes) => Some(bytes),
@@ -93,6 +90,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
              such an operation, make sure there is no important data there.",
         );
         return Err(Failure::silent(1));
+    }
+    if context.is_reference() && image.layers()[0].driver().beyond_reference().resize {
+        return Err(Failure::new("Image format driver does not support resize"));
     }
     let resized = match growth {
         Growth::Mapped => image.grow_mapped(new),

@@ -7,7 +7,7 @@ use img_core::{Error, format::OpenMode, image::Image};
 use crate::{
     args::{FileArg, FormatArgs, Opening, ShareArgs},
     context::Context,
-    error::{Failure, Outcome, reason},
+    error::{Failure, Outcome, os_text, reason},
     object::ObjectArgs,
     snapshot_table,
 };
@@ -110,6 +110,7 @@ fn why_not_applied(error: &Error) -> String {
     match error {
         Error::NoSuchSnapshot { .. } => "Failed to load snapshot: No such file or directory".to_owned(),
         Error::Unsupported { .. } => "Block driver does not support snapshots".to_owned(),
+        Error::Io { source, .. } => format!("Failed to load snapshot: {}", os_text(source)),
         other => reason(other),
     }
 }

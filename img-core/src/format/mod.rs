@@ -36,7 +36,7 @@ pub use layer::{
 use layer::{look_alone, unwatched};
 pub use measure::{MeasureRequest, MeasureSource, Measured};
 pub use options::{
-    FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_size, split_list,
+    FILE_OPTIONS, OptionDescription, OptionKind, OptionSet, SizeError, parse_number, parse_size, split_list,
 };
 pub use write::{
     Amended, Attempt, Below, Frame, LayerWriter, Mapping, PreparedWrite, WritePlan, WriteStep, WriteToken,

@@ -143,24 +143,12 @@ impl OptionSet {
     /// [`Error::Invalid`] in the reference's words.
     pub fn number(&self, name: &str) -> Result<Option<u64>> {
         let Some(text) = self.get(name) else { return Ok(None) };
-        let trimmed = text.trim_start();
-        let (negative, digits) = match trimmed.strip_prefix('-') {
-            Some(digits) => (true, digits),
-            None => (false, trimmed.strip_prefix('+').unwrap_or(trimmed)),
-        };
-        let (radix, digits) = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
-            Some(digits) => (16, digits),
-            None if digits.len() > 1 && digits.starts_with('0') => (8, &digits[1..]),
-            None => (10, digits),
-        };
-        if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
-            return Err(Error::Invalid(format!("Parameter '{name}' expects a number")));
-        }
-        match u64::from_str_radix(digits, radix) {
-            Ok(number) if negative => Ok(Some(number.wrapping_neg())),
-            Ok(number) => Ok(Some(number)),
-            Err(_) => Err(Error::Invalid(format!("Value '{text}' is too large for parameter '{name}'"))),
-        }
+        parse_number(text).map(Some).map_err(|error| {
+            Error::Invalid(match error {
+                SizeError::Malformed => format!("Parameter '{name}' expects a number"),
+                SizeError::OutOfRange => format!("Value '{text}' is too large for parameter '{name}'"),
+            })
+        })
     }
 
     /// Refuses what `known` does not name, in the reference's words for creating.
@@ -241,6 +229,29 @@ fn fraction_bytes(digits: &str, shift: u32) -> u64 {
     }
     let scaled = (numerator << shift) + denominator / 2; // below 2^60 × 2^60 + 2^60
     u64::try_from(scaled / denominator).expect("at most 2^shift, shift at most 60")
+}
+
+/// Reads a number without a unit as C's `strtoull` does in base 0: decimal, `0x10`, or octal behind a zero; what
+/// stands behind a minus counts down from 2^64.
+///
+/// # Errors
+/// When it is no such number, or more than 64 bits.
+pub fn parse_number(text: &str) -> Result<u64, SizeError> {
+    let text = text.trim_start();
+    let (negative, digits) = match text.strip_prefix('-') {
+        Some(digits) => (true, digits),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let (radix, digits) = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
+        Some(digits) => (16, digits),
+        None if digits.len() > 1 && digits.starts_with('0') => (8, &digits[1..]),
+        None => (10, digits),
+    };
+    if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
+        return Err(SizeError::Malformed);
+    }
+    let number = u64::from_str_radix(digits, radix).map_err(|_| SizeError::OutOfRange)?;
+    Ok(if negative { number.wrapping_neg() } else { number })
 }
 
 /// The parts of a list of options, with doubled commas made single.

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::{Driver, null, qcow2, qed, raw, vmdk, vpc};
+use crate::Error;
 
 /// All drivers, in the order of `--help`.
 pub static DRIVERS: &[&dyn Driver] =
@@ -12,6 +13,61 @@ pub static DRIVERS: &[&dyn Driver] =
 #[must_use]
 pub fn by_name(name: &str) -> Option<&'static dyn Driver> {
     DRIVERS.iter().copied().find(|driver| driver.name() == name)
+}
+
+/// Formats and protocols that the reference has drivers for, and this build has not.
+const ELSEWHERE: &[&str] = &[
+    "blkdebug",
+    "blklogwrites",
+    "blkverify",
+    "bochs",
+    "cloop",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "dmg",
+    "file",
+    "ftp",
+    "ftps",
+    "gluster",
+    "host_cdrom",
+    "host_device",
+    "http",
+    "https",
+    "iscsi",
+    "iser",
+    "luks",
+    "nbd",
+    "nfs",
+    "nvme",
+    "parallels",
+    "preallocate",
+    "qcow",
+    "quorum",
+    "rbd",
+    "replication",
+    "snapshot-access",
+    "ssh",
+    "throttle",
+    "vdi",
+    "vhdx",
+    "vvfat",
+];
+
+/// Whether `name` is a driver that exists, but not here.
+#[must_use]
+pub fn is_elsewhere(name: &str) -> bool {
+    ELSEWHERE.contains(&name)
+}
+
+/// Why there is no driver called `name`.
+#[must_use]
+pub fn unknown(name: &str) -> Error {
+    Error::Invalid(if is_elsewhere(name) {
+        format!("The format '{name}' is not supported yet")
+    } else {
+        format!("Unknown driver '{name}'")
+    })
 }
 
 /// How many bytes of a file's start [`probe`] looks at.

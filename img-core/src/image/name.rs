@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{OptionSet, parse_size, raw},
+    format::{OptionSet, parse_size, raw, registry},
 };
 
 /// An image as the user, or another image, names it.
@@ -208,13 +208,11 @@ impl Node {
             None => flat.take_prefix("file."),
         };
         if file.is_empty() {
-            return Err(Error::Invalid(match driver {
-                None => "Must specify either driver or file".to_owned(),
-                Some(driver) if crate::format::registry::by_name(&driver).is_none() => {
-                    format!("Unknown driver '{driver}'")
-                }
-                Some(_) => "A block device must be specified for \"file\"".to_owned(),
-            }));
+            return Err(match driver {
+                None => Error::Invalid("Must specify either driver or file".to_owned()),
+                Some(driver) if registry::by_name(&driver).is_none() => registry::unknown(&driver),
+                Some(_) => Error::Invalid("A block device must be specified for \"file\"".to_owned()),
+            });
         }
         let mut node = Self::file_node(file)?;
         node.driver = driver;
@@ -274,7 +272,7 @@ impl Node {
             Some(other) => {
                 return match NullNode::protocol(other) {
                     Some(protocol) => Self::null_node(protocol, flat),
-                    None => Err(Error::Invalid(format!("Unknown driver '{other}'"))),
+                    None => Err(registry::unknown(other)),
                 };
             }
         }
@@ -305,6 +303,8 @@ impl Node {
                 other => return Err(Error::Invalid(format!("invalid parameter value: {other}"))),
             }
         }
+        // What becomes of the page cache when a guest has moved to another host: none does here.
+        flat.take_switch("drop-cache")?;
         match flat.into_entries().next() {
             Some((name, _)) => {
                 Err(Error::Invalid(format!("Block protocol 'file' doesn't support the option '{name}'")))

@@ -295,7 +295,7 @@ fn below(opened: &OpenedLayer, pending: &Pending, top: HostAccess) -> Result<Opt
 /// The driver of that name. Protocols recorded where a format should be mean the bytes as they are.
 fn driver_called(name: &str) -> Result<&'static dyn Driver> {
     let format = if matches!(name, "file" | "host_device") { "raw" } else { name };
-    registry::by_name(format).ok_or_else(|| Error::Invalid(format!("Unknown driver '{name}'")))
+    registry::by_name(format).ok_or_else(|| registry::unknown(name))
 }
 
 /// The format that the first bytes speak for, or where they say nothing, the last ones. Bytes that a guest can

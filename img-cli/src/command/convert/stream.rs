@@ -279,7 +279,7 @@ impl Job<'_> {
         if bytes.is_none() && !can_grow {
             return Err(unknown_size(source));
         }
-        self.create_target(bytes.unwrap_or(0), 1, created)?;
+        self.create_target(self.plan_target(bytes.unwrap_or(0), 1)?, created)?;
         self.stop_if_asked()?;
         self.open_target(cache)
     }

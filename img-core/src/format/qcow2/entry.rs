@@ -71,8 +71,8 @@ pub(super) enum Cluster {
 impl L2Entry {
     /// Decodes the entry. Offsets are *not* checked against anything here but masked to their bits.
     ///
-    /// In version 2 the zero bit is reserved and ignored, as the reference does. With an external data file
-    /// offset 0 is a valid place, told from "unallocated" by the copied flag.
+    /// In version 2 the zero bit is reserved: readers refuse such an entry, the audit takes it for its cluster.
+    /// With an external data file offset 0 is a valid place, told from "unallocated" by the copied flag.
     pub(super) fn cluster(self, geometry: Geometry) -> Cluster {
         if self.word & COMPRESSED != 0 {
             return self.compressed(geometry);

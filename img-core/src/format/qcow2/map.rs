@@ -8,7 +8,7 @@
 use std::{ops::Range, sync::Arc};
 
 use super::{
-    entry::{COMPRESSED, COPIED, Cluster, L1Entry, L2Entry, OFFSET_MASK, like_the_first},
+    entry::{COMPRESSED, COPIED, Cluster, L1Entry, L2Entry, OFFSET_MASK, ZERO, like_the_first},
     geometry::Geometry,
 };
 use crate::{
@@ -267,6 +267,10 @@ impl TableMap {
     /// The host cluster behind an entry, checked against the rules that hold for every entry.
     pub(super) fn checked(&self, found: Found, guest_cluster: u64) -> Result<Cluster> {
         let geometry = self.geometry;
+        if geometry.version < 3 && found.entry.word & (COMPRESSED | ZERO) == ZERO {
+            let expected = "no zero flag, which version 2 does not have";
+            return Err(self.corrupt("L2 entry", found.at, expected, found.entry.word));
+        }
         let cluster = found.entry.cluster(geometry);
         let at = match cluster {
             Cluster::Unallocated | Cluster::Zero { reserved: None } => return Ok(cluster),

@@ -62,6 +62,8 @@ impl Snapshots for Qcow2Layer {
     }
 
     fn delete(&self, id_or_name: &str) -> Result<()> {
+        // Also where snapshots cannot be used at all, the first thing to say is that there is none of that name.
+        self.find(&read_table(self.image_file(), &self.header())?, id_or_name)?;
         self.exclusively(|| self.delete_snapshot(id_or_name))
     }
 
@@ -332,13 +334,13 @@ impl Qcow2Layer {
     }
 
     fn apply_snapshot(&self, id_or_name: &str) -> Result<()> {
+        if self.header().bitmaps.is_some() {
+            return Err(Error::Invalid("Device has active dirty bitmaps".to_owned()));
+        }
         let table = read_table(self.image_file(), &self.header())?;
         let snapshot = &table[self.find(&table, id_or_name)?];
         snapshot.check_l1(self.geometry)?;
         snapshot.check_size(self.geometry)?;
-        if self.header().bitmaps.is_some() {
-            return Err(Error::Invalid("Device has active dirty bitmaps".to_owned()));
-        }
         let (file, geometry) = (self.image_file(), self.geometry);
         let size = snapshot.info.virtual_size_bytes;
         let entries = geometry.l1_entries_for(size).max(snapshot.l1_entries.into());

@@ -8,7 +8,7 @@
 use super::{
     cluster_set::ClusterSet,
     geometry::Geometry,
-    header::{Header, feature},
+    header::{Header, SECTOR_BYTES, feature},
     table::{Cluster, entries, entry_at, for_each_piece},
 };
 use crate::{
@@ -73,7 +73,8 @@ impl<'a> Audit<'a> {
             storage,
             geometry,
             first_bytes: header.header_bytes(),
-            end_bytes: geometry.cluster_start(storage.len_bytes()?),
+            // As the reference counts: what is missing of the file's last sector reads as zeroes.
+            end_bytes: geometry.cluster_start(storage.len_bytes()?.next_multiple_of(SECTOR_BYTES)),
             repairs,
             used: ClusterSet::default(),
             tables: ClusterSet::default(),

@@ -237,7 +237,8 @@ impl Copies {
         let file_bytes = storage.len_bytes()?;
         if file_bytes < OLD_FOOTER_BYTES {
             // In the reference's words; whoever opens it says which file.
-            return Err(Error::Invalid("File too small for a VHD header".to_owned()));
+            let why = if file_bytes == 0 { "File too small for a VHD header" } else { "invalid VPC image" };
+            return Err(Error::Invalid(why.to_owned()));
         }
         let mut sector = [0; FOOTER_BYTES];
         let front = match file_bytes {
