@@ -7,7 +7,7 @@ use std::{
     process::{ChildStdout, Command, Stdio},
 };
 
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 
 pub use crate::child::Ended;
 use crate::{child::Watched, command::blk_backend_binary};
@@ -76,6 +76,17 @@ impl Daemon {
     /// When it is gone.
     pub fn signal(&self, signal: Signal) {
         self.process.signal(signal);
+    }
+
+    /// Stops it, and returns when all of it stands still. A signal that ends it still does.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn halt(&self) {
+        self.signal(Signal::STOP);
+        // Told once no thread of it runs; what is told later, its end, is left to others.
+        let stopped = rustix::io::retry_on_intr(|| waitid(WaitId::Pid(self.pid()), WaitIdOptions::STOPPED));
+        assert!(stopped.is_ok_and(|status| status.is_some_and(|status| status.stopped())), "it is gone");
     }
 
     /// Asks it to end, and waits.

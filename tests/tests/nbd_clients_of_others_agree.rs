@@ -1,36 +1,22 @@
 //! Clients that others wrote see, over NBD, what they see from the reference's server: data, maps, bitmaps, flags.
 
-use std::{fs, path::Path, process::Child};
+use std::{fs, path::Path};
 
 use img_tests::{
-    command::{Run, oracle, qemu_img, qemu_io},
+    command::{Run, qemu_img, qemu_io},
     daemon::Daemon,
     pattern::{assert_same, noise},
+    peer::Peer,
 };
-use rustix::process::Signal;
 
 const OURS: &str = "nbd+unix:///?socket=ours";
 const THEIRS: &str = "nbd+unix:///?socket=theirs";
 
-/// The reference's server on an image, killed at the end.
-struct QemuNbd(Child);
-
-impl QemuNbd {
-    fn start(directory: &Path, arguments: &[&str]) -> Self {
-        let mut command = std::process::Command::new(oracle("qemu-nbd"));
-        // It forks when it listens: its end is the moment from which it can be reached.
-        command.args(["--fork", "--persistent", "--pid-file=theirs.pid", "-e", "4", "-k"]);
-        command.arg(directory.join("theirs")).args(arguments).current_dir(directory);
-        assert!(command.status().unwrap().success());
-        Self(std::process::Command::new("true").spawn().unwrap())
-    }
-
-    fn stop(mut self, directory: &Path) {
-        self.0.wait().unwrap();
-        let pid = fs::read_to_string(directory.join("theirs.pid")).unwrap();
-        let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
-        rustix::process::kill_process(pid, Signal::KILL).unwrap();
-    }
+/// The reference's server on an image. When it is dropped it is gone, and with it its locks.
+fn qemu_nbd(directory: &Path, arguments: &[&str]) -> Peer {
+    let socket = directory.join("theirs");
+    let always = ["--persistent", "-e", "4", "-k", socket.to_str().unwrap()];
+    Peer::start(directory, "qemu-nbd", &[&always, arguments].concat())
 }
 
 fn run(directory: &Path, program: &str, arguments: &[&str]) -> String {
@@ -58,7 +44,7 @@ fn maps_and_bitmaps_are_the_references() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     make_chain(directory);
-    let theirs = QemuNbd::start(directory, &["-r", "-A", "-B", "changes", "-f", "qcow2", "disk"]);
+    let theirs = qemu_nbd(directory, &["-r", "-A", "-B", "changes", "-f", "qcow2", "disk"]);
     let ours = Daemon::start(
         directory,
         ["nbd", "--listen", "unix:ours", "--image", "disk", "--read-only", "--bitmap", "changes"],
@@ -84,7 +70,7 @@ fn maps_and_bitmaps_are_the_references() {
     assert_same(&convert(OURS, "from-ours"), &convert(THEIRS, "from-theirs"), "converted");
     run(directory, "nbdcopy", &[OURS, "copied"]);
     assert_same(&fs::read(directory.join("copied")).unwrap(), &convert(THEIRS, "again"), "nbdcopy");
-    theirs.stop(directory);
+    drop(theirs);
     assert_eq!(ours.terminate().code, Some(0));
 }
 
@@ -94,7 +80,7 @@ fn lists_and_flags_are_the_references() {
     let directory = directory.path();
     make_chain(directory);
     for access in [&[][..], &["-r"]] {
-        let theirs = QemuNbd::start(
+        let theirs = qemu_nbd(
             directory,
             &[access, &["-A", "-x", "name", "-D", "text", "-f", "qcow2", "disk"]].concat(),
         );
@@ -109,7 +95,7 @@ fn lists_and_flags_are_the_references() {
             info
         };
         let (their_list, their_info) = (list("theirs"), info(THEIRS));
-        theirs.stop(directory);
+        drop(theirs);
         let mut arguments = vec!["nbd", "--listen", "unix:ours", "--image", "disk"];
         arguments.extend(["--name", "name", "--description", "text"]);
         arguments.extend(if access.is_empty() { None } else { Some("--read-only") });
