@@ -30,7 +30,7 @@ pub(super) struct State {
     pub(super) has_loose_end: bool,
     /// The file reaches up to here before a table on disk may say so.
     pub(super) used_end_bytes: u64,
-    /// Tables in memory refer to data that may not be durable.
+    /// Tables in memory refer to data, or to tables, that may not be durable.
     pub(super) barrier: bool,
     /// Prepared writes by token.
     writes: HashMap<u64, Write>,
@@ -104,16 +104,19 @@ impl QedLayer {
 
     /// Sets `clusters` clusters in a row aside and returns the host offset of the first.
     pub(super) fn allocate(&self, state: &mut State, clusters: u64) -> Result<u64> {
+        let host = self.take_place(state, clusters)?;
+        self.map.reach(host.end);
+        Ok(host.start)
+    }
+
+    /// Takes a place for clusters in a row. Entries may name it once the map [reaches](super::map::TableMap::reach) it.
+    pub(super) fn take_place(&self, state: &mut State, clusters: u64) -> Result<Range<u64>> {
         let geometry = self.map.geometry;
         let full = || Error::Invalid(format!("{}: no host offset below 2^63 is free", self.path().display()));
         let len = clusters.checked_mul(geometry.cluster_bytes()).ok_or_else(full)?;
-        if let Some(host) = state.take_free(len) {
-            return Ok(host);
-        }
-        let host = self.map.end();
+        let host = state.take_free(len).unwrap_or_else(|| self.map.end());
         let end = host.checked_add(len).filter(|end| i64::try_from(*end).is_ok()).ok_or_else(full)?;
-        self.map.end_bytes.store(end, Ordering::Release);
-        Ok(host)
+        Ok(host..end)
     }
 
     /// Gives back clusters that nothing names: at the end they cease to be allocated, elsewhere they are the

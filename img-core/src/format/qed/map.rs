@@ -42,6 +42,11 @@ impl TableMap {
         self.end_bytes.load(Ordering::Acquire)
     }
 
+    /// Allocated clusters end at `end` or behind it.
+    pub(super) fn reach(&self, end: u64) {
+        self.end_bytes.fetch_max(end, Ordering::AcqRel);
+    }
+
     /// An [`Error::Corrupt`] of this image.
     pub(super) fn corrupt(
         &self,

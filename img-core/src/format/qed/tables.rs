@@ -76,11 +76,18 @@ impl QedLayer {
         *self.tables.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Notes a new table, which stands where nothing stood.
+    /// Notes a new table, which is to stand where nothing stood.
     pub(super) fn note_table(&self, table: u64) {
         if let Some(tables) = &mut *self.tables.write().unwrap_or_else(PoisonError::into_inner) {
             let is_new = tables.add(table);
             debug_assert!(is_new, "an L2 table was allocated over another at {table:#x}");
+        }
+    }
+
+    /// Forgets a table that came to nothing.
+    pub(super) fn forget_table(&self, table: u64) {
+        if let Some(tables) = &mut *self.tables.write().unwrap_or_else(PoisonError::into_inner) {
+            tables.starts.remove(&table);
         }
     }
 

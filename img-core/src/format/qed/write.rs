@@ -177,8 +177,11 @@ impl QedLayer {
         if let Some(table) = self.map.table(l1_index)? {
             return Ok(table);
         }
-        let table = self.allocate(state, geometry.table_clusters())?;
-        let host = table..table + geometry.table_bytes();
+        let host = self.take_place(state, geometry.table_clusters())?;
+        let table = host.start;
+        // Before the map reaches it: whoever finds that an entry may name the place finds, behind that, what stands there.
+        self.note_table(table);
+        self.map.reach(host.end);
         let made = self.empty_table(&host).and_then(|()| {
             self.map.l1.update(self.file(), self.map.l1_entry_at(l1_index), |bytes, within| {
                 bytes[within..within + 8].copy_from_slice(&table.to_le_bytes());
@@ -186,12 +189,14 @@ impl QedLayer {
         });
         if let Err(error) = made {
             self.map.l2.forget(host.clone());
+            self.forget_table(table);
             self.release(state, host);
             return Err(error);
         }
         state.new_tables.insert(table);
+        // L1 must not name it before it is durable, also where it holds zeroes alone: something else may stand there.
+        state.barrier = true;
         state.used_end_bytes = state.used_end_bytes.max(host.end);
-        self.note_table(table);
         Ok(table)
     }
 

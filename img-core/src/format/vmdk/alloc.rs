@@ -12,7 +12,7 @@ use super::{
     stream::sector_entry,
     write::State,
 };
-use crate::{Error, Result, storage::Flush};
+use crate::{Error, Result, storage::Flush, sync::RwLockWriteGuard};
 
 /// Runs of metadata that are kept apart. Every known product puts tables one behind the other: one run.
 const MAX_METADATA_RUNS: usize = 1 << 20;
@@ -72,11 +72,11 @@ impl VmdkLayer {
         let bytes = sparse.table_bytes();
         let at = self.take_place(state, index, sparse, bytes.next_multiple_of(SECTOR_BYTES), SECTOR_BYTES)?;
         let entry = sector_entry(sparse, at)?;
+        sparse.note_metadata(at..at + bytes)?;
         sparse.storage.write_at(&vec![0; usize_of(bytes.next_multiple_of(SECTOR_BYTES))], at)?;
         sparse.storage.flush(Flush::Data)?;
         sparse.tables.forget(at..at + bytes.next_multiple_of(SECTOR_BYTES));
         sparse.put(directory + table * 4, entry)?;
-        sparse.note_metadata(at..at + bytes);
         Ok(at)
     }
 }
@@ -129,10 +129,7 @@ impl Sparse {
             Some(runs) => overlaps(runs, &grain),
             None => {
                 drop(known);
-                let runs = self.find_metadata()?;
-                let holds_metadata = overlaps(&runs, &grain);
-                *self.metadata.write().unwrap_or_else(PoisonError::into_inner) = Some(runs);
-                holds_metadata
+                overlaps(self.known_metadata()?.get_or_insert_default(), &grain)
             }
         };
         if holds_metadata {
@@ -172,13 +169,26 @@ impl Sparse {
         Ok(joined)
     }
 
-    /// A table was made: nothing else may be written there.
-    fn note_metadata(&self, run: Range<u64>) {
+    /// [`Self::metadata`], found if need be. Under the lock: no table is made between the search and what it finds.
+    fn known_metadata(&self) -> Result<RwLockWriteGuard<'_, Option<Vec<Range<u64>>>>> {
         let mut known = self.metadata.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(runs) = &mut *known {
-            let at = runs.partition_point(|known| known.start < run.start);
-            runs.insert(at, run);
+        if known.is_none() {
+            *known = Some(self.find_metadata()?);
         }
+        Ok(known)
+    }
+
+    /// A table is about to be made: nothing else may be written there. Called before the file reaches up to it, so that
+    /// whoever finds that an entry names a place inside the file finds, behind that, what stands there.
+    fn note_metadata(&self, run: Range<u64>) -> Result<()> {
+        if self.compressed {
+            return Ok(()); // no grain is written twice
+        }
+        let mut known = self.known_metadata()?;
+        let runs = known.get_or_insert_default();
+        let at = runs.partition_point(|known| known.start < run.start);
+        runs.insert(at, run);
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod model;
+mod order;
 mod reference;
 mod threads;
 
