@@ -50,7 +50,8 @@ impl Modelled {
     }
 
     fn write(&mut self, at: usize, length: usize) {
-        let bytes: Vec<u8> = (0..length).map(|byte| (at + byte) as u8 | 1).collect();
+        let bytes: Vec<u8> =
+            (0..length).map(|byte| u8::try_from((at + byte) % 251).expect("small") | 1).collect();
         assert_eq!(self.client.write(at as u64, &bytes), Ok(()), "{at:#x}");
         self.model[at..at + length].copy_from_slice(&bytes);
     }
@@ -80,10 +81,10 @@ impl Modelled {
             self.write(first + index * 8 * CLUSTER + from, length);
         }
         let tags: Vec<u64> = (0..16)
-            .map(|index: usize| {
-                let at = (6 << 20) + index * CLUSTER + index * 2048;
-                self.model[at..at + 2048].fill(index as u8);
-                self.client.submit_write(at as u64, &[index as u8; 2048])
+            .map(|index: u8| {
+                let at = (6 << 20) + usize::from(index) * (CLUSTER + 2048);
+                self.model[at..at + 2048].fill(index);
+                self.client.submit_write(at as u64, &[index; 2048])
             })
             .collect();
         for tag in tags {
