@@ -17,5 +17,6 @@ pub mod in_process;
 pub mod nbd;
 pub mod request;
 pub mod sandbox;
+mod sync;
 pub mod vhost_user;
 pub mod virtio;

@@ -1,6 +1,10 @@
 //! What a lane stands on: a ring, or an epoll instance and the workers.
 
-use std::{io, os::fd::BorrowedFd, time::Duration};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    time::Duration,
+};
 
 use super::{
     epoll::Epoll,
@@ -82,11 +86,11 @@ impl Backend {
         mailbox: &Mailbox,
     ) -> io::Result<(Self, EngineInUse)> {
         let threads = |why| -> io::Result<_> {
-            Ok((Self::Threads(Epoll::new(mailbox.bell())?), EngineInUse::Threads { why }))
+            Ok((Self::Threads(Epoll::new(mailbox.bell().as_fd())?), EngineInUse::Threads { why }))
         };
         let ring = |depth| {
             let mut ring = Ring::new(depth)?;
-            ring.watch(mailbox.bell(), BELL)?;
+            ring.watch(mailbox.bell().as_fd(), BELL)?;
             io::Result::Ok((Self::Ring(Box::new(ring)), EngineInUse::Ring))
         };
         match choice {

@@ -6,10 +6,11 @@
 
 use std::{
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, PoisonError},
 };
 
 use super::Mailbox;
+use crate::sync::{Mutex, MutexGuard};
 
 /// The changes under way on one disk.
 #[derive(Debug, Default)]
@@ -100,7 +101,7 @@ impl State {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(explore)))]
 mod tests {
     use proptest::prelude::*;
 

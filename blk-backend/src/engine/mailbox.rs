@@ -2,25 +2,23 @@
 //!
 //! Leaving something is two steps: it is put in the box, then `posted` is set. Going to sleep is two steps as
 //! well: `asleep` is set, then `posted` is looked at once more. Either the lane sees what was left, or whoever
-//! left it sees that the lane is asleep and writes to its eventfd. All four are sequentially consistent.
+//! left it sees that the lane is asleep and rings its bell. All four are sequentially consistent.
 
 use std::{
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering::SeqCst},
-    },
+    sync::{Arc, PoisonError},
     task::Wake,
 };
 
-use rustix::{
-    event::{EventfdFlags, eventfd},
-    io::Errno,
-};
+use rustix::io::Errno;
 
 use super::{
+    bell::Bell,
     memory::Runs,
     stats::{LaneSnapshot, LaneStats},
+};
+use crate::sync::{
+    Mutex, MutexGuard,
+    atomic::{AtomicBool, Ordering::SeqCst},
 };
 
 /// What belongs to a lane and is seen by other threads.
@@ -34,7 +32,7 @@ pub(crate) struct Mailbox {
     /// A front end's own wish to be woken.
     called: AtomicBool,
     asleep: AtomicBool,
-    bell: OwnedFd,
+    bell: Bell,
     active: AtomicBool,
     pub(super) stats: LaneStats,
 }
@@ -65,7 +63,7 @@ impl Mailbox {
             progressed: AtomicBool::new(false),
             called: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
-            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            bell: Bell::new()?,
             active: AtomicBool::new(false),
             stats: LaneStats::default(),
         })
@@ -87,8 +85,7 @@ impl Mailbox {
     pub(crate) fn ring(&self) {
         self.posted.store(true, SeqCst);
         if self.asleep.swap(false, SeqCst) {
-            // The counter is never read and cannot overflow in any life time: it only has to change.
-            rustix::io::write(&self.bell, &1u64.to_ne_bytes()).expect("an eventfd that is far from full");
+            self.bell.ring();
         }
     }
 
@@ -128,9 +125,9 @@ impl Mailbox {
         self.asleep.store(false, SeqCst);
     }
 
-    /// Changes when the lane is rung out of its sleep; never has to be read.
-    pub(super) fn bell(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+    /// Rings the lane out of its sleep.
+    pub(super) fn bell(&self) -> &Bell {
+        &self.bell
     }
 
     /// Whether requests are under way; see [`Disk::pause`](crate::disk::Disk::pause).

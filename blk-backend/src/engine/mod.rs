@@ -7,12 +7,13 @@
 //! - `ring`: the kernel's ring, and what it may do; `epoll`: how a lane sleeps where there is none; `backend`: which.
 //! - `worker`: threads for what may wait: tables that are not in memory, decoders, flushes, discards.
 //! - `flight`: changes under way, by guest cluster; who would run into one is parked there as a value.
-//! - `mailbox`: how workers, and everybody else, reach a lane that may be asleep.
+//! - `mailbox`: how workers, and everybody else, reach a lane that may be asleep; `bell`: what wakes it.
 //! - `poll`: how long a lane looks for work before it sleeps.
 //! - `memory`: the one place that touches the bytes of a guest.
 //! - `stats`: what a lane counts; `clock`: what it spends.
 
 mod backend;
+mod bell;
 mod clock;
 mod course;
 mod epoll;
