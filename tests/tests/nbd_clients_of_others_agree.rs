@@ -154,6 +154,44 @@ fn writers_of_all_kinds_leave_the_same_disk() {
     holds(&source, "nbdkit and qemu-img bench");
 }
 
+/// Whichever way the bytes go: through memory of the server, or from the cache to the socket, with requests of both kinds
+/// and bytes of several layers in one connection.
+#[test]
+fn readers_of_all_kinds_get_the_same_bytes() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    fs::write(directory.join("layer"), noise(5, 8 << 20)).unwrap();
+    qemu_img(directory, ["convert", "-O", "qcow2", "-f", "raw", "layer", "base"]).output().success();
+    qemu_img(directory, ["create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "disk"])
+        .output()
+        .success();
+    let changes = ["write -P 5 100k 300k", "write -z 1M 256k", "write -P 6 6M 64k", "write -P 7 4093k 5k"];
+    qemu_io(directory, "qcow2", "disk", &changes).output().success();
+    qemu_img(directory, ["convert", "-O", "raw", "disk", "whole"]).output().success();
+    let whole = fs::read(directory.join("whole")).unwrap();
+    for arguments in [
+        &["--image", "disk", "--read-only"][..],
+        &["--image", "disk"],
+        &["--image", "whole", "--format", "raw"],
+    ] {
+        let daemon = Daemon::start(directory, ["nbd", "--listen", "unix:ours"].iter().chain(arguments));
+        for size in ["65536", "262144", "1048576", "2097152"] {
+            for connections in ["1", "3"] {
+                let (size, connections) =
+                    (format!("--request-size={size}"), format!("--connections={connections}"));
+                run(directory, "nbdcopy", &[&size, &connections, "--allocated", OURS, "copy"]);
+                let copy = fs::read(directory.join("copy")).unwrap();
+                assert_same(&copy, &whole, &format!("{arguments:?}, {size}, {connections}"));
+            }
+        }
+        let odd = "print(h.pread(300001, 99999).hex())";
+        let read = run(directory, "/usr/bin/python3", &["-m", "nbd", "-u", OURS, "-c", odd]);
+        let expected: String = whole[99_999..400_000].iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(read.trim(), expected);
+        assert_eq!(daemon.terminate().code, Some(0));
+    }
+}
+
 #[test]
 fn other_hosts_cannot_write_unless_that_was_said() {
     let directory = tempfile::tempdir().unwrap();

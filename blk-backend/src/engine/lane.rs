@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     disk::Disk,
-    request::{Errno, Request, Submitted},
+    request::{Errno, Op, Request, Submitted},
 };
 
 /// How a lane is made.
@@ -209,6 +209,11 @@ impl Lane {
     #[must_use]
     pub fn waker(&self) -> LaneWaker {
         LaneWaker(Arc::clone(&self.mailbox))
+    }
+
+    /// A front end has read so much without a request, where that is shorter.
+    pub(crate) fn count_read(&self, len_bytes: u64, took: Duration) {
+        self.mailbox.stats.done(Op::Read, len_bytes, took, true);
     }
 
     /// Requests that are taken and not answered.

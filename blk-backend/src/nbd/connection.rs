@@ -23,11 +23,12 @@ use super::{
     flight::{Flight, Flights, Memory, is_cut, lane_op, memory_bytes},
     handshake::Session,
     input::Input,
-    output::{Output, Sent},
+    output::{Body, Ended, Output, Sent},
     reply::Addressee,
     room::RoomWatch,
     socket::Socket,
     status::{self, Query},
+    straight::{Data, Straight},
     wire::NbdError,
 };
 use crate::{
@@ -89,6 +90,9 @@ pub(super) struct Connection<'a> {
     input: Input,
     expected: Expected,
     output: Output,
+    straight: Straight,
+    /// Reads that could not go straight, and wait for memory.
+    unread: VecDeque<u32>,
     /// Requests that the lane had no room for.
     backlog: VecDeque<u32>,
     /// Block status that is asked for: the request, the range, and the contexts where they were named.
@@ -99,7 +103,7 @@ pub(super) struct Connection<'a> {
     blocked: bool,
     /// Reused.
     events: Vec<Event>,
-    released: Vec<u32>,
+    ended: Ended,
     extents: Vec<ImageExtent>,
 }
 
@@ -126,12 +130,14 @@ impl<'a> Connection<'a> {
             input: Input::new(),
             expected: Expected::Header,
             output: Output::default(),
+            straight: Straight::new(),
+            unread: VecDeque::new(),
             backlog: VecDeque::new(),
             statuses: VecDeque::new(),
             room,
             blocked: false,
             events: Vec::new(),
-            released: Vec::new(),
+            ended: Ended::default(),
             extents: Vec::new(),
         })
     }
@@ -152,7 +158,8 @@ impl<'a> Connection<'a> {
             self.receive()?;
             self.begin_requests()?;
             // Sleep only when nothing can be done before somebody else did something.
-            let busy = self.can_receive() || self.is_over();
+            let can_send = !self.blocked && !self.output.is_empty();
+            let busy = self.can_receive() || can_send || self.is_over();
             let idle = !busy && self.flights.are_none() && self.pool.is_generous();
             let wait = match (busy, idle) {
                 (true, _) => Wait::No,
@@ -225,6 +232,7 @@ impl<'a> Connection<'a> {
 
     /// Takes the received bytes apart, as far as there is room for the requests.
     fn begin_requests(&mut self) -> Result<()> {
+        self.read_unread();
         loop {
             while self.step()? {}
             if !self.answer_statuses() {
@@ -257,7 +265,7 @@ impl<'a> Connection<'a> {
                 self.input.consume(len);
                 if whole {
                     self.expected = Expected::Header;
-                    self.output.push(|out| to.failure(out, refusal.error, refusal.why), None);
+                    self.output.push(|out| to.failure(out, refusal.error, refusal.why), Body::Nothing);
                 }
                 Ok(whole || self.was_cut_off())
             }
@@ -296,6 +304,7 @@ impl<'a> Connection<'a> {
         };
         let memory = match memory_bytes(operation, header.len_bytes) {
             0 => Memory::None,
+            _ if self.may_go_straight(operation, header.len_bytes) => Memory::None,
             len => match self.pool.take(len, self.blocked) {
                 Some(buffer) => Memory::Idle(buffer),
                 None if self.pool.is_unused() => return self.no_memory(to, payload_bytes),
@@ -359,10 +368,39 @@ impl<'a> Connection<'a> {
             Operation::Read { dont_fragment: false } if len_bytes >= HOLE_BYTES && self.is_hole(index) => {
                 let to = self.flights.get(index).to;
                 let len = u32::try_from(len_bytes).expect("at most the longest payload");
-                self.output.push(|out| to.hole(out, len), None);
+                self.output.push(|out| to.hole(out, len), Body::Nothing);
                 self.release(index);
             }
+            Operation::Read { .. } if matches!(self.flights.look(index).memory, Memory::None) => {
+                let to = self.flights.look(index).to;
+                let len = usize::try_from(len_bytes).expect("at most the longest payload");
+                self.output.push(|out| to.data(out, to.offset, len, true), Body::Straight(index, len));
+            }
             _ => self.submit(index),
+        }
+    }
+
+    fn may_go_straight(&self, operation: Operation, len_bytes: u64) -> bool {
+        matches!(operation, Operation::Read { .. })
+            && self.straight.takes(&self.session.export.disk().image(), len_bytes)
+    }
+
+    /// Gives reads that could not go straight memory and to the lane, in order, as far as there is memory.
+    fn read_unread(&mut self) {
+        while let Some(index) = self.unread.pop_front() {
+            let len =
+                usize::try_from(self.flights.get(index).len_bytes).expect("at most the longest payload");
+            match self.pool.take(len, true) {
+                Some(buffer) => {
+                    self.flights.get(index).memory = Memory::Idle(buffer);
+                    self.submit(index);
+                }
+                None if self.pool.is_unused() => {
+                    self.fail(index, NbdError::NoMem, "no memory for the request");
+                }
+                // When a request has given its memory back.
+                None => return self.unread.push_front(index),
+            }
         }
     }
 
@@ -451,7 +489,7 @@ impl<'a> Connection<'a> {
             Operation::Read { .. } => {
                 let (to, len) = (flight.to, flight.len_bytes);
                 let len = usize::try_from(len).expect("at most the longest payload");
-                self.output.push(|out| to.data(out, to.offset, len, true), Some((index, len)));
+                self.output.push(|out| to.data(out, to.offset, len, true), Body::Read(index, len));
             }
             _ => self.succeed(index),
         }
@@ -460,13 +498,13 @@ impl<'a> Connection<'a> {
     fn succeed(&mut self, index: u32) {
         let flight = self.flights.get(index);
         let (to, of_read) = (flight.to, matches!(flight.operation, Operation::Read { .. }));
-        self.output.push(|out| to.success(out, of_read), None);
+        self.output.push(|out| to.success(out, of_read), Body::Nothing);
         self.release(index);
     }
 
     fn fail(&mut self, index: u32, error: NbdError, why: &str) {
         let to = self.flights.get(index).to;
-        self.output.push(|out| to.failure(out, error, why), None);
+        self.output.push(|out| to.failure(out, error, why), Body::Nothing);
         self.release(index);
     }
 
@@ -506,7 +544,7 @@ impl<'a> Connection<'a> {
             Ok(found) => {
                 let last = found.len() - 1;
                 for (at, (id, runs)) in found.iter().enumerate() {
-                    self.output.push(|out| to.status(out, *id, runs, at == last), None);
+                    self.output.push(|out| to.status(out, *id, runs, at == last), Body::Nothing);
                 }
                 self.release(index);
             }
@@ -520,7 +558,7 @@ impl<'a> Connection<'a> {
     /// A filter may name no context at all: the reply is then an empty one.
     fn succeed_with_none(&mut self, index: u32) {
         let to = self.flights.get(index).to;
-        self.output.push(|out| to.success(out, true), None);
+        self.output.push(|out| to.success(out, true), Body::Nothing);
         self.release(index);
     }
 
@@ -528,10 +566,13 @@ impl<'a> Connection<'a> {
         if self.blocked || self.output.is_empty() {
             return Ok(());
         }
-        let sent = self.output.send(self.socket, &self.flights, &mut self.released);
-        let mut released = std::mem::take(&mut self.released);
-        released.drain(..).for_each(|index| self.release(index));
-        self.released = released;
+        let mut source = Data { flights: &self.flights, straight: &mut self.straight, lane: &self.lane };
+        let sent = self.output.send(self.socket, &mut source, &mut self.ended);
+        let mut ended = std::mem::take(&mut self.ended);
+        ended.released.drain(..).for_each(|index| self.release(index));
+        self.unread.extend(ended.unread.drain(..));
+        self.ended = ended;
+        self.read_unread();
         if sent? == Sent::Blocked {
             self.blocked = true;
             self.room.arm(self.socket)?;

@@ -5,7 +5,6 @@ use std::ops::Range;
 use super::{
     buffer::{Buffer, Lent},
     command::Operation,
-    output::Source,
     reply::Addressee,
 };
 use crate::request::Op;
@@ -25,6 +24,7 @@ pub(super) struct Flight {
 
 /// The memory of a request.
 pub(super) enum Memory {
+    /// Nothing is moved, or it goes [straight](super::straight).
     None,
     /// Ours: a payload comes in, or data goes out.
     Idle(Buffer),
@@ -61,19 +61,14 @@ impl Flights {
         self.slots[index as usize].as_mut().expect("a request under way")
     }
 
+    pub(super) fn look(&self, index: u32) -> &Flight {
+        self.slots[index as usize].as_ref().expect("a request under way")
+    }
+
     pub(super) fn remove(&mut self, index: u32) -> Flight {
         let flight = self.slots[index as usize].take().expect("a request under way");
         self.free.push(index);
         flight
-    }
-}
-
-impl Source for Flights {
-    fn data(&self, request: u32, len_bytes: usize) -> &[u8] {
-        match self.slots[request as usize].as_ref().map(|flight| &flight.memory) {
-            Some(Memory::Idle(buffer)) => &buffer.bytes()[..len_bytes],
-            _ => unreachable!("a reply with data keeps its request until it is sent"),
-        }
     }
 }
 

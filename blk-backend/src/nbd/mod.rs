@@ -4,7 +4,7 @@
 //! - `handshake`, `option`: fixed newstyle negotiation, up to a `Session`.
 //! - `command`, `reply`: requests and replies as bytes. `context`, `status`: metadata contexts.
 //! - `connection`: the transmission phase on a [`Lane`](crate::engine::Lane) of its own; `flight`, `input`, `output`,
-//!   `buffer`, `room` and `socket` are its parts.
+//!   `buffer`, `straight`, `room` and `socket` are its parts.
 //! - `server`, `export`, `address`: what listens, what is offered, and where.
 //! - `client`: the other side, for the load generator.
 //!
@@ -28,6 +28,7 @@ mod room;
 mod server;
 mod socket;
 mod status;
+mod straight;
 mod wire;
 
 pub use address::{DEFAULT_PORT, ListenAddress};

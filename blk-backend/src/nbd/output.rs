@@ -1,4 +1,5 @@
 //! The replies of a connection on their way out: heads in one run of memory, data where it was read to, sent together.
+//! Data that nobody has read yet comes straight from the page cache when its turn has come.
 
 use std::{
     collections::VecDeque,
@@ -17,12 +18,37 @@ const MAX_STALE_BYTES: usize = 64 << 10;
 /// Heads that wait for the client to read. No more requests are begun then: refusals and status are nothing but heads.
 const MAX_WAITING_BYTES: usize = 1 << 20;
 
-/// Something to be sent: a head, then perhaps the data of a request.
+/// What follows a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Body {
+    Nothing,
+    /// The first bytes that were read for a request, by its number.
+    Read(u32, usize),
+    /// Bytes that a request asks for, from [`Source::fill`].
+    Straight(u32, usize),
+}
+
+impl Body {
+    fn len(self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Read(_, len) | Self::Straight(_, len) => len,
+        }
+    }
+
+    fn request(self) -> Option<u32> {
+        match self {
+            Self::Nothing => None,
+            Self::Read(request, _) | Self::Straight(request, _) => Some(request),
+        }
+    }
+}
+
+/// Something to be sent.
 #[derive(Debug)]
 struct Part {
     head: Range<usize>,
-    /// The request's number, and how much of its data.
-    data: Option<(u32, usize)>,
+    body: Body,
 }
 
 /// Replies in the order in which they are sent.
@@ -32,12 +58,29 @@ pub(super) struct Output {
     heads: Vec<u8>,
     /// Bytes of the first part that are sent.
     sent: usize,
+    /// The data of the first part waits in [`Source`].
+    filled: bool,
 }
 
 /// Where the data of requests is.
 pub(super) trait Source {
     /// The first `len_bytes` of the data that was read for `request`.
     fn data(&self, request: u32, len_bytes: usize) -> &[u8];
+
+    /// Makes all that `request` asks for ready for [`Self::send_on`]. False when it has to be read first.
+    fn fill(&mut self, request: u32) -> bool;
+
+    /// Sends what the socket takes of what [`Self::fill`] made ready; `None` when it takes nothing.
+    fn send_on(&mut self, socket: &Socket) -> io::Result<Option<usize>>;
+}
+
+/// What became of requests whose replies are sent.
+#[derive(Debug, Default)]
+pub(super) struct Ended {
+    /// Their data is out.
+    pub(super) released: Vec<u32>,
+    /// They have to be read first; what was pushed for them is forgotten.
+    pub(super) unread: Vec<u32>,
 }
 
 /// How far a send came.
@@ -49,11 +92,11 @@ pub(super) enum Sent {
 }
 
 impl Output {
-    /// Appends a reply whose head `write` writes; `data` of a request follows it.
-    pub(super) fn push(&mut self, write: impl FnOnce(&mut Vec<u8>), data: Option<(u32, usize)>) {
+    /// Appends a reply whose head `write` writes; `body` follows it.
+    pub(super) fn push(&mut self, write: impl FnOnce(&mut Vec<u8>), body: Body) {
         let start = self.heads.len();
         write(&mut self.heads);
-        self.parts.push_back(Part { head: start..self.heads.len(), data });
+        self.parts.push_back(Part { head: start..self.heads.len(), body });
     }
 
     /// Whether so much waits that nothing should be added.
@@ -66,21 +109,35 @@ impl Output {
         self.parts.is_empty()
     }
 
-    /// Sends what the socket takes. Requests whose data is out are appended to `released`.
+    /// Sends what the socket takes.
     pub(super) fn send(
         &mut self,
         socket: &Socket,
-        source: &impl Source,
-        released: &mut Vec<u32>,
+        source: &mut impl Source,
+        ended: &mut Ended,
     ) -> io::Result<Sent> {
-        while !self.parts.is_empty() {
-            let sent = {
+        while let Some(first) = self.parts.front() {
+            let (head_bytes, body) = (first.head.len(), first.body);
+            if let Body::Straight(request, _) = body
+                && !self.filled
+            {
+                // Before the head, which promises that it was read.
+                self.filled = source.fill(request);
+                if !self.filled {
+                    ended.unread.push(request);
+                    self.parts.pop_front();
+                    continue;
+                }
+            }
+            let sent = if matches!(body, Body::Straight(..)) && self.sent >= head_bytes {
+                source.send_on(socket)?
+            } else {
                 let mut slices = [IoSlice::new(&[]); MAX_PARTS];
-                let count = self.gather(source, &mut slices);
-                socket.send(&slices[..count])?
+                let (count, more) = self.gather(source, &mut slices);
+                socket.send(&slices[..count], more)?
             };
             match sent {
-                Some(bytes) => self.advance(bytes, released),
+                Some(bytes) => self.advance(bytes, &mut ended.released),
                 None => {
                     self.remove_stale();
                     return Ok(Sent::Blocked);
@@ -91,10 +148,12 @@ impl Output {
         Ok(Sent::All)
     }
 
-    /// The bytes still to be sent, from the front, as many as there is room for in `slices`.
-    fn gather<'a>(&'a self, source: &'a impl Source, slices: &mut [IoSlice<'a>]) -> usize {
+    /// The bytes still to be sent, from the front, as many as there is room for in `slices` and as are there. Whether
+    /// others follow at once.
+    fn gather<'a>(&'a self, source: &'a impl Source, slices: &mut [IoSlice<'a>]) -> (usize, bool) {
         let mut skip = self.sent;
         let mut count = 0;
+        let mut more = false;
         let mut add = |bytes: &'a [u8]| {
             let rest = &bytes[skip.min(bytes.len())..];
             skip -= bytes.len() - rest.len();
@@ -103,24 +162,36 @@ impl Output {
                 count += 1;
             }
         };
-        for part in self.parts.iter().take(MAX_PARTS / 2) {
-            add(&self.heads[part.head.clone()]);
-            if let Some((request, len)) = part.data {
-                add(source.data(request, len));
+        for (at, part) in self.parts.iter().take(MAX_PARTS / 2).enumerate() {
+            match part.body {
+                Body::Nothing => add(&self.heads[part.head.clone()]),
+                Body::Read(request, len) => {
+                    add(&self.heads[part.head.clone()]);
+                    add(source.data(request, len));
+                }
+                Body::Straight(..) => {
+                    // Only the first one is known to be ready.
+                    if at == 0 {
+                        add(&self.heads[part.head.clone()]);
+                        more = true;
+                    }
+                    break;
+                }
             }
         }
-        count
+        (count, more)
     }
 
     fn advance(&mut self, bytes: usize, released: &mut Vec<u32>) {
         self.sent += bytes;
         while let Some(part) = self.parts.front() {
-            let len = part.head.len() + part.data.map_or(0, |(_, len)| len);
+            let len = part.head.len() + part.body.len();
             if self.sent < len {
                 break;
             }
             self.sent -= len;
-            released.extend(part.data.map(|(request, _)| request));
+            self.filled = false;
+            released.extend(part.body.request());
             self.parts.pop_front();
         }
     }
@@ -148,6 +219,75 @@ mod tests {
         fn data(&self, request: u32, len_bytes: usize) -> &[u8] {
             &self.0[request as usize][..len_bytes]
         }
+
+        fn fill(&mut self, _request: u32) -> bool {
+            false
+        }
+
+        fn send_on(&mut self, _socket: &Socket) -> io::Result<Option<usize>> {
+            unreachable!("nothing was made ready")
+        }
+    }
+
+    /// Data of requests with odd numbers is made ready when their turn has come, and sent from there.
+    struct Pages {
+        read: Fixed,
+        ready: Vec<u8>,
+        refused: u32,
+    }
+
+    impl Source for Pages {
+        fn data(&self, request: u32, len_bytes: usize) -> &[u8] {
+            self.read.data(request, len_bytes)
+        }
+
+        fn fill(&mut self, request: u32) -> bool {
+            assert!(self.ready.is_empty(), "one at a time");
+            if request != self.refused {
+                self.ready = self.read.0[request as usize].clone();
+            }
+            request != self.refused
+        }
+
+        fn send_on(&mut self, socket: &Socket) -> io::Result<Option<usize>> {
+            let sent = socket.send(&[IoSlice::new(&self.ready)], false)?;
+            self.ready.drain(..sent.unwrap_or(0));
+            Ok(sent)
+        }
+    }
+
+    /// What is made ready late comes behind its own head, and a request that cannot be leaves no trace.
+    #[test]
+    fn data_that_is_made_ready_late_follows_its_head() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let socket = Socket::new(ours.into()).unwrap();
+        let read = Fixed((0..60_u8).map(|n| vec![n; 50_000]).collect());
+        let mut source = Pages { read, ready: Vec::new(), refused: 7 };
+        let (mut output, mut expected, mut got) = (Output::default(), Vec::new(), Vec::new());
+        for n in 0..60_u32 {
+            let head = vec![u8::try_from(n).unwrap() ^ 0xff; 100];
+            let body = if n % 2 == 1 { Body::Straight(n, 50_000) } else { Body::Read(n, 50_000) };
+            output.push(|out| out.extend_from_slice(&head), body);
+            if n != source.refused {
+                expected.extend_from_slice(&head);
+                expected.extend_from_slice(source.data(n, 50_000));
+            }
+        }
+        let mut ended = Ended::default();
+        let mut blocked = 0;
+        while output.send(&socket, &mut source, &mut ended).unwrap() == Sent::Blocked {
+            blocked += 1;
+            let mut some = vec![0; 70_000];
+            let len = theirs.read(&mut some).unwrap();
+            got.extend_from_slice(&some[..len]);
+        }
+        drop(socket);
+        theirs.set_nonblocking(false).unwrap();
+        theirs.read_to_end(&mut got).unwrap();
+        assert!(got == expected && blocked > 3);
+        assert_eq!(ended.unread, [7]);
+        assert_eq!(ended.released, (0..60).filter(|n| *n != 7).collect::<Vec<u32>>());
     }
 
     /// A client that reads slowly gets every byte once and in order, and what is sent is released.
@@ -156,19 +296,19 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         let socket = Socket::new(ours.into()).unwrap();
-        let source = Fixed((0..200_u8).map(|n| vec![n; 9000]).collect());
-        let (mut output, mut expected, mut got, mut released) =
-            (Output::default(), Vec::new(), Vec::new(), Vec::new());
+        let mut source = Fixed((0..200_u8).map(|n| vec![n; 9000]).collect());
+        let (mut output, mut expected, mut got) = (Output::default(), Vec::new(), Vec::new());
+        let mut ended = Ended::default();
         for n in 0..200_u32 {
             let head = vec![u8::try_from(n).unwrap() ^ 0xff; 1000];
-            output.push(|out| out.extend_from_slice(&head), Some((n, 9000)));
+            output.push(|out| out.extend_from_slice(&head), Body::Read(n, 9000));
             expected.extend_from_slice(&head);
             expected.extend_from_slice(source.data(n, 9000));
-            output.push(|out| out.push(7), None);
+            output.push(|out| out.push(7), Body::Nothing);
             expected.push(7);
         }
         let mut blocked = 0;
-        while output.send(&socket, &source, &mut released).unwrap() == Sent::Blocked {
+        while output.send(&socket, &mut source, &mut ended).unwrap() == Sent::Blocked {
             blocked += 1;
             assert!(output.heads.len() <= 200 * 1001);
             let mut some = vec![0; 50_000];
@@ -179,6 +319,6 @@ mod tests {
         theirs.set_nonblocking(false).unwrap();
         theirs.read_to_end(&mut got).unwrap();
         assert!(got == expected && blocked > 3);
-        assert_eq!(released, (0..200).collect::<Vec<u32>>());
+        assert_eq!(ended.released, (0..200).collect::<Vec<u32>>());
     }
 }

@@ -37,10 +37,11 @@ impl Socket {
         }
     }
 
-    /// As much of `parts` as there is room for; `None` when there is none.
-    pub(super) fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+    /// As much of `parts` as there is room for; `None` when there is none. With `more`, other bytes follow at once.
+    pub(super) fn send(&self, parts: &[IoSlice<'_>], more: bool) -> io::Result<Option<usize>> {
         let mut nothing = SendAncillaryBuffer::default();
-        match sendmsg(&self.0, parts, &mut nothing, SendFlags::NOSIGNAL) {
+        let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+        match sendmsg(&self.0, parts, &mut nothing, flags) {
             Ok(sent) => Ok(Some(sent)),
             Err(Errno::AGAIN | Errno::INTR) => Ok(None),
             Err(errno) => Err(errno.into()),
@@ -103,7 +104,7 @@ impl Read for Dialogue<'_> {
 impl Write for Dialogue<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
-            if let Some(sent) = self.socket.send(&[IoSlice::new(bytes)])? {
+            if let Some(sent) = self.socket.send(&[IoSlice::new(bytes)], false)? {
                 return Ok(sent);
             }
             self.wait(PollFlags::OUT)?;

@@ -9,6 +9,9 @@ use seccompiler::{
     TargetArch,
 };
 
+/// `cachestat`: what of a file is in memory.
+const SYS_CACHESTAT: i64 = 451;
+
 /// Moving bytes, in files and between processes.
 const FILES: &[i64] = &[
     libc::SYS_read,
@@ -22,6 +25,8 @@ const FILES: &[i64] = &[
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
     libc::SYS_copy_file_range,
+    libc::SYS_splice,
+    SYS_CACHESTAT,
     libc::SYS_openat,
     libc::SYS_close,
     libc::SYS_lseek,

@@ -353,6 +353,12 @@ pub trait Layer: Send + Sync + fmt::Debug {
         self.encryption().is_some()
     }
 
+    /// Whether a place that held guest bytes may come to hold something else while the image is open: those of other
+    /// guest bytes, or a table. Whoever looks at a place for longer than a [`Lease`] lasts has to know. No I/O.
+    fn reuses_places(&self) -> bool {
+        false
+    }
+
     /// Begins a [`Lease`], which the caller ends with [`Self::end_lease`]. No I/O, never blocks, takes no memory.
     /// A layer whose map never gives a place to someone else has nothing to do.
     fn begin_lease(&self) -> LeaseToken {

@@ -167,7 +167,7 @@ impl Connection {
 
     fn send(&mut self) -> io::Result<()> {
         while self.sent < self.output.len() {
-            match self.socket.send(&[IoSlice::new(&self.output[self.sent..])])? {
+            match self.socket.send(&[IoSlice::new(&self.output[self.sent..])], false)? {
                 Some(sent) => self.sent += sent,
                 None => return Ok(()),
             }

@@ -427,6 +427,11 @@ impl Layer for Qcow2Layer {
         }
     }
 
+    /// Clusters are given up by discards, zero writes and snapshots, and given out again.
+    fn reuses_places(&self) -> bool {
+        self.writer().is_some()
+    }
+
     fn begin_lease(&self) -> LeaseToken {
         LeaseToken(self.epochs.pin().into_epoch())
     }

@@ -22,6 +22,7 @@ const TARGET: f64 = 1.5;
 struct Row {
     name: &'static str,
     kind: Kind,
+    read_only: bool,
     command: &'static [&'static str],
 }
 
@@ -29,6 +30,7 @@ const ROWS: &[Row] = &[
     Row {
         name: "qemu-img bench, 4 KiB reads, raw",
         kind: Kind::Raw,
+        read_only: false,
         command: &[
             "qemu-img", "bench", "-f", "raw", "-c", "100000", "-d", "32", "-s", "4096", "-S", "69632", "URI",
         ],
@@ -36,6 +38,7 @@ const ROWS: &[Row] = &[
     Row {
         name: "qemu-img bench, 4 KiB reads, qcow2",
         kind: Kind::Qcow2,
+        read_only: false,
         command: &[
             "qemu-img", "bench", "-f", "raw", "-c", "100000", "-d", "32", "-s", "4096", "-S", "69632", "URI",
         ],
@@ -43,14 +46,36 @@ const ROWS: &[Row] = &[
     Row {
         name: "qemu-img bench, 4 KiB writes, qcow2",
         kind: Kind::Qcow2,
+        read_only: false,
         command: &[
             "qemu-img", "bench", "-w", "-f", "raw", "-c", "100000", "-d", "32", "-s", "4096", "-S", "69632",
             "URI",
         ],
     },
-    Row { name: "nbdcopy to null, raw", kind: Kind::Raw, command: &["nbdcopy", "URI", "null:"] },
-    Row { name: "nbdcopy to null, qcow2", kind: Kind::Qcow2, command: &["nbdcopy", "URI", "null:"] },
-    Row { name: "nbdcopy from a file, qcow2", kind: Kind::Empty, command: &["nbdcopy", "source", "URI"] },
+    Row {
+        name: "nbdcopy to null, raw",
+        kind: Kind::Raw,
+        read_only: false,
+        command: &["nbdcopy", "URI", "null:"],
+    },
+    Row {
+        name: "nbdcopy to null, qcow2",
+        kind: Kind::Qcow2,
+        read_only: false,
+        command: &["nbdcopy", "URI", "null:"],
+    },
+    Row {
+        name: "nbdcopy to null, qcow2, read-only",
+        kind: Kind::Qcow2,
+        read_only: true,
+        command: &["nbdcopy", "URI", "null:"],
+    },
+    Row {
+        name: "nbdcopy from a file, qcow2",
+        kind: Kind::Empty,
+        read_only: false,
+        command: &["nbdcopy", "source", "URI"],
+    },
 ];
 
 pub(crate) fn print_table(bench: &Bench, directory: &Path) -> io::Result<()> {
@@ -83,7 +108,7 @@ pub(crate) fn print_table(bench: &Bench, directory: &Path) -> io::Result<()> {
 fn measure(bench: &Bench, directory: &Path, row: &Row, side: Side) -> io::Result<f64> {
     let layers = row.kind.make(directory)?;
     let layer = layers.last().expect("an image has a layer");
-    let server = Server::export(bench, directory, side, layer)?;
+    let server = Server::export(bench, directory, side, layer, row.read_only)?;
     let clock = server.clock()?;
     let before = clock.now().map_err(io::Error::other)?;
     let uri = format!("nbd+unix:///?socket={}", directory.join("socket").display());

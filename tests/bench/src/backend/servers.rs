@@ -85,16 +85,24 @@ impl Server {
     }
 
     /// An NBD export at `socket` in `directory`, for several connections.
-    pub(crate) fn export(bench: &Bench, directory: &Path, side: Side, layer: &Layer) -> io::Result<Self> {
+    pub(crate) fn export(
+        bench: &Bench,
+        directory: &Path,
+        side: Side,
+        layer: &Layer,
+        read_only: bool,
+    ) -> io::Result<Self> {
         let mut command = match side {
             Side::Ours => {
                 let mut command = Command::new(&bench.backend);
                 command.args(["nbd", "--listen", "unix:socket"]);
                 command.args(["--image", &layer.file, "--format", layer.format]);
+                command.args(read_only.then_some("--read-only"));
                 command
             }
             Side::Theirs => {
                 let mut command = Command::new("qemu-nbd");
+                command.args(read_only.then_some("--read-only"));
                 command.args(["-t", "-e", "16", "--aio=io_uring", "--cache=writeback", "--pid-file", "pid"]);
                 command.arg("-k").arg(directory.join("socket")).args(["-f", layer.format, &layer.file]);
                 command
