@@ -3,8 +3,10 @@
 //!
 //! Each row serves the same image with both daemons by turns, several times, and puts the load of `blk-backend bench`
 //! on each; what counts is requests a second of the daemon's CPU time. `images` makes what is served, `servers` starts
-//! the daemons, `rows` are the loads on virtio devices, `nbd` those of other programs' NBD clients.
+//! the daemons, `rows` are the loads on virtio devices, `nbd` those of other programs' NBD clients; `fio` is what is there
+//! to be had.
 
+mod fio;
 mod images;
 mod nbd;
 mod rows;
@@ -69,6 +71,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     say(&format!("load of the machine before: {}", load()?));
     rows::print_table(&bench, memory.path(), disk.path())?;
     rows::print_scaling(&bench, memory.path())?;
+    fio::print_table(&bench, memory.path(), disk.path())?;
     nbd::print_table(&bench, memory.path())?;
     say(&format!("load of the machine after: {}", load()?));
     Ok(())

@@ -15,22 +15,22 @@ use crate::{
 
 /// One line of the table.
 #[derive(Clone, Copy, Debug)]
-struct Row {
-    name: &'static str,
-    kind: Kind,
-    pattern: Pattern,
-    block_bytes: u64,
-    depth: u32,
+pub(crate) struct Row {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
+    pub(crate) pattern: Pattern,
+    pub(crate) block_bytes: u64,
+    pub(crate) depth: u32,
     /// Requests of a run, on an image that is made anew for it. Without, it is over after some time.
-    count: Option<u64>,
-    direct: bool,
+    pub(crate) count: Option<u64>,
+    pub(crate) direct: bool,
     /// Of requests a second of CPU time, ours to theirs.
-    target: f64,
+    pub(crate) target: f64,
     /// Of median latencies, ours to theirs.
-    target_p50: Option<f64>,
+    pub(crate) target_p50: Option<f64>,
 }
 
-const ROW: Row = Row {
+pub(crate) const ROW: Row = Row {
     name: "",
     kind: Kind::Raw,
     pattern: Pattern::RandRead,
@@ -93,8 +93,8 @@ const ROWS: &[Row] = &[
 
 /// What one run came to.
 #[derive(Clone, Copy, Debug)]
-struct Figures {
-    per_cpu_second: f64,
+pub(crate) struct Figures {
+    pub(crate) per_cpu_second: f64,
     per_second: f64,
     p50_us: f64,
     memory_mib: f64,
@@ -156,7 +156,7 @@ fn measure_pairs(bench: &Bench, directory: &Path, row: &Row) -> io::Result<(Vec<
     Ok((ours, theirs))
 }
 
-fn measure(
+pub(crate) fn measure(
     bench: &Bench,
     directory: &Path,
     row: &Row,
