@@ -33,6 +33,9 @@ use crate::{
 /// the cache of its core still when zeroes are looked for and the bytes are written.
 const PIECE_BYTES: u64 = 1 << 20;
 
+/// The same where clusters are compressed: that takes so much longer than system calls that what threads hold counts.
+const COMPRESSED_PIECE_BYTES: u64 = 256 << 10;
+
 /// The reference's buffer, whose bounds can be seen in the result where zero detection looks across blocks.
 const REFERENCE_PIECE_BYTES: u64 = 2 << 20;
 
@@ -111,7 +114,10 @@ impl<'a> Copy<'a> {
         let cut = if options.copy_offload && zeroes == DetectZeroes::Off {
             Cut::At(OFFLOAD_PIECE_BYTES)
         } else if is_local && zeroes == DetectZeroes::Off {
-            Cut::At(PIECE_BYTES.max(if compress.is_some() { target.cluster_bytes } else { 0 }))
+            Cut::At(match compress {
+                None => PIECE_BYTES,
+                Some(_) => COMPRESSED_PIECE_BYTES.max(target.cluster_bytes),
+            })
         } else {
             Cut::After(REFERENCE_PIECE_BYTES)
         };
