@@ -160,7 +160,13 @@ impl Queue {
 }
 
 /// What a step fills before the guest's bytes and behind them; `None` where that takes a thread that may block.
-fn filled(
+///
+/// # Errors
+/// When what stands there cannot be read.
+///
+/// # Panics
+/// When the map does not cover what is to be filled.
+pub fn filled(
     image: &Image,
     ticket: &WriteTicket,
     step: &WriteStep,
