@@ -57,7 +57,7 @@ fn windows_are_written() {
     let mut twins = Twins::new(SETUP).without_files();
     let open = "driver=qcow2,file.driver=raw,file.offset=512,file.file.filename=w";
     twins.lines(&[
-        &format!("qemu-img bench -w -c 5 -s 64k -o 128k --pattern 5 --image-opts {open} | tail -n 0"),
+        &format!("qemu-img bench -w -d 1 -c 5 -s 64k -o 128k --pattern 5 --image-opts {open} | tail -n 0"),
         &format!("qemu-img snapshot -c s --image-opts {open}"),
         &format!("qemu-img check --image-opts {open}"),
         &format!("qemu-img convert -O raw --image-opts {open} out && cksum out"),
@@ -89,10 +89,10 @@ fn zeroes_are_detected() {
             let convert = format!("qemu-img convert -f raw -n --target-image-opts r {target}");
             twins.lines(&[
                 &renew,
-                &format!("qemu-img bench -w -c 4 -s 64k -o 64k --image-opts {target} | tail -n 0"),
+                &format!("qemu-img bench -w -d 1 -c 4 -s 64k -o 64k --image-opts {target} | tail -n 0"),
                 &map,
                 &format!(
-                    "qemu-img bench -w -c 4 -s 64k -o 512k --pattern=3 --image-opts {target} | tail -n 0"
+                    "qemu-img bench -w -d 1 -c 4 -s 64k -o 512k --pattern=3 --image-opts {target} | tail -n 0"
                 ),
                 &map,
             ]);
