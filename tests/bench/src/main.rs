@@ -4,6 +4,7 @@
 //! first, and reports the least of its runs. A row whose output does not read like its input is an error, not a
 //! figure.
 
+mod bare;
 mod inputs;
 mod measure;
 mod rows;
@@ -45,6 +46,12 @@ struct Arguments {
     /// The program it is compared with.
     #[arg(long, default_value = "/usr/bin/qemu-img")]
     reference: PathBuf,
+    /// Only read these files: how the program calls itself to measure what their bytes cost alone.
+    #[arg(long, value_name = "FILE", num_args = 1.., hide = true)]
+    bare: Vec<PathBuf>,
+    /// Write what was read, too.
+    #[arg(long, value_name = "FILE", requires = "bare", hide = true)]
+    to: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -52,6 +59,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> io::Result<()> {
+    if !arguments.bare.is_empty() {
+        return bare::run(&arguments.bare, arguments.to.as_deref());
+    }
     let scale = if arguments.quick { inputs::QUICK } else { inputs::FULL };
     let inputs = Inputs::new(&arguments.dir, scale, &arguments.reference)?;
     let only = &arguments.only;
@@ -64,24 +74,37 @@ fn run(arguments: &Arguments) -> io::Result<()> {
         return Ok(());
     }
     let tools = [fs::canonicalize(&arguments.img)?, fs::canonicalize(&arguments.reference)?];
-    print(
-        "| operation | CPU s, img | qemu-img | ratio (target) | wall s, img | qemu-img | ratio (target) | peak MiB, img | qemu-img |",
-    );
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |");
+    print(concat!(
+        "| operation | CPU s, img | qemu-img | bare | ratio (target) | wall s, img | qemu-img | ratio (target) ",
+        "| peak MiB, img | qemu-img |",
+    ));
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |");
     for row in rows() {
         let mut costs = [Vec::new(), Vec::new()];
+        let mut bare_costs = Vec::new();
         for run in 0..arguments.runs {
             for tool in by_turns(run, 0, 1) {
-                costs[tool].push(measure_row(row, &inputs, &tools[tool], &tools[1])?);
+                let measure = || run_all(row, &inputs, &tools[tool]);
+                costs[tool].push(measure_row(row, &inputs, &tools[1], measure)?);
+            }
+            if let Some(bare) = &row.bare {
+                let measure = || measure::run(&mut bare.command(&inputs)?);
+                bare_costs.push(measure_row(&Row { proof: None, ..*row }, &inputs, &tools[1], measure)?);
             }
         }
-        print(&line(row, measure::least(&costs[0]), measure::least(&costs[1])));
+        let bare_cost = row.bare.is_some().then(|| measure::least(&bare_costs));
+        print(&line(row, measure::least(&costs[0]), measure::least(&costs[1]), bare_cost));
     }
     Ok(())
 }
 
-/// One measured run of `row` with `tool`.
-fn measure_row(row: &Row, inputs: &Inputs, tool: &Path, reference: &Path) -> io::Result<Cost> {
+/// One run of `row`, of which that of `measured` counts.
+fn measure_row(
+    row: &Row,
+    inputs: &Inputs,
+    reference: &Path,
+    measured: impl FnOnce() -> io::Result<Cost>,
+) -> io::Result<Cost> {
     let output = inputs.path("output");
     match fs::remove_file(&output) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -95,14 +118,9 @@ fn measure_row(row: &Row, inputs: &Inputs, tool: &Path, reference: &Path) -> io:
     }
     settle(row, inputs)?;
     for name in row.needs {
-        read_data(&fs::File::open(inputs.path(name))?)?;
+        bare::run(&[inputs.path(name)], None)?;
     }
-    let mut cost = Cost::default();
-    for _ in 0..row.times {
-        for words in row.commands {
-            cost = cost.then(measure::run(&mut command(tool, words, inputs))?);
-        }
-    }
+    let cost = measured()?;
     if let Some(words) = row.proof {
         measure::run(&mut command(reference, words, inputs))?;
     }
@@ -120,26 +138,15 @@ fn settle(row: &Row, inputs: &Inputs) -> io::Result<()> {
     fs::File::open(&inputs.dir)?.sync_all()
 }
 
-/// Brings what is not a hole into the page cache.
-fn read_data(file: &fs::File) -> io::Result<()> {
-    use rustix::fs::SeekFrom;
-    use std::os::unix::fs::FileExt;
-
-    let mut buf = vec![0; 1 << 20];
-    let mut at = 0;
-    loop {
-        let (start, end) = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(start) => (start, rustix::fs::seek(file, SeekFrom::Hole(start))?),
-            Err(rustix::io::Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        at = start;
-        while at < end {
-            let len = usize::try_from(end - at).map_or(buf.len(), |left| left.min(buf.len()));
-            file.read_exact_at(&mut buf[..len], at)?;
-            at += len as u64;
+/// What the commands of `row` cost with `tool`.
+fn run_all(row: &Row, inputs: &Inputs, tool: &Path) -> io::Result<Cost> {
+    let mut cost = Cost::default();
+    for _ in 0..row.times {
+        for words in row.commands {
+            cost = cost.then(measure::run(&mut command(tool, words, inputs))?);
         }
     }
+    Ok(cost)
 }
 
 fn command(tool: &Path, words: &str, inputs: &Inputs) -> Command {
@@ -155,7 +162,7 @@ fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     if status.success() { Ok(()) } else { Err(io::Error::other(format!("cp {}: {status}", from.display()))) }
 }
 
-fn line(row: &Row, ours: Cost, reference: Cost) -> String {
+fn line(row: &Row, ours: Cost, reference: Cost, bare: Option<Cost>) -> String {
     let (cpu, wall) = (
         ours.cpu.as_secs_f64() / reference.cpu.as_secs_f64(),
         ours.wall.as_secs_f64() / reference.wall.as_secs_f64(),
@@ -165,10 +172,11 @@ fn line(row: &Row, ours: Cost, reference: Cost) -> String {
         format!("{ratio:.2} ({target}){reached}")
     };
     format!(
-        "| {} | {:.3} | {:.3} | {} | {:.3} | {:.3} | {} | {} | {} |",
+        "| {} | {:.3} | {:.3} | {} | {} | {:.3} | {:.3} | {} | {} | {} |",
         row.name,
         ours.cpu.as_secs_f64(),
         reference.cpu.as_secs_f64(),
+        bare.map_or("—".to_owned(), |bare| format!("{:.3}", bare.cpu.as_secs_f64())),
         mark(cpu, row.target.0),
         ours.wall.as_secs_f64(),
         reference.wall.as_secs_f64(),

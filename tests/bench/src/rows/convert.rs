@@ -1,6 +1,6 @@
 //! Copies of whole disks, and of a part of one.
 
-use super::{ROW, Row};
+use super::{Bare, ROW, Row};
 
 pub(super) const ROWS: &[Row] = &[
     Row {
@@ -8,6 +8,7 @@ pub(super) const ROWS: &[Row] = &[
         needs: &["os.raw"],
         commands: &["convert -f raw -O qcow2 os.raw {o}"],
         proof: Some("compare os.raw {o}"),
+        bare: Some(Bare::Copy("os.raw")),
         target: (0.55, 0.5),
         ..ROW
     },
@@ -16,6 +17,7 @@ pub(super) const ROWS: &[Row] = &[
         needs: &["plain.qcow2"],
         commands: &["convert -f qcow2 -O raw plain.qcow2 {o}"],
         proof: Some("compare os.raw {o}"),
+        bare: Some(Bare::Copy("plain.qcow2")),
         target: (0.55, 0.5),
         ..ROW
     },
@@ -24,6 +26,7 @@ pub(super) const ROWS: &[Row] = &[
         needs: &["plain.qcow2"],
         commands: &["convert -f qcow2 -O qcow2 plain.qcow2 {o}"],
         proof: Some("compare os.raw {o}"),
+        bare: Some(Bare::Copy("plain.qcow2")),
         target: (0.55, 0.5),
         ..ROW
     },
@@ -32,6 +35,7 @@ pub(super) const ROWS: &[Row] = &[
         needs: &["os.raw"],
         commands: &["convert -f raw -O raw os.raw {o}"],
         proof: Some("compare os.raw {o}"),
+        bare: Some(Bare::Copy("os.raw")),
         target: (0.4, 0.4),
         ..ROW
     },
@@ -88,6 +92,7 @@ pub(super) const ROWS: &[Row] = &[
         needs: &["os.raw"],
         commands: &["convert -f raw -O vpc os.raw {o}"],
         proof: Some("compare -f raw -F vpc os.raw {o}"),
+        bare: Some(Bare::Copy("os.raw")),
         target: (0.55, 0.5),
         ..ROW
     },
@@ -96,6 +101,7 @@ pub(super) const ROWS: &[Row] = &[
         needs: &["plain.vpc"],
         commands: &["convert -f vpc -O raw plain.vpc {o}"],
         proof: Some("compare os.raw {o}"),
+        bare: Some(Bare::Copy("plain.vpc")),
         target: (0.55, 0.5),
         ..ROW
     },
@@ -104,6 +110,7 @@ pub(super) const ROWS: &[Row] = &[
         needs: &["os.raw"],
         commands: &["convert -f raw -O qed os.raw {o}"],
         proof: Some("compare -f raw -F qed os.raw {o}"),
+        bare: Some(Bare::Copy("os.raw")),
         target: (0.55, 0.5),
         ..ROW
     },
@@ -112,6 +119,7 @@ pub(super) const ROWS: &[Row] = &[
         needs: &["plain.qed"],
         commands: &["convert -f qed -O raw plain.qed {o}"],
         proof: Some("compare os.raw {o}"),
+        bare: Some(Bare::Copy("plain.qed")),
         target: (0.55, 0.5),
         ..ROW
     },

@@ -1,6 +1,6 @@
 //! What only looks at images.
 
-use super::{ROW, Row};
+use super::{Bare, ROW, Row};
 
 pub(super) const ROWS: &[Row] = &[
     Row {
@@ -74,6 +74,7 @@ pub(super) const ROWS: &[Row] = &[
         name: "compare raw with qcow2",
         needs: &["os.raw", "plain.qcow2"],
         commands: &["compare -f raw -F qcow2 os.raw plain.qcow2"],
+        bare: Some(Bare::Read(&["os.raw", "plain.qcow2"])),
         target: (0.55, 0.3),
         ..ROW
     },

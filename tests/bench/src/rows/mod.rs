@@ -5,6 +5,8 @@ mod convert;
 mod look;
 mod requests;
 
+use crate::bare::Bare;
+
 /// One line of the table. Commands are words. In them `{o}` stands for the output, which is deleted before each run,
 /// `{huge}` and `{data}` for sizes in bytes, `{data_mib}` for the latter in MiB.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +24,8 @@ pub(crate) struct Row {
     pub(crate) times: u32,
     /// What the reference must answer with success afterwards: that the output reads as it should.
     pub(crate) proof: Option<&'static str>,
+    /// The same bytes without a format, where they are what the row costs.
+    pub(crate) bare: Option<Bare>,
     /// Ratios to reach: CPU time, wall clock.
     pub(crate) target: (f64, f64),
 }
@@ -34,6 +38,7 @@ const ROW: Row = Row {
     commands: &[],
     times: 1,
     proof: None,
+    bare: None,
     target: (1.0, 1.0),
 };
 
