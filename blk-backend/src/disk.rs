@@ -330,15 +330,13 @@ impl Disk {
             Error::Invalid(format!("Format '{format}' does not exist or has no backing files"))
         })?;
         let top = &image.layers()[0];
-        let path = top.file(HostFile::IMAGE).map(|file| file.path().to_owned()).unwrap_or_default();
-        let path = path.canonicalize().map_err(|error| Error::io(&path, "find", error))?;
         self.check_is_foreign(image, overlay)?;
         let request = CreateImage {
             name: overlay,
             driver,
             virtual_size_bytes: image.virtual_size_bytes(),
             backing: Some(Backing {
-                name: text::from_path(&path),
+                name: image.backing_name_for(overlay.path_to_create()?)?,
                 format: Some(top.driver().name().to_owned()),
             }),
             options: OptionSet::new(),

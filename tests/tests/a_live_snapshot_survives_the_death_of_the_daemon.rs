@@ -89,7 +89,10 @@ fn killed_after_snapshots_under_load() {
         let info = qemu_img(directory, ["info", "-U", "--output=json", &new]).output().success();
         let info: serde_json::Value = serde_json::from_str(&info).expect("JSON");
         let backing = info["full-backing-filename"].as_str().expect("it has a backing file");
-        assert_eq!(fs::canonicalize(backing).unwrap(), fs::canonicalize(directory.join(&old)).unwrap());
+        assert_eq!(
+            fs::canonicalize(directory.join(backing)).unwrap(),
+            fs::canonicalize(directory.join(&old)).unwrap()
+        );
         below.push((old.clone(), contents(&directory.join(old))));
     }
     let top = format!("top{rounds}");

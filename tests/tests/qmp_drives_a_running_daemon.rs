@@ -68,7 +68,7 @@ fn errors_are_the_references() {
     let directory = tempfile::tempdir().unwrap();
     let _daemon = serve(directory.path(), &[]);
     qemu_img(directory.path(), ["create", "-q", "-f", "qcow2", "theirs", "8M"]).output().success();
-    let mut theirs = Reference::start(directory.path());
+    let mut theirs = Reference::start(directory.path(), "theirs");
     let mut ours = Monitor::connect(&directory.path().join("qmp"));
     let texts = [
         r#"{"execute": "query-version"}"#,
@@ -130,11 +130,11 @@ struct Reference {
 }
 
 impl Reference {
-    fn start(directory: &Path) -> Self {
+    fn start(directory: &Path, image: &str) -> Self {
         // Its monitor connects to us: there is nothing to wait for.
         let listener = std::os::unix::net::UnixListener::bind(directory.join("theirs-qmp")).unwrap();
         let child = std::process::Command::new(img_tests::command::oracle("qemu-storage-daemon"))
-            .args(["--blockdev", "driver=file,filename=theirs,node-name=f"])
+            .args(["--blockdev", &format!("driver=file,filename={image},node-name=f")])
             .args(["--blockdev", "driver=qcow2,file=f,node-name=disk0"])
             .args(["--nbd-server", "addr.type=unix,addr.path=theirs-socket"])
             .args(["--export", "type=nbd,id=disk0,node-name=disk0,name=,writable=off"])
@@ -155,6 +155,57 @@ impl Drop for Reference {
         self.child.kill().ok();
         self.child.wait().ok();
     }
+}
+
+/// A snapshot calls what is below it by the name by which that was opened, as the reference has it. Where that leads nowhere
+/// from the snapshot's directory, as it does for the reference, it names the way from the root.
+#[test]
+fn snapshots_name_what_is_below_them_so_that_it_is_found() {
+    let mut of_reference_found = 0;
+    for (given, overlay) in [
+        ("base", "over"),
+        ("./base", "over"),
+        ("sub/base", "over"),
+        ("base", "sub/over"),
+        ("sub/base", "sub/over"),
+    ] {
+        let directories = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let [ours, theirs] = directories.each_ref().map(|directory| {
+            let directory = directory.path();
+            fs::create_dir(directory.join("sub")).unwrap();
+            for file in ["base", "sub/base"] {
+                qemu_img(directory, ["create", "-q", "-f", "qcow2", file, "8M"]).output().success();
+            }
+            directory
+        });
+        let arguments =
+            |node: &str| json!({node: "disk0", "snapshot-file": overlay, "snapshot-node-name": "over"});
+        {
+            let image = ["nbd", "--listen", "unix:socket", "--image", given, "--qmp", "unix:qmp"];
+            let daemon = Daemon::start(ours, image);
+            let mut monitor = Monitor::negotiated(&ours.join("qmp"));
+            monitor.success("blockdev-snapshot-sync", arguments("device"));
+            assert_eq!(daemon.terminate().code, Some(0));
+            let mut reference = Reference::start(theirs, given);
+            reference.monitor.success("qmp_capabilities", json!({}));
+            reference.monitor.success("blockdev-snapshot-sync", arguments("node-name"));
+        }
+        // What is recorded, and whether that is the disk.
+        let [ours, theirs] = [ours, theirs].map(|directory| {
+            let info = qemu_img(directory, ["info", "-U", "--output=json", overlay]).output().success();
+            let info: Value = serde_json::from_str(&info).unwrap();
+            let full = directory.join(info["full-backing-filename"].as_str().unwrap());
+            let is_found =
+                full.canonicalize().is_ok_and(|full| full == directory.join(given).canonicalize().unwrap());
+            (info["backing-filename"].as_str().unwrap().to_owned(), is_found)
+        });
+        assert!(ours.1, "{given} {overlay}: {ours:?}");
+        if theirs.1 {
+            assert_eq!(ours.0, theirs.0, "{given} {overlay}");
+            of_reference_found += 1;
+        }
+    }
+    assert_eq!(of_reference_found, 3);
 }
 
 #[test]

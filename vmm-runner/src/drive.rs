@@ -175,20 +175,19 @@ impl Drive {
     /// When the disk cannot be opened, or the overlay is there already or cannot be made.
     pub fn open_on_overlay(config: DriveConfig, overlay: &Path) -> Result<Self> {
         if overlay.exists() {
-            return Err(Error::Invalid(format!("{}: it is there already", overlay.display())));
+            let text =
+                format!("{}: it is there already; to go on with it, name it as the disk", overlay.display());
+            return Err(Error::Invalid(text));
         }
         let base = ImageName::parse(&config.path)?;
         let mut options = OpenOptions::new(OpenMode::Inspect);
         options.format.clone_from(&config.format);
         let image = Image::open(&base, &options)?;
         let format = image.layers()[0].driver().name();
-        // Told as a name from anywhere: the overlay may be in another directory.
-        let below = match std::path::absolute(&config.path) {
-            Ok(path) if path.exists() => path.to_string_lossy().into_owned(),
-            _ => config.path.clone(),
-        };
+        let name = ImageName::parse(&overlay.to_string_lossy())?;
+        let below = image.backing_name_for(name.path_to_create()?)?;
         create(&CreateImage {
-            name: &ImageName::parse(&overlay.to_string_lossy())?,
+            name: &name,
             driver: registry::by_name(OVERLAY_FORMAT)
                 .ok_or_else(|| Error::Invalid(format!("'{OVERLAY_FORMAT}' is not a format")))?,
             virtual_size_bytes: image.virtual_size_bytes(),

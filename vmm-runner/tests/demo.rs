@@ -55,7 +55,7 @@ fn an_overlay_is_made_once_and_a_snapshot_leaves_nothing() {
     assert!(Path::new(&overlay).exists());
     assert_eq!(
         run(&["--disk", &disk, "--overlay", &overlay]),
-        format!("vmm-runner: {overlay}: it is there already\n")
+        format!("vmm-runner: {overlay}: it is there already; to go on with it, name it as the disk\n")
     );
     assert_eq!(run(&["--overlay", &overlay]), "vmm-runner: --overlay needs a disk\n");
     assert_eq!(run(&["--disk", &disk, "--snapshot"]), nothing);

@@ -1,7 +1,7 @@
 //! Putting a new layer over an open disk: what a live external snapshot does.
 
-use super::Image;
-use crate::{Error, Result, format::HostFile, storage::lock::Use};
+use super::{Image, full_backing_name, protocol};
+use crate::{Error, Result, format::HostFile, storage::lock::Use, text};
 
 impl Image {
     /// The disk of `overlay`, which was opened alone for writing and holds nothing yet, over all layers of this one.
@@ -37,5 +37,23 @@ impl Image {
         let mut names = overlay.names.clone();
         names.extend(self.names.iter().cloned());
         Ok(Self { writes_through: self.writes_through, ..Self::over(layers, names) })
+    }
+
+    /// What a new image at the path `overlay` calls this one as its backing file: the name by which this one was opened, as
+    /// the reference has it, where that leads here from the directory of `overlay` too. Elsewhere the reference's overlay
+    /// would stand on nothing, or on another image; there it is the path from the root.
+    ///
+    /// # Errors
+    /// When this image's file is no longer at its name.
+    pub fn backing_name_for(&self, overlay: &str) -> Result<String> {
+        let given = self.layer_name(0);
+        let Some(file) = self.layers[0].file(HostFile::IMAGE).filter(|_| protocol(given).is_none()) else {
+            return Ok(given.to_owned());
+        };
+        let path = file.path();
+        let here = path.canonicalize().map_err(|error| Error::io(path, "find", error))?;
+        let there = text::to_path(&full_backing_name(overlay, given)).canonicalize();
+        let leads_here = there.is_ok_and(|there| there == here);
+        Ok(if leads_here { given.to_owned() } else { text::from_path(&here) })
     }
 }
