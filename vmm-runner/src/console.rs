@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
@@ -14,6 +14,7 @@ use std::{
     thread,
 };
 
+use blk_backend::control::listen_unix;
 use rustix::{
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
     termios::{OptionalActions, Termios, tcgetattr, tcsetattr},
@@ -68,6 +69,7 @@ pub struct OpenConsole {
     port: Arc<Mutex<Option<Attached>>>,
     /// Restores the terminal when dropped.
     _raw: Option<RawTerminal>,
+    _socket: Option<Socket>,
 }
 
 /// The machine that what is typed goes to.
@@ -91,6 +93,7 @@ impl OpenConsole {
     /// # Errors
     /// When a file, socket or pseudo terminal cannot be made.
     pub fn open(config: &ConsoleConfig) -> Result<Self> {
+        let mut socket = None;
         let (output, input, raw): (Box<dyn Write + Send>, Option<Input>, _) = match config {
             ConsoleConfig::Stdio => {
                 let raw = RawTerminal::enter()?;
@@ -109,7 +112,8 @@ impl OpenConsole {
                 (Box::new(pty), Some(input), None)
             }
             ConsoleConfig::Unix(path) => {
-                let listener = UnixListener::bind(path).map_err(Error::file(path))?;
+                let listener = listen_unix(path).map_err(Error::file(path))?;
+                socket = Some(Socket(path.clone()));
                 let client = Arc::new(Mutex::new(None::<Box<dyn Write + Send>>));
                 let to_client = Arc::clone(&client);
                 let input: Input = Box::new(move |port| serve(&listener, &to_client, &port));
@@ -122,7 +126,13 @@ impl OpenConsole {
             }
             ConsoleConfig::Off => (Box::new(io::sink()), None, None),
         };
-        Ok(Self { output: Arc::new(Mutex::new(output)), input, port: Arc::default(), _raw: raw })
+        Ok(Self {
+            output: Arc::new(Mutex::new(output)),
+            input,
+            port: Arc::default(),
+            _raw: raw,
+            _socket: socket,
+        })
     }
 
     /// A writer for the serial port of a machine.
@@ -245,6 +255,17 @@ fn read_all(input: &mut dyn Read, port: &Mutex<Option<Attached>>, watches: bool)
         if let Some(serial) = serial {
             serial.type_bytes(&typed);
         }
+    }
+}
+
+/// A socket in the file system, which is removed when this is dropped.
+#[derive(Debug)]
+struct Socket(PathBuf);
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Somebody else may have taken it away.
+        fs::remove_file(&self.0).ok();
     }
 }
 

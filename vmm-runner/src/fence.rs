@@ -1,7 +1,7 @@
 //! What the runner gives up once its disks are open.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     path::{Path, PathBuf},
 };
 
@@ -19,6 +19,13 @@ const CALLS: [i64; 3] = [libc::SYS_connect, libc::SYS_mbind, libc::SYS_seccomp];
 pub(crate) fn enter(options: &RunOptions, scratch: Option<&Path>) -> Result<bool> {
     if options.sandbox == "off" {
         return Ok(false);
+    }
+    // What is not there could not be allowed, and nobody would be told.
+    for directory in &options.allow_dir {
+        let metadata = fs::metadata(directory).map_err(Error::file(directory))?;
+        if !metadata.is_dir() {
+            return Err(Error::Invalid(format!("{}: it is not a directory", directory.display())));
+        }
     }
     let mut allowed = Sandbox {
         directories: options.allow_dir.clone(),

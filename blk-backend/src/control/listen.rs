@@ -5,7 +5,10 @@ use std::{
     net::{SocketAddr, TcpListener},
     os::{
         fd::OwnedFd,
-        unix::fs::{FileTypeExt, PermissionsExt},
+        unix::{
+            fs::{FileTypeExt, PermissionsExt},
+            net::UnixListener,
+        },
     },
     path::{Path, PathBuf},
     str::FromStr,
@@ -75,7 +78,7 @@ impl Acceptor {
         mut accepted: impl FnMut(OwnedFd) + Send + 'static,
     ) -> io::Result<Self> {
         let (listener, path, address): (OwnedFd, _, _) = match &address.0 {
-            ListenAddress::Unix(path) => (listen_unix(path)?, Some(path.clone()), address.0.clone()),
+            ListenAddress::Unix(path) => (listen_unix(path)?.into(), Some(path.clone()), address.0.clone()),
             ListenAddress::Tcp(address) => {
                 let (listener, address) = listen_tcp(*address)?;
                 (listener, None, ListenAddress::Tcp(address))
@@ -136,14 +139,18 @@ fn accept_all(listener: &OwnedFd, bell: &OwnedFd, accepted: &mut impl FnMut(Owne
     }
 }
 
-/// A socket that was never open to others: its mode is set before anybody can connect.
-fn listen_unix(path: &Path) -> io::Result<OwnedFd> {
+/// Listens on a socket that was never open to others: its mode is set before anybody can connect. Takes the place of one
+/// that a dead process left.
+///
+/// # Errors
+/// When somebody listens there, something else is there, or the system refuses.
+pub fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     remove_stale_socket(path)?;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     listen(&socket, 16)?;
-    Ok(socket)
+    Ok(socket.into())
 }
 
 fn listen_tcp(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {

@@ -152,11 +152,25 @@ pub fn allocate(config: &MemoryConfig) -> Result<GuestMemory> {
         let region = match &backing {
             Some(file) => {
                 let file = file.try_clone().map_err(Error::host("guest memory"))?;
-                MmapRegion::from_file(FileOffset::new(file, file_offset), length)
+                // Huge pages that nobody set aside would be missed only when the guest touches them, which kills.
+                let reserve = if config.huge_page_bytes.is_some() { 0 } else { libc::MAP_NORESERVE };
+                let access = libc::PROT_READ | libc::PROT_WRITE;
+                MmapRegion::build(
+                    Some(FileOffset::new(file, file_offset)),
+                    length,
+                    access,
+                    libc::MAP_SHARED | reserve,
+                )
             }
             None => MmapRegion::new(length),
         };
-        let region = region.map_err(|error| Error::Invalid(format!("guest memory: {error}")))?;
+        let region = region.map_err(|error| match config.huge_page_bytes {
+            Some(page) => Error::Invalid(format!(
+                "guest memory: the host has not enough free huge pages of {} MiB (see /sys/kernel/mm/hugepages): {error}",
+                page >> 20
+            )),
+            None => Error::Invalid(format!("guest memory: {error}")),
+        })?;
         advise(&region, config)?;
         let region = GuestRegionMmap::new(region, GuestAddress(start))
             .ok_or_else(|| Error::Invalid("guest memory passes the end of the address space".to_owned()))?;
@@ -262,6 +276,15 @@ mod tests {
         assert_eq!(three[1], (GuestAddress(768 << 10), (3 << 30) - (768 << 10)));
         assert_eq!(three[2], (GuestAddress(4 << 30), 2 << 30));
         assert_eq!(ram_ranges(1 << 30).len(), 2);
+    }
+
+    /// Not when the guest touches it, which would kill the process.
+    #[test]
+    fn huge_pages_that_the_host_has_not_set_aside_are_missed_at_once() {
+        let config =
+            MemoryConfig { size_bytes: 512 << 30, huge_page_bytes: Some(2 << 20), ..MemoryConfig::default() };
+        let error = allocate(&config).expect_err("nobody sets aside half a terabyte").to_string();
+        assert!(error.contains("not enough free huge pages of 2 MiB"), "{error}");
     }
 
     #[test]
