@@ -35,19 +35,29 @@ impl Timeline {
     #[must_use]
     pub fn report(&self, exits: &ExitCounts, drives: &[Drive]) -> Value {
         let since =
-            |moment: Option<&Instant>| moment.map(|moment| (*moment - self.began).as_secs_f64() * 1000.0);
-        let reasons: Map<String, Value> =
-            exits.by_reason().into_iter().map(|(name, count)| (name.to_owned(), count.into())).collect();
+            |moment: Option<Instant>| moment.map(|moment| (moment - self.began).as_secs_f64() * 1000.0);
+        let init = exits.init();
+        let mut counts = counted(&exits.by_reason());
+        counts["to_init"] = init.map_or(Value::Null, |init| counted(&init.by_reason));
         json!({
             "timeline_ms": {
-                "entered": since(exits.entered.get()),
-                "first_byte": since(self.spoke.get()),
+                "entered": since(exits.entered()),
+                "first_byte": since(self.spoke.get().copied()),
+                "init": since(init.map(|init| init.at)),
                 "ended": self.began.elapsed().as_secs_f64() * 1000.0,
             },
-            "exits": { "total": exits.total(), "by_reason": reasons },
+            "exits": counts,
             "disks": drives.iter().map(disk).collect::<Vec<_>>(),
         })
     }
+}
+
+/// Exits, all and by reason.
+fn counted(by_reason: &[(&str, u64)]) -> Value {
+    let total: u64 = by_reason.iter().map(|(_, count)| count).sum();
+    let reasons: Map<String, Value> =
+        by_reason.iter().map(|&(name, count)| (name.to_owned(), count.into())).collect();
+    json!({ "total": total, "by_reason": reasons })
 }
 
 fn disk(drive: &Drive) -> Value {

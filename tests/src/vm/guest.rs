@@ -64,6 +64,8 @@ next:
     je 10f
     cmpb $'S', %dl
     je 13f
+    cmpb $'I', %dl
+    je 14f
     movl $(text_what - guest_start + {load}), %esi
     call print
     jmp next
@@ -146,6 +148,11 @@ next:
     call print_byte
     jmp 13b
 
+    # Tell the runner that what a guest's init does begins now.
+14: movb $1, {init_register}
+    xorb %al, %al
+    jmp 8b
+
 write_block:
     movl sector, %ebp
     imull ${pattern}, %ebp, %eax
@@ -188,6 +195,7 @@ img_commanded_guest_end:
     // ACPI's sleep control port, and what switches off.
     sleep_port = const 0xCD0,
     sleep_off = const 5 << 2 | 0x20,
+    init_register = const vmm_runner::machine::layout::INIT_REGISTER,
     options(att_syntax)
 );
 

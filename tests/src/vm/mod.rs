@@ -45,6 +45,8 @@ pub enum Do {
     Load(u32),
     /// Wait for the power button: `button`.
     AwaitButton,
+    /// Tell the runner that its init runs: `ok`.
+    TellInit,
     /// Switch off.
     PowerOff,
     /// Reset.
@@ -156,6 +158,7 @@ impl Vm {
             Do::Capacity => (b'C', 0),
             Do::Load(sector) => (b'L', sector),
             Do::AwaitButton => (b'P', 0),
+            Do::TellInit => (b'I', 0),
             Do::PowerOff => (b'O', 0),
             Do::Reset => (b'B', 0),
             Do::Shout => (b'S', 0),

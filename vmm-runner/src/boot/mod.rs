@@ -22,7 +22,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::{
     Error, Result,
-    machine::{AcpiTables, Entry, Firmware, GuestMemory, RESET_VALUE, layout, ram_ranges},
+    devices::{FAST_RESET, SYSTEM_CONTROL_PORT},
+    machine::{AcpiTables, Entry, Firmware, GuestMemory, layout, ram_ranges},
 };
 
 /// Kernels are far smaller.
@@ -33,8 +34,9 @@ const MAX_INITRD_BYTES: u64 = 1 << 30;
 const INITRD_LIMIT: u64 = 0x3800_0000;
 const PAGE: u64 = 4096;
 /// Real-mode code at the reset vector. Linux jumps there to restart a hardware-reduced machine without EFI:
-/// `mov dx, 0xCF9; mov al, 6; out dx, al; hlt; jmp $-1`.
-const RESET_CODE: [u8; 9] = [0xBA, 0xF9, 0x0C, 0xB0, RESET_VALUE, 0xEE, 0xF4, 0xEB, 0xFD];
+/// `mov al, FAST_RESET; out 0x92, al; hlt; jmp $-1`.
+const RESET_CODE: [u8; 7] = [0xB0, FAST_RESET, 0xE6, 0x92, 0xF4, 0xEB, 0xFD];
+const _: () = assert!(SYSTEM_CONTROL_PORT == 0x92);
 
 /// Where a kernel or an initial file system is.
 #[derive(Clone, PartialEq, Eq)]

@@ -10,7 +10,8 @@ mod serial;
 pub use debug_port::{DEBUG_PORT, DebugPort};
 pub use fw_cfg::{FW_CFG_PORT_COUNT, FW_CFG_PORTS, FwCfg, FwCfgItems};
 pub use power::{
-    AcpiPorts, ResetPort, SLEEP_CONTROL_PORT, SLEEP_PORT_COUNT, SLEEP_TYPE_OFF, SYSTEM_CONTROL_PORT,
+    AcpiPorts, FAST_RESET, ResetPort, SLEEP_CONTROL_PORT, SLEEP_PORT_COUNT, SLEEP_TYPE_OFF,
+    SYSTEM_CONTROL_PORT,
 };
 pub use power_management::{PM1_CONTROL, POWER_PORTS, PowerManagement, TIMER};
 pub use rtc::{RTC_PORT_COUNT, RTC_PORTS, Rtc};

@@ -20,8 +20,8 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 pub const SYSTEM_CONTROL_PORT: u16 = 0x92;
 /// Line 20 is open, always.
 const A20_OPEN: u8 = 1 << 1;
-/// Writing it resets.
-const FAST_RESET: u8 = 1;
+/// Writing it resets; all else there stays as it is.
+pub const FAST_RESET: u8 = 1;
 
 /// ACPI's sleep registers.
 #[derive(Debug)]

@@ -22,7 +22,10 @@ use zerocopy::IntoBytes;
 use super::layout;
 use crate::{
     Error, Result,
-    devices::{COM1_GSI, COM1_PORTS, PM1_CONTROL, POWER_PORTS, SLEEP_CONTROL_PORT, SLEEP_TYPE_OFF, TIMER},
+    devices::{
+        COM1_GSI, COM1_PORTS, FAST_RESET, PM1_CONTROL, POWER_PORTS, SLEEP_CONTROL_PORT, SLEEP_TYPE_OFF,
+        SYSTEM_CONTROL_PORT, TIMER,
+    },
     pci::CONFIG_PORTS,
 };
 
@@ -30,10 +33,6 @@ const OEM: [u8; 6] = *b"IMGVMM";
 const TABLE: [u8; 8] = *b"SMALLPC ";
 const REVISION: u32 = 1;
 
-/// The reset register of a PC's chipset, inside the configuration ports.
-pub const RESET_PORT: u16 = 0xCF9;
-/// What resets when it is written there.
-pub const RESET_VALUE: u8 = 6;
 /// The pin that the power button pulses.
 pub(super) const POWER_BUTTON_GSI: u32 = 9;
 /// The pin of ACPI's own interrupt, which never comes: nothing happens in the event registers.
@@ -178,8 +177,8 @@ fn fadt(dsdt: u64, facs: Option<u64>) -> Vec<u8> {
         .flag(Flags::Wbinvd)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
-    fadt.reset_reg = port(RESET_PORT);
-    fadt.reset_value = RESET_VALUE;
+    fadt.reset_reg = port(SYSTEM_CONTROL_PORT);
+    fadt.reset_value = FAST_RESET;
     // There are ISA devices, but no keyboard controller, no VGA, and no clock with an interrupt.
     fadt.iapc_boot_arch = (ISA_DEVICES | NO_VGA | NO_CLOCK).into();
     match facs {

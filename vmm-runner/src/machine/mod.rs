@@ -3,6 +3,7 @@
 mod acpi;
 mod control;
 mod cpuid;
+mod exits;
 mod firmware;
 mod handle;
 mod hardware;
@@ -16,11 +17,12 @@ mod vcpu;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vm_memory::MmapRegion;
 
-pub use acpi::{AcpiHardware, AcpiTables, MAX_CPUS, RESET_PORT, RESET_VALUE, tables as acpi_tables};
+pub use acpi::{AcpiHardware, AcpiTables, MAX_CPUS, tables as acpi_tables};
 pub use control::{End, RunControl};
+pub use exits::{ExitCounts, InitReached};
 pub use firmware::Firmware;
 pub use handle::MachineHandle;
 pub use hardware::Hardware;
@@ -30,12 +32,12 @@ pub use interrupts::{Interrupts, Message, MessageInterrupt};
 pub use layout::{HIGH_RAM_START, LOW_RAM_LIMIT};
 pub use memory::{GuestMemory, MemoryConfig, allocate as allocate_memory, ram_ranges, shared_fd};
 pub use registers::Entry;
-pub use vcpu::ExitCounts;
 
 use crate::{
     Error, Result,
     boot::Boot,
     devices::{Console, SerialPort},
+    pci::CONFIG_PORTS,
     virtio::VirtioDevice,
 };
 
@@ -109,6 +111,8 @@ pub struct Machine {
     vm: Arc<VmFd>,
     hardware: Hardware,
     exits: Arc<ExitCounts>,
+    /// KVM keeps writes back that nothing follows from until a later access.
+    keeps_back: bool,
     /// What firmware is mapped from.
     firmware: Option<MmapRegion>,
 }
@@ -140,7 +144,7 @@ impl Machine {
         let memory = Arc::new(memory::allocate(&config.memory)?);
         memory::map_into(&vm, &memory, config.memory.size_bytes)?;
         let hardware = Hardware::new(Arc::clone(&vm) as _, memory, &config, console)?;
-        Ok(Self { config, kvm, vm, hardware, exits: Arc::default(), firmware: None })
+        Ok(Self { config, kvm, vm, hardware, exits: Arc::default(), keeps_back: false, firmware: None })
     }
 
     /// Puts a device into the next PCI slot and returns the slot.
@@ -188,6 +192,7 @@ impl Machine {
     pub fn run(mut self, boot: &Boot) -> Result<End> {
         let entry = match boot {
             Boot::Direct(boot) => {
+                self.keep_addresses_back()?;
                 let cpus = self.config.cpus.count;
                 let acpi =
                     acpi_tables(layout::ACPI_TABLES.0, layout::ACPI_TABLES_END, cpus, AcpiHardware::Reduced)?;
@@ -202,6 +207,18 @@ impl Machine {
         self.run_from(entry)
     }
 
+    /// Lets KVM keep back what is written to the address port of PCI configuration until the access to a data port that
+    /// follows, which saves half of the exits of looking for devices.
+    fn keep_addresses_back(&mut self) -> Result<()> {
+        if self.kvm.check_extension(Cap::CoalescedPio) {
+            self.vm
+                .register_coalesced_mmio(IoEventAddress::Pio(CONFIG_PORTS.into()), 4)
+                .map_err(Error::kvm("keep writes back"))?;
+            self.keeps_back = true;
+        }
+        Ok(())
+    }
+
     /// Lets the processors run from `entry`, whose code is in memory, until the machine ends.
     ///
     /// # Errors
@@ -214,15 +231,19 @@ impl Machine {
             ports: Arc::new(self.hardware.take_ports()),
             pci: Arc::clone(self.hardware.pci()),
             control: Arc::clone(&control),
-            exits: Arc::clone(&self.exits),
+            exits: Arc::clone(self.exits()),
             is_fenced: self.config.is_fenced,
+            kept_back: self.keeps_back.then(Arc::default),
         };
         let mut processors = Vec::new();
         for cpu in 0..cpus {
-            let vcpu = self.vm.create_vcpu(u64::from(cpu)).map_err(Error::kvm("create a processor"))?;
+            let mut vcpu = self.vm.create_vcpu(u64::from(cpu)).map_err(Error::kvm("create a processor"))?;
             vcpu.set_cpuid2(&cpuid::for_cpu(&self.kvm, &supported, cpu, cpus)?)
                 .map_err(Error::kvm("set CPUID"))?;
             registers::set_msrs(&vcpu)?;
+            if self.keeps_back {
+                vcpu.map_coalesced_mmio_ring().map_err(Error::kvm("map what is kept back"))?;
+            }
             // The others wait for the first one to start them.
             if cpu == 0 {
                 registers::set_up(&vcpu, self.memory(), entry)?;
@@ -233,7 +254,7 @@ impl Machine {
         let affinity = &self.config.cpus.affinity;
         let mut threads = Vec::new();
         for (cpu, vcpu) in processors {
-            let host = affinity.get(cpu as usize % affinity.len().max(1)).map(|&host| vec![host]);
+            let host = affinity.get(cpu as usize % affinity.len().max(1)).copied();
             match vcpu::start(cpu, vcpu, board.clone(), host) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {

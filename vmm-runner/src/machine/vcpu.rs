@@ -3,12 +3,8 @@
 use std::{
     cell::Cell,
     ptr,
-    sync::{
-        Arc, Once, OnceLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, Once, PoisonError},
     thread::{self, JoinHandle},
-    time::Instant,
 };
 
 use kvm_bindings::{
@@ -19,49 +15,12 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::control::{End, RunControl};
+use super::{
+    control::{End, RunControl},
+    exits::{ExitCounts, Reason},
+    layout,
+};
 use crate::{Error, Result, bus::PortBus, pci::PciBus};
-
-/// Exits to this process, by reason. Relaxed counters: only their sum at the end matters.
-#[derive(Debug, Default)]
-pub struct ExitCounts {
-    /// Port reads.
-    pub port_reads: AtomicU64,
-    /// Port writes.
-    pub port_writes: AtomicU64,
-    /// Reads of device memory.
-    pub mmio_reads: AtomicU64,
-    /// Writes to device memory.
-    pub mmio_writes: AtomicU64,
-    /// Signals to the runner's own threads.
-    pub interrupted: AtomicU64,
-    /// All others.
-    pub other: AtomicU64,
-    /// When the first processor was about to enter the guest.
-    pub entered: OnceLock<Instant>,
-}
-
-impl ExitCounts {
-    /// All of them.
-    #[must_use]
-    pub fn total(&self) -> u64 {
-        self.by_reason().iter().map(|(_, count)| count).sum()
-    }
-
-    /// Name and count of each reason.
-    #[must_use]
-    pub fn by_reason(&self) -> [(&'static str, u64); 6] {
-        [
-            ("port-read", &self.port_reads),
-            ("port-write", &self.port_writes),
-            ("mmio-read", &self.mmio_reads),
-            ("mmio-write", &self.mmio_writes),
-            ("interrupted", &self.interrupted),
-            ("other", &self.other),
-        ]
-        .map(|(name, count)| (name, count.load(Ordering::Relaxed)))
-    }
-}
 
 /// What an exit can reach.
 #[derive(Clone, Debug)]
@@ -71,6 +30,8 @@ pub(super) struct Board {
     pub(super) control: Arc<RunControl>,
     pub(super) exits: Arc<ExitCounts>,
     pub(super) is_fenced: bool,
+    /// Where KVM keeps writes back: held by the processor that does them. The ring is one for all.
+    pub(super) kept_back: Option<Arc<Mutex<()>>>,
 }
 
 thread_local! {
@@ -99,12 +60,12 @@ fn install_kick() -> Result<()> {
     result
 }
 
-/// Starts the thread of a processor, pinned to `host_cpus` where given.
+/// Starts the thread of a processor, pinned to `host_cpu` where given.
 pub(super) fn start(
     index: u32,
     vcpu: VcpuFd,
     board: Board,
-    host_cpus: Option<Vec<usize>>,
+    host_cpu: Option<usize>,
 ) -> Result<JoinHandle<()>> {
     install_kick()?;
     thread::Builder::new()
@@ -112,7 +73,7 @@ pub(super) fn start(
         .spawn(move || {
             let control = Arc::clone(&board.control);
             let ended = EndOnPanic(&control);
-            if let Err(error) = run(index, vcpu, &board, host_cpus) {
+            if let Err(error) = run(index, vcpu, &board, host_cpu) {
                 control.end(End::Failed(error.to_string()));
             }
             std::mem::forget(ended);
@@ -138,28 +99,33 @@ impl Drop for RunArea {
     }
 }
 
-fn run(index: u32, mut vcpu: VcpuFd, board: &Board, host_cpus: Option<Vec<usize>>) -> Result<()> {
-    if let Some(cpus) = host_cpus {
+fn run(index: u32, mut vcpu: VcpuFd, board: &Board, host_cpu: Option<usize>) -> Result<()> {
+    if let Some(cpu) = host_cpu {
         let mut set = rustix::thread::CpuSet::new();
-        cpus.iter().for_each(|&cpu| set.set(cpu));
-        rustix::thread::sched_setaffinity(None, &set).map_err(Error::host("pin a processor"))?;
+        set.set(cpu);
+        rustix::thread::sched_setaffinity(None, &set).map_err(|error| {
+            Error::Invalid(format!(
+                "processor {index} cannot be pinned to processor {cpu} of the host: {}",
+                std::io::Error::from(error)
+            ))
+        })?;
     }
     if board.is_fenced {
         // Queues are started by this thread, and are no better off.
         blk_backend::sandbox::restrict_thread().map_err(Error::host("restrict a processor's thread"))?;
     }
     RUN_AREA.set(ptr::from_mut(vcpu.get_kvm_run()));
-    board.exits.entered.get_or_init(Instant::now);
+    board.exits.enter();
     board.control.begins(index, rustix::thread::gettid().as_raw_nonzero().get());
     let _area = RunArea;
     // A guest without that clock refuses to be told, and needs not to be.
     while board.control.may_run(|| _ = vcpu.kvmclock_ctrl().ok()) {
         let result = vcpu.run().map(|_| ());
         match result {
-            Ok(()) => {}
+            Ok(()) => catch_up(&mut vcpu, board)?,
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 vcpu.set_kvm_immediate_exit(0);
-                ExitCounts::count(&board.exits.interrupted);
+                board.exits.count(Reason::Interrupted);
                 continue;
             }
             Err(error) => return Err(Error::kvm("run a processor")(error)),
@@ -168,9 +134,9 @@ fn run(index: u32, mut vcpu: VcpuFd, board: &Board, host_cpus: Option<Vec<usize>
         match exit.exit_reason {
             KVM_EXIT_IO => port_access(exit, board),
             KVM_EXIT_MMIO => memory_access(exit, board),
-            KVM_EXIT_INTR | KVM_EXIT_HLT => ExitCounts::count(&board.exits.interrupted),
+            KVM_EXIT_INTR | KVM_EXIT_HLT => board.exits.count(Reason::Interrupted),
             KVM_EXIT_SYSTEM_EVENT => {
-                ExitCounts::count(&board.exits.other);
+                board.exits.count(Reason::Other);
                 // SAFETY: the reason says which member of the union is set.
                 let kind = unsafe { exit.__bindgen_anon_1.system_event.type_ };
                 board.control.end(match kind {
@@ -184,7 +150,7 @@ fn run(index: u32, mut vcpu: VcpuFd, board: &Board, host_cpus: Option<Vec<usize>
             }
             // A triple fault: what a PC does then is reset.
             KVM_EXIT_SHUTDOWN => {
-                ExitCounts::count(&board.exits.other);
+                board.exits.count(Reason::Other);
                 let registers = describe(&vcpu);
                 return Err(Error::Guest(format!("triple fault on processor {index}\n{registers}")));
             }
@@ -216,10 +182,18 @@ fn run(index: u32, mut vcpu: VcpuFd, board: &Board, host_cpus: Option<Vec<usize>
     Ok(())
 }
 
-impl ExitCounts {
-    fn count(counter: &AtomicU64) {
-        counter.fetch_add(1, Ordering::Relaxed);
+/// Does what the guest wrote and KVM kept back, before what it has left for now.
+fn catch_up(vcpu: &mut VcpuFd, board: &Board) -> Result<()> {
+    let Some(kept_back) = &board.kept_back else { return Ok(()) };
+    // Who waits here finds what this one has done.
+    let _one = kept_back.lock().unwrap_or_else(PoisonError::into_inner);
+    while let Some(write) = vcpu.coalesced_mmio_read().map_err(Error::kvm("read what was kept back"))? {
+        let length = (write.len as usize).min(write.data.len());
+        if let Ok(port) = u16::try_from(write.phys_addr) {
+            board.ports.write(port, &write.data[..length]);
+        }
     }
+    Ok(())
 }
 
 fn internal_error(suberror: u32) -> String {
@@ -244,7 +218,7 @@ fn port_access(exit: &mut kvm_run, board: &Board) {
     // until the processor runs again; nothing else borrows that part of it.
     let data = unsafe { std::slice::from_raw_parts_mut(area.cast::<u8>().add(offset), length) };
     let is_read = u32::from(io.direction) == KVM_EXIT_IO_IN;
-    ExitCounts::count(if is_read { &board.exits.port_reads } else { &board.exits.port_writes });
+    board.exits.count(if is_read { Reason::PortRead } else { Reason::PortWrite });
     for item in data.chunks_exact_mut(size.max(1)) {
         if is_read {
             board.ports.read(io.port, item);
@@ -260,10 +234,13 @@ fn memory_access(exit: &mut kvm_run, board: &Board) {
     let length = (mmio.len as usize).min(mmio.data.len());
     let data = &mut mmio.data[..length];
     if mmio.is_write == 0 {
-        ExitCounts::count(&board.exits.mmio_reads);
+        board.exits.count(Reason::MmioRead);
         board.pci.read_memory(mmio.phys_addr, data);
     } else {
-        ExitCounts::count(&board.exits.mmio_writes);
+        board.exits.count(Reason::MmioWrite);
+        if mmio.phys_addr == layout::INIT_REGISTER {
+            board.exits.reach_init();
+        }
         board.pci.write_memory(mmio.phys_addr, data);
     }
 }

@@ -19,7 +19,7 @@ pub(crate) use msix::{ENABLE as MSIX_ENABLE, MASK_ALL as MSIX_MASK_ALL, table_by
 use crate::{
     Error, Result,
     bus::PortDevice,
-    machine::{End, RESET_PORT, RunControl},
+    machine::{End, RunControl},
 };
 
 /// Slots of a bus.
@@ -155,7 +155,7 @@ pub struct ConfigPorts {
 }
 
 /// The reset register, from the first port.
-const RESET: u16 = RESET_PORT - CONFIG_PORTS;
+const RESET: u16 = 1;
 /// The reset register's bit that resets the processors.
 const RESET_CPU: u8 = 1 << 2;
 
