@@ -37,7 +37,12 @@ impl Bare {
             }
             Self::Copy(file) => {
                 let (file, output) = (inputs.path(file), inputs.path("output"));
-                command.args([OsStr::new("--bare"), file.as_os_str(), OsStr::new("--to"), output.as_os_str()]);
+                command.args([
+                    OsStr::new("--bare"),
+                    file.as_os_str(),
+                    OsStr::new("--to"),
+                    output.as_os_str(),
+                ]);
             }
         }
         Ok(command)
