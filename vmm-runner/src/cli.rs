@@ -59,7 +59,7 @@ pub(crate) struct RunOptions {
     #[arg(long, conflicts_with = "kernel")]
     pub(crate) list_boot: bool,
 
-    /// Boots through this firmware (SeaBIOS). It is used without being named for a disk that has a boot sector and
+    /// Boots through this firmware (SeaBIOS, OVMF). SeaBIOS is used without being named for a disk that has a boot sector and
     /// no kernel that can be found.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "append", "boot_entry", "list_boot"])]
     pub(crate) firmware: Option<PathBuf>,

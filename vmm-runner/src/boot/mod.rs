@@ -81,7 +81,7 @@ pub enum Boot {
     Direct(DirectBoot),
     /// With firmware, which finds a boot loader on the disks.
     Firmware {
-        /// SeaBIOS.
+        /// SeaBIOS, or OVMF.
         firmware: Firmware,
         /// Where it writes down what it does.
         log: Option<Arc<File>>,

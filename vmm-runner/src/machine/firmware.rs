@@ -1,4 +1,4 @@
-//! Booting through firmware that is not changed for this machine: SeaBIOS. It is memory that ends at 4 GiB,
+//! Booting through firmware that is not changed for this machine: SeaBIOS, OVMF. It is memory that ends at 4 GiB,
 //! where the processor begins, and it asks fw_cfg what the machine is.
 
 use std::{fs::File, io::Read, path::Path, sync::Arc};
