@@ -79,6 +79,28 @@ pub fn create_over(
     driver(layout).create(storage, &request)
 }
 
+/// [`create`] with the guest's bytes in a file of their own, where there is one.
+///
+/// # Errors
+/// As [`Driver::create`].
+pub fn create_beside(
+    storage: &Arc<dyn Storage>,
+    layout: &Layout,
+    virtual_size_bytes: u64,
+    data: Option<&Arc<dyn Storage>>,
+) -> Result<()> {
+    let mut options = create_options(layout);
+    if data.is_some() {
+        options.set("data_file", "data");
+    }
+    let open_file = |name: &str, mode: OpenMode| {
+        data.map_or_else(|| refuse_file(name, mode), |data| Ok(Arc::clone(data)))
+    };
+    let request =
+        CreateRequest { virtual_size_bytes, backing: None, options: &options, open_file: &open_file };
+    driver(layout).create(storage, &request)
+}
+
 /// Opens the image on `storage`, without what it may name.
 ///
 /// # Errors
@@ -113,6 +135,23 @@ pub fn open_over(
         layers.push(raw::Raw.open(Arc::clone(below), &context)?);
     }
     Image::from_layers(layers)
+}
+
+/// [`open_with`] beside the file that holds the guest's bytes, where there is one.
+///
+/// # Errors
+/// As [`Driver::open`].
+pub fn open_beside(
+    storage: Arc<dyn Storage>,
+    data: Option<&Arc<dyn Storage>>,
+    mode: OpenMode,
+    options: &OptionSet,
+) -> Result<Image> {
+    let open_file = |name: &str, mode: OpenMode| {
+        data.map_or_else(|| refuse_file(name, mode), |data| Ok(Arc::clone(data)))
+    };
+    let context = OpenContext { mode, options, open_file: &open_file };
+    Image::from_layers(vec![driver_of(&*storage)?.open(storage, &context)?])
 }
 
 fn refuse_file(name: &str, _mode: OpenMode) -> Result<Arc<dyn Storage>> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use img_core::{
     Error,
-    format::{CreateRequest, OpenContext, OpenMode, OptionSet, Repair},
+    format::{OpenMode, OptionSet, Repair},
     image::Image,
     storage::{
         MemoryStorage, Storage,
@@ -294,23 +294,9 @@ fn room_whose_hole_failed_is_given_out_once() {
 fn a_cluster_discarded_and_written_again_keeps_its_bytes() {
     let data: Arc<dyn Storage> = Arc::new(MemoryStorage::new("data"));
     let file: Arc<dyn Storage> = Arc::new(MemoryStorage::new("image.qcow2"));
-    let open_file = |_: &str, _: OpenMode| Ok(Arc::clone(&data));
-    let mut options = OptionSet::new();
-    options.set("data_file", "data");
-    let request = CreateRequest {
-        virtual_size_bytes: 1 << 20,
-        backing: None,
-        options: &options,
-        open_file: &open_file,
-    };
-    memory::qcow2().create(&file, &request).expect("created");
-    let none = OptionSet::new();
-    let open = || {
-        let context = OpenContext { mode: OpenMode::Write, options: &none, open_file: &open_file };
-        Image::from_layers(vec![memory::qcow2().open(Arc::clone(&file), &context).expect("it opens")])
-            .expect("a layer")
-    };
-    let image = open();
+    let layout = layout(16);
+    memory::create_beside(&file, &layout, 1 << 20, Some(&data)).expect("created");
+    let image = memory::open_beside(file, Some(&data), OpenMode::Write, &OptionSet::new()).expect("it opens");
     image.write_at(&[1; 3 << 16], 0).expect("written");
     image.flush().expect("flushed");
     image.discard(0..3 << 16).expect("discarded");

@@ -8,7 +8,7 @@ use img_tests::{
     command::{img, qemu_img},
     daemon::Daemon,
     guest::{
-        Ask, SharedRam,
+        SharedRam,
         busy::{BusyGuest, QUEUES, SLOTS},
         vhost::{FrontEnd, Inflight, Wishes},
     },
@@ -58,14 +58,7 @@ fn killed_under_load(disk: &Disk, seed: u64) {
         inflight = front_end.inflight;
     }
     assert!(done_again > 0, "some request was under way at some kill");
-    let daemon = start(directory, disk);
-    let front_end = FrontEnd::start(&socket, &ram, &guest.queues, inflight, Wishes::default());
-    guest.settle();
-    assert_eq!(guest.queues[0].ask(&Ask::Flush).status, 0);
-    guest.check_all();
-    drop(front_end);
-    let ended = daemon.terminate();
-    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    let ended = guest.end_at(start(directory, disk), &socket, &ram, inflight);
     assert_tells_only_of_notes(&ended.stderr);
     if disk.create.contains(&"qcow2") {
         // Leaks are all that a kill may leave.

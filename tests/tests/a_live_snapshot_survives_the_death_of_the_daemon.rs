@@ -11,7 +11,7 @@ use img_tests::{
     command::{img, qemu_img},
     daemon::Daemon,
     guest::{
-        Ask, SharedRam,
+        SharedRam,
         busy::{BusyGuest, QUEUES, SLOTS},
         vhost::{FrontEnd, Inflight, Wishes},
     },
@@ -96,14 +96,7 @@ fn killed_after_snapshots_under_load() {
         below.push((old.clone(), contents(&directory.join(old))));
     }
     let top = format!("top{rounds}");
-    let daemon = start(directory, &top);
-    let front_end = FrontEnd::start(&socket, &ram, &guest.queues, inflight, Wishes::default());
-    guest.settle();
-    assert_eq!(guest.queues[0].ask(&Ask::Flush).status, 0);
-    guest.check_all();
-    drop(front_end);
-    let ended = daemon.terminate();
-    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    guest.end_at(start(directory, &top), &socket, &ram, inflight);
     check(directory, &top);
     for (name, bytes) in below {
         assert!(contents(&directory.join(&name)) == bytes, "{name} was changed under its overlay");

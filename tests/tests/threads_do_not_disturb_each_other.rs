@@ -4,8 +4,7 @@
 use std::sync::Arc;
 
 use img_core::{
-    Result,
-    format::{CreateRequest, OpenContext, OpenMode, OptionSet, Repair},
+    format::{OpenMode, OptionSet, Repair},
     image::Image,
     storage::{MemoryStorage, Storage},
 };
@@ -37,19 +36,11 @@ fn threads_do_not_disturb_each_other() {
     ] {
         let data: Arc<dyn Storage> = Arc::new(MemoryStorage::new("data"));
         let file: Arc<dyn Storage> = Arc::new(MemoryStorage::new("image.qcow2"));
-        let open_file = |_: &str, _: OpenMode| Ok(Arc::clone(&data));
-        let mut options = memory::create_options(&layout);
-        if external {
-            options.set("data_file", "data");
-        }
+        let data = external.then_some(&data);
         let virtual_size_bytes = THREADS * CLUSTERS * layout.cluster_bytes();
-        let request =
-            CreateRequest { virtual_size_bytes, backing: None, options: &options, open_file: &open_file };
-        memory::driver(&layout).create(&file, &request).expect("created");
-        let open = |mode: OpenMode, options: &OptionSet| -> Result<Image> {
-            let context = OpenContext { mode, options, open_file: &open_file };
-            Image::from_layers(vec![memory::driver(&layout).open(Arc::clone(&file), &context)?])
-        };
+        memory::create_beside(&file, &layout, virtual_size_bytes, data).expect("created");
+        let open =
+            |mode: OpenMode, options: &OptionSet| memory::open_beside(Arc::clone(&file), data, mode, options);
         let image = open(OpenMode::Write, &layout.smallest_caches()).expect("it opens");
         let left: Vec<Vec<u8>> = std::thread::scope(|scope| {
             let image = &image;

@@ -256,15 +256,33 @@ mod tests {
         }
     }
 
-    /// What is made ready late comes behind its own head, and a request that cannot be leaves no trace.
-    #[test]
-    fn data_that_is_made_ready_late_follows_its_head() {
+    /// What a client gets that reads a little each time when nothing more can be sent, and what has ended then.
+    fn through_a_narrow_socket(output: &mut Output, source: &mut impl Source) -> (Vec<u8>, Ended) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         let socket = Socket::new(ours.into()).unwrap();
+        let (mut got, mut ended, mut blocked) = (Vec::new(), Ended::default(), 0);
+        let most_heads = output.heads.len();
+        while output.send(&socket, source, &mut ended).unwrap() == Sent::Blocked {
+            blocked += 1;
+            assert!(output.heads.len() <= most_heads);
+            let mut some = vec![0; 50_000];
+            let len = theirs.read(&mut some).unwrap();
+            got.extend_from_slice(&some[..len]);
+        }
+        assert!(blocked > 3, "it is narrow");
+        drop(socket);
+        theirs.set_nonblocking(false).unwrap();
+        theirs.read_to_end(&mut got).unwrap();
+        (got, ended)
+    }
+
+    /// What is made ready late comes behind its own head, and a request that cannot be leaves no trace.
+    #[test]
+    fn data_that_is_made_ready_late_follows_its_head() {
         let read = Fixed((0..60_u8).map(|n| vec![n; 50_000]).collect());
         let mut source = Pages { read, ready: Vec::new(), refused: 7 };
-        let (mut output, mut expected, mut got) = (Output::default(), Vec::new(), Vec::new());
+        let (mut output, mut expected) = (Output::default(), Vec::new());
         for n in 0..60_u32 {
             let head = vec![u8::try_from(n).unwrap() ^ 0xff; 100];
             let body = if n % 2 == 1 { Body::Straight(n, 50_000) } else { Body::Read(n, 50_000) };
@@ -274,18 +292,8 @@ mod tests {
                 expected.extend_from_slice(source.data(n, 50_000));
             }
         }
-        let mut ended = Ended::default();
-        let mut blocked = 0;
-        while output.send(&socket, &mut source, &mut ended).unwrap() == Sent::Blocked {
-            blocked += 1;
-            let mut some = vec![0; 70_000];
-            let len = theirs.read(&mut some).unwrap();
-            got.extend_from_slice(&some[..len]);
-        }
-        drop(socket);
-        theirs.set_nonblocking(false).unwrap();
-        theirs.read_to_end(&mut got).unwrap();
-        assert!(got == expected && blocked > 3);
+        let (got, ended) = through_a_narrow_socket(&mut output, &mut source);
+        assert!(got == expected);
         assert_eq!(ended.unread, [7]);
         assert_eq!(ended.released, (0..60).filter(|n| *n != 7).collect::<Vec<u32>>());
     }
@@ -293,12 +301,8 @@ mod tests {
     /// A client that reads slowly gets every byte once and in order, and what is sent is released.
     #[test]
     fn replies_arrive_whole_through_a_narrow_socket() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        theirs.set_nonblocking(true).unwrap();
-        let socket = Socket::new(ours.into()).unwrap();
         let mut source = Fixed((0..200_u8).map(|n| vec![n; 9000]).collect());
-        let (mut output, mut expected, mut got) = (Output::default(), Vec::new(), Vec::new());
-        let mut ended = Ended::default();
+        let (mut output, mut expected) = (Output::default(), Vec::new());
         for n in 0..200_u32 {
             let head = vec![u8::try_from(n).unwrap() ^ 0xff; 1000];
             output.push(|out| out.extend_from_slice(&head), Body::Read(n, 9000));
@@ -307,18 +311,8 @@ mod tests {
             output.push(|out| out.push(7), Body::Nothing);
             expected.push(7);
         }
-        let mut blocked = 0;
-        while output.send(&socket, &mut source, &mut ended).unwrap() == Sent::Blocked {
-            blocked += 1;
-            assert!(output.heads.len() <= 200 * 1001);
-            let mut some = vec![0; 50_000];
-            let len = theirs.read(&mut some).unwrap();
-            got.extend_from_slice(&some[..len]);
-        }
-        drop(socket);
-        theirs.set_nonblocking(false).unwrap();
-        theirs.read_to_end(&mut got).unwrap();
-        assert!(got == expected && blocked > 3);
+        let (got, ended) = through_a_narrow_socket(&mut output, &mut source);
+        assert!(got == expected);
         assert_eq!(ended.released, (0..200).collect::<Vec<u32>>());
     }
 }

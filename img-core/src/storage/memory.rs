@@ -22,6 +22,7 @@ type Chunk = Arc<[u8; CHUNK_LEN]>;
 pub struct MemoryStorage {
     path: PathBuf,
     writable: bool,
+    alignment_bytes: u32,
     content: RwLock<Content>,
 }
 
@@ -35,7 +36,7 @@ struct Content {
 impl MemoryStorage {
     /// An empty, writable storage. `name` stands in error messages.
     pub fn new(name: impl Into<PathBuf>) -> Self {
-        Self { path: name.into(), writable: true, content: RwLock::default() }
+        Self::of(name.into(), Content::default())
     }
 
     /// A writable storage with these bytes; runs of zeroes become holes.
@@ -48,7 +49,11 @@ impl MemoryStorage {
                 content.chunks.insert(index, Arc::new(chunk));
             }
         }
-        Self { path: name.into(), writable: true, content: RwLock::new(content) }
+        Self::of(name.into(), content)
+    }
+
+    fn of(path: PathBuf, content: Content) -> Self {
+        Self { path, writable: true, alignment_bytes: 1, content: RwLock::new(content) }
     }
 
     /// The same bytes, refusing changes.
@@ -58,10 +63,18 @@ impl MemoryStorage {
         self
     }
 
+    /// The same bytes, with [limits](Limits::alignment_bytes) as of a file that is not read through the page cache. Any
+    /// request is taken nevertheless.
+    #[must_use]
+    pub fn aligned_to(mut self, alignment_bytes: u32) -> Self {
+        self.alignment_bytes = alignment_bytes;
+        self
+    }
+
     /// An independent, writable copy of the present state; costs a pointer for each chunk.
     #[must_use]
     pub fn snapshot(&self) -> Self {
-        Self { path: self.path.clone(), writable: true, content: RwLock::new(self.read().clone()) }
+        Self::of(self.path.clone(), self.read().clone())
     }
 
     /// All bytes. Meant for small test images: holes are filled in.
@@ -197,7 +210,7 @@ impl Storage for MemoryStorage {
     }
 
     fn limits(&self) -> Limits {
-        Limits { alignment_bytes: 1, block_bytes: 4096, can_punch: true }
+        Limits { alignment_bytes: self.alignment_bytes, block_bytes: 4096, can_punch: true }
     }
 
     fn is_writable(&self) -> bool {

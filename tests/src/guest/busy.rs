@@ -1,10 +1,16 @@
 //! A guest that is never idle: it has a request under way in each part of its disk.
 
+use std::path::Path;
+
 use super::{
     Answer, Ask, GuestQueue, SharedRam,
     model::{DiskModel, next_ask},
+    vhost::{FrontEnd, Inflight, Wishes},
 };
-use crate::pattern::Random;
+use crate::{
+    daemon::{Daemon, Ended},
+    pattern::Random,
+};
 
 /// Requests of a queue that there is memory for.
 pub const SLOTS: u16 = 32;
@@ -103,6 +109,29 @@ impl BusyGuest {
                 self.answered(number, &answer);
             }
         }
+    }
+
+    /// The end after the last of its daemons died, at `daemon`, which was started after that: what is under way is
+    /// answered, the disk is what was written, and the daemon ends when it is asked to. Returns how.
+    ///
+    /// # Panics
+    /// When it is not so.
+    #[track_caller]
+    pub fn end_at(
+        &mut self,
+        daemon: Daemon,
+        socket: &Path,
+        ram: &SharedRam,
+        inflight: Option<Inflight>,
+    ) -> Ended {
+        let front_end = FrontEnd::start(socket, ram, &self.queues, inflight, Wishes::default());
+        self.settle();
+        assert_eq!(self.queues[0].ask(&Ask::Flush).status, 0);
+        self.check_all();
+        drop(front_end);
+        let ended = daemon.terminate();
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        ended
     }
 
     fn answered(&mut self, number: usize, answer: &Answer) {
