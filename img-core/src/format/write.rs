@@ -8,42 +8,17 @@ use crate::{Error, Result, storage::Preallocation};
 /// Where prepared guest bytes will live, and what must be written there before the commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WritePlan {
-    /// The part of the request that this plan covers: a non-empty prefix.
-    pub guest_bytes: Range<u64>,
-    /// The file of the layer.
-    pub file: HostFile,
-    /// Where `guest_bytes.start` will stand.
-    pub at: HostOffset,
-    /// This many bytes before `at` must be filled with what the guest reads there now.
-    pub fill_before_bytes: u64,
-    /// This many bytes behind the written ones must be filled likewise.
-    pub fill_after_bytes: u64,
-    /// The bytes to fill read as zeroes on the host already: a fill with zeroes may be left out.
+    /// The part of the request that this plan covers, a prefix, and where it goes.
+    pub step: WriteStep,
+    /// See [`PreparedWrite::fill_is_zeroed`].
     pub fill_is_zeroed: bool,
-    /// Guest bytes that the commit gives a new place, `guest_bytes` and what is filled among them, standing in one
-    /// piece on the host. Empty for a write in place, and for the compressed form of a cluster.
-    pub maps: Range<u64>,
 }
 
 impl WritePlan {
     /// For layers: a write over what is there, without fills.
     #[must_use]
     pub fn in_place(guest_bytes: Range<u64>, file: HostFile, at: HostOffset) -> Self {
-        Self {
-            maps: guest_bytes.start..guest_bytes.start,
-            guest_bytes,
-            file,
-            at,
-            fill_before_bytes: 0,
-            fill_after_bytes: 0,
-            fill_is_zeroed: false,
-        }
-    }
-
-    /// The part of the map that the commit changes.
-    #[must_use]
-    pub fn mapping(&self) -> Option<Mapping> {
-        Mapping::new(&self.maps, &self.guest_bytes, self.file, self.at)
+        Self { step: WriteStep::in_place(guest_bytes, file, at), fill_is_zeroed: false }
     }
 }
 
@@ -56,16 +31,6 @@ pub struct Mapping {
     pub file: HostFile,
     /// Where `guest_bytes.start` stands.
     pub at: HostOffset,
-}
-
-impl Mapping {
-    /// `maps`, which holds `guest_bytes`, when the latter start at `at`. `None` when it is empty.
-    fn new(maps: &Range<u64>, guest_bytes: &Range<u64>, file: HostFile, at: HostOffset) -> Option<Self> {
-        (!maps.is_empty()).then(|| {
-            let before_bytes = guest_bytes.start - maps.start;
-            Self { guest_bytes: maps.clone(), file, at: HostOffset(at.0 - before_bytes) }
-        })
-    }
 }
 
 /// What is left to be done after a step of [`LayerWriter::amend`].
@@ -120,7 +85,8 @@ pub struct WriteStep {
     pub fill_before_bytes: u64,
     /// This many bytes behind the written ones likewise.
     pub fill_after_bytes: u64,
-    /// As in a [`WritePlan`].
+    /// Guest bytes that the commit gives a new place, `guest_bytes` and what is filled among them, standing in one
+    /// piece on the host. Empty for a write in place, and for the compressed form of a cluster.
     pub maps: Range<u64>,
 }
 
@@ -147,7 +113,14 @@ impl WriteStep {
     /// The part of the map that the commit changes.
     #[must_use]
     pub fn mapping(&self) -> Option<Mapping> {
-        Mapping::new(&self.maps, &self.guest_bytes, self.file, self.at)
+        (!self.maps.is_empty()).then(|| {
+            let before_bytes = self.guest_bytes.start - self.maps.start;
+            Mapping {
+                guest_bytes: self.maps.clone(),
+                file: self.file,
+                at: HostOffset(self.at.0 - before_bytes),
+            }
+        })
     }
 
     /// Appends `self` to `steps`, merging it with the last one where it continues it.
@@ -254,8 +227,14 @@ impl<'a> PreparedWrite<'a> {
 
     /// What to write where.
     #[must_use]
-    pub fn plan(&self) -> &WritePlan {
-        &self.plan
+    pub fn step(&self) -> &WriteStep {
+        &self.plan.step
+    }
+
+    /// Whether what is to be filled reads as zeroes on the host already: a fill with zeroes may be left out.
+    #[must_use]
+    pub fn fill_is_zeroed(&self) -> bool {
+        self.plan.fill_is_zeroed
     }
 
     /// Makes the map point at the written bytes.

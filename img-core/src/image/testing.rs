@@ -17,7 +17,7 @@ use crate::{
     Result,
     format::{
         Backing, Codec, Driver, Extent, HostFile, HostOffset, Layer, LayerWriter, Place, PreparedWrite,
-        WritePlan, WriteToken, raw::Raw,
+        WritePlan, WriteStep, WriteToken, raw::Raw,
     },
     storage::{MemoryStorage, Preallocation, Storage},
 };
@@ -179,15 +179,15 @@ impl LayerWriter for FakeLayer {
         }
         let at = state.end.next_multiple_of(CLUSTER);
         state.end = at + CLUSTER;
-        let plan = WritePlan {
+        let step = WriteStep {
             guest_bytes: covered,
             file: HostFile::IMAGE,
             at: HostOffset(at + skip),
             fill_before_bytes: skip,
             fill_after_bytes: after,
-            fill_is_zeroed: index.is_multiple_of(2),
             maps: index * CLUSTER..(index + 1) * CLUSTER,
         };
+        let plan = WritePlan { step, fill_is_zeroed: index.is_multiple_of(2) };
         Ok(self.prepare(&mut state, index, Slot::Plain(at), plan))
     }
 

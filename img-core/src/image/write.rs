@@ -57,11 +57,11 @@ impl Image {
         let stored_bytes = u32::try_from(stored.len())
             .map_err(|_| Error::Invalid("a compressed cluster of 4 GiB or more".to_owned()))?;
         let prepared = self.writer()?.prepare_compressed(guest_offset, stored_bytes)?;
-        let (plan, frame) = (prepared.plan(), prepared.frame());
+        let (step, frame) = (prepared.step(), prepared.frame());
         let pad = vec![0; frame.pad_bytes as usize];
         let slices = [IoSlice::new(frame.lead()), IoSlice::new(stored), IoSlice::new(&pad)];
-        let at = plan.at.0 - frame.lead().len() as u64; // the format set it aside
-        self.host_file(0, plan.file)?.write_vectored_at(&slices, at)?;
+        let at = step.at.0 - frame.lead().len() as u64; // the format set it aside
+        self.host_file(0, step.file)?.write_vectored_at(&slices, at)?;
         // Before the map points there; see `DecodedUnits`.
         self.decoded.begin_generation();
         prepared.commit()?;
@@ -170,7 +170,7 @@ impl Image {
         let mut at = guest_offset;
         while at < end {
             let prepared = writer.prepare_write(at..end)?;
-            let covered = at..prepared.plan().guest_bytes.end.min(end);
+            let covered = at..prepared.step().guest_bytes.end.min(end);
             if covered.is_empty() {
                 return Err(Error::Invalid(format!("{}: a prepared write covers nothing", self.names[0])));
             }
@@ -189,19 +189,20 @@ impl Image {
 
     /// Moves the bytes of one prepared write, with what its clusters held around them, in one system call.
     fn write_prepared(&self, bufs: &[IoSlice<'_>], prepared: PreparedWrite<'_>) -> Result<()> {
-        let plan = prepared.plan();
-        let Range { start, end } = plan.guest_bytes;
-        let storage = self.host_file(0, plan.file)?;
-        if plan.fill_before_bytes == 0 && plan.fill_after_bytes == 0 {
-            storage.write_vectored_at(bufs, plan.at.0)?;
+        let step = prepared.step();
+        let Range { start, end } = step.guest_bytes;
+        let storage = self.host_file(0, step.file)?;
+        if !step.fills() {
+            storage.write_vectored_at(bufs, step.at.0)?;
             return self.commit_noted(prepared);
         }
-        let before = start.checked_sub(plan.fill_before_bytes).ok_or_else(|| {
+        let before = start.checked_sub(step.fill_before_bytes).ok_or_else(|| {
             Error::Invalid(format!("{}: a prepared write fills before the start of the disk", self.names[0]))
         })?;
-        let head = self.fill(before..start, plan.fill_is_zeroed)?;
-        let tail = self.fill(end..end.saturating_add(plan.fill_after_bytes), plan.fill_is_zeroed)?;
-        let at = plan.at.0 - head.len() as u64; // the cluster holds all of it
+        let is_zeroed = prepared.fill_is_zeroed();
+        let head = self.fill(before..start, is_zeroed)?;
+        let tail = self.fill(end..end.saturating_add(step.fill_after_bytes), is_zeroed)?;
+        let at = step.at.0 - head.len() as u64; // the cluster holds all of it
         let mut slices = vec![IoSlice::new(&head)];
         slices.extend_from_slice(bufs);
         slices.push(IoSlice::new(&tail));
@@ -210,7 +211,7 @@ impl Image {
     }
 
     fn commit_noted(&self, prepared: PreparedWrite<'_>) -> Result<()> {
-        match prepared.plan().mapping() {
+        match prepared.step().mapping() {
             None => prepared.commit(),
             Some(mapping) => self
                 .noted

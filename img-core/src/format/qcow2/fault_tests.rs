@@ -91,10 +91,10 @@ fn a_second_write_waits_for_the_first() {
         let second = scope.spawn(|| {
             let second = layer.prepare_write(1000..1100).expect("prepared");
             assert!(landed.load(Ordering::SeqCst), "the first has not landed yet");
-            assert_eq!(second.plan().fill_before_bytes, 0, "it is in place by now");
+            assert_eq!(second.step().fill_before_bytes, 0, "it is in place by now");
             second.commit().expect("committed");
         });
-        let at = first.plan().at.0;
+        let at = first.step().at.0;
         storage.write_at(&[7; 100], at).expect("written");
         landed.store(true, Ordering::SeqCst);
         first.commit().expect("committed");
@@ -471,7 +471,7 @@ fn compressed_clusters_are_packed_as_the_reference_does() {
             let Some(stored) = next.0.checked_sub(host.0).filter(|&stored| stored < 512) else { break };
             let prepared =
                 layer.prepare_compressed(*guest, u32::try_from(stored).unwrap()).expect("prepared");
-            assert_eq!(prepared.plan().at, *host, "{options}: guest {guest:#x}");
+            assert_eq!(prepared.step().at, *host, "{options}: guest {guest:#x}");
             prepared.commit().expect("committed");
         }
     }

@@ -163,18 +163,18 @@ pub(super) fn write(layer: &dyn Layer, mut at: u64, mut bytes: &[u8]) -> Result<
     let writer = layer.writer().expect("opened for writing");
     while !bytes.is_empty() {
         let prepared = writer.prepare_write(at..at + bytes.len() as u64)?;
-        let plan = prepared.plan().clone();
-        assert_eq!(plan.guest_bytes.start, at);
-        let len = usize::try_from(plan.guest_bytes.end - at).unwrap();
-        let file = layer.file(plan.file).expect("it exists");
-        let before = padded(layer, at - plan.fill_before_bytes..at);
-        let after = padded(layer, plan.guest_bytes.end..plan.guest_bytes.end + plan.fill_after_bytes);
-        if !(plan.fill_is_zeroed && before.iter().all(|&byte| byte == 0)) {
-            file.write_at(&before, plan.at.0 - plan.fill_before_bytes)?;
+        let (step, is_zeroed) = (prepared.step().clone(), prepared.fill_is_zeroed());
+        assert_eq!(step.guest_bytes.start, at);
+        let len = usize::try_from(step.guest_bytes.end - at).unwrap();
+        let file = layer.file(step.file).expect("it exists");
+        let before = padded(layer, at - step.fill_before_bytes..at);
+        let after = padded(layer, step.guest_bytes.end..step.guest_bytes.end + step.fill_after_bytes);
+        if !(is_zeroed && before.iter().all(|&byte| byte == 0)) {
+            file.write_at(&before, step.at.0 - step.fill_before_bytes)?;
         }
-        file.write_at(&bytes[..len], plan.at.0)?;
-        if !(plan.fill_is_zeroed && after.iter().all(|&byte| byte == 0)) {
-            file.write_at(&after, plan.at.0 + len as u64)?;
+        file.write_at(&bytes[..len], step.at.0)?;
+        if !(is_zeroed && after.iter().all(|&byte| byte == 0)) {
+            file.write_at(&after, step.at.0 + len as u64)?;
         }
         prepared.commit()?;
         at += len as u64;
@@ -201,8 +201,8 @@ fn write_compressed(layer: &dyn Layer, at: u64, bytes: &[u8]) -> Result<bool> {
     }
     let writer = layer.writer().expect("opened for writing");
     let prepared = writer.prepare_compressed(at, u32::try_from(stored.len()).unwrap())?;
-    let plan = prepared.plan();
-    layer.file(plan.file).expect("it exists").write_at(&stored, plan.at.0)?;
+    let step = prepared.step();
+    layer.file(step.file).expect("it exists").write_at(&stored, step.at.0)?;
     prepared.commit()?;
     Ok(true)
 }
@@ -348,12 +348,12 @@ impl Pair {
             Step::Abort { at, len } => {
                 let range = self.range(at, len);
                 let prepared = self.layer.prepare_write(range)?;
-                let plan = prepared.plan();
+                let step = prepared.step();
                 let mut now = Vec::new();
-                self.layer.map_range(plan.guest_bytes.start..plan.guest_bytes.start + 1, &mut now)?;
-                if !matches!(now[0].place, Place::Data { at, .. } if at == plan.at) {
+                self.layer.map_range(step.guest_bytes.start..step.guest_bytes.start + 1, &mut now)?;
+                if !matches!(now[0].place, Place::Data { at, .. } if at == step.at) {
                     // Not in place: nobody sees it.
-                    self.layer.file(plan.file).unwrap().write_at(b"l", plan.at.0)?;
+                    self.layer.file(step.file).unwrap().write_at(b"l", step.at.0)?;
                 }
                 drop(prepared);
             }

@@ -66,7 +66,7 @@ fn zeroes_wait_for_writes_in_place() {
                 assert!(landed.load(Ordering::SeqCst), "zeroed under a write in place");
                 gate.let_pass();
             });
-            data_write(&layer, 7, prepared.plan().at.0);
+            data_write(&layer, 7, prepared.step().at.0);
             landed.store(true, Ordering::SeqCst);
             prepared.commit().expect("committed");
             watching.join().expect("no panic");
@@ -111,8 +111,8 @@ fn writes_wait_for_zeroes_in_their_clusters_alone() {
             assert_eq!(attempt(guest), Attempt::Busy, "{reason}");
         }
         let before = layer.prepare_write(CLUSTER - 512..CLUSTER + 512).expect("prepared");
-        assert_eq!(before.plan().guest_bytes, CLUSTER - 512..CLUSTER, "up to what is being zeroed");
-        data_write(&layer, 8, before.plan().at.0);
+        assert_eq!(before.step().guest_bytes, CLUSTER - 512..CLUSTER, "up to what is being zeroed");
+        data_write(&layer, 8, before.step().at.0);
         before.commit().expect("committed");
 
         let waiting = scope.spawn(|| {

@@ -229,16 +229,10 @@ impl Qcow2Layer {
         let fill_is_zeroed = fills && way == Way::Fresh && host >= data.len_bytes()?;
         let at = HostOffset(host + (guest.start - first));
         let token = state.begin(Write { clusters, host, kind, also: None });
-        let plan = WritePlan {
-            guest_bytes: guest,
-            file: self.map.data_file(),
-            at,
-            fill_before_bytes,
-            fill_after_bytes,
-            fill_is_zeroed,
-            maps: fill,
-        };
-        Ok((token, plan))
+        let file = self.map.data_file();
+        let step =
+            WriteStep { guest_bytes: guest, file, at, fill_before_bytes, fill_after_bytes, maps: fill };
+        Ok((token, WritePlan { step, fill_is_zeroed }))
     }
 
     /// The longest prefix of a range inside one L2 table that can be written alike, by the entries that `entry_of`
@@ -481,14 +475,14 @@ impl LayerWriter for Qcow2Layer {
     fn prepare_write(&self, guest_bytes: Range<u64>) -> Result<PreparedWrite<'_>> {
         self.before_guest_change()?;
         let (token, plan) = self.guard(self.prepare(guest_bytes))?;
-        self.note_change(&plan.guest_bytes);
+        self.note_change(&plan.step.guest_bytes);
         Ok(PreparedWrite::new(self, token, plan))
     }
 
     fn prepare_compressed(&self, guest_offset: u64, stored_bytes: u32) -> Result<PreparedWrite<'_>> {
         self.before_guest_change()?;
         let (token, plan) = self.guard(self.prepare_packed(guest_offset, stored_bytes))?;
-        self.note_change(&plan.guest_bytes);
+        self.note_change(&plan.step.guest_bytes);
         Ok(PreparedWrite::new(self, token, plan))
     }
 

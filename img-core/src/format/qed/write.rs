@@ -106,16 +106,16 @@ impl QedLayer {
         let clusters = first..end.next_multiple_of(cluster);
         let len = clusters.end - clusters.start;
         let host = self.allocate(state, len >> geometry.cluster_bits)?;
-        let plan = WritePlan {
-            at: HostOffset(host + (guest.start - first)),
+        let step = WriteStep {
+            guest_bytes: guest.start..end,
             file: HostFile::IMAGE,
+            at: HostOffset(host + (guest.start - first)),
             fill_before_bytes: guest.start - first,
             fill_after_bytes: clusters.end - end,
-            // What is left out behind the end of the file reads as zeroes, once the file is that long.
-            fill_is_zeroed: host >= self.file().len_bytes()?,
-            guest_bytes: guest.start..end,
             maps: clusters.clone(),
         };
+        // What is left out behind the end of the file reads as zeroes, once the file is that long.
+        let plan = WritePlan { step, fill_is_zeroed: host >= self.file().len_bytes()? };
         Ok((state.begin(Write { clusters, host }), plan))
     }
 

@@ -208,17 +208,15 @@ impl VmdkLayer {
 
         let grains = self.guest_of(index, sparse, first..end);
         let written = guest.start..guest.end.min(grains.end);
-        let plan = WritePlan {
+        let step = WriteStep {
+            guest_bytes: written.clone(),
+            file: sparse.file,
+            at: HostOffset(host + (written.start - grains.start)),
             fill_before_bytes: written.start - grains.start,
             fill_after_bytes: grains.end - written.end,
-            fill_is_zeroed: host >= sparse.storage.len_bytes()?,
             maps: grains.clone(),
-            ..WritePlan::in_place(
-                written.clone(),
-                sparse.file,
-                HostOffset(host + (written.start - grains.start)),
-            )
         };
+        let plan = WritePlan { step, fill_is_zeroed: host >= sparse.storage.len_bytes()? };
         let write = Write { extent: index, guest: grains, host, taken_bytes, sets_entries: true };
         Ok((state.begin(write), plan))
     }

@@ -114,18 +114,16 @@ impl SparseLayer {
     /// The plan of a write that changes the map, inside a block at `at_bytes`.
     fn plan(&self, at_bytes: u64, guest: Range<u64>, mapped: Mapped) -> WritePlan {
         let sectors = whole_sectors(&guest);
-        let in_place = self.plan_in_place(at_bytes, guest.clone());
+        let mut plan = self.plan_in_place(at_bytes, guest.clone());
         match mapped {
-            Mapped::Sectors => WritePlan {
-                fill_before_bytes: guest.start - sectors.start,
-                fill_after_bytes: sectors.end - guest.end,
-                maps: sectors,
-                ..in_place
-            },
-            Mapped::Block => {
-                WritePlan { maps: self.map.guest_of(self.map.block_of(guest.start)), ..in_place }
+            Mapped::Sectors => {
+                plan.step.fill_before_bytes = guest.start - sectors.start;
+                plan.step.fill_after_bytes = sectors.end - guest.end;
+                plan.step.maps = sectors;
             }
+            Mapped::Block => plan.step.maps = self.map.guest_of(self.map.block_of(guest.start)),
         }
+        plan
     }
 
     fn commit(&self, token: WriteToken) -> Result<()> {
@@ -233,10 +231,10 @@ impl LayerWriter for SparseLayer {
         let mut at = guest_bytes.start;
         while at < guest_bytes.end {
             let prepared = self.prepare_write(at..guest_bytes.end)?;
-            let plan = prepared.plan();
-            let len = plan.guest_bytes.end - plan.guest_bytes.start;
-            self.storage.write_zeroes(plan.at.0..plan.at.0 + len, may_unmap)?;
-            at = plan.guest_bytes.end;
+            let step = prepared.step();
+            let len = step.guest_bytes.end - step.guest_bytes.start;
+            self.storage.write_zeroes(step.at.0..step.at.0 + len, may_unmap)?;
+            at = step.guest_bytes.end;
             prepared.commit()?;
         }
         Ok(true)

@@ -28,16 +28,16 @@ pub(super) fn copy(
     }
     let in_image = |guest: u64| guest - base + part.start;
     for piece in reserved {
-        let plan = piece.plan();
-        if plan.fill_before_bytes != 0 || plan.fill_after_bytes != 0 {
+        let step = piece.step();
+        if step.fills() {
             return Ok(false);
         }
         let mut extents = Vec::new();
-        image.map_range(in_image(plan.guest_bytes.start)..in_image(plan.guest_bytes.end), &mut extents)?;
-        let mut to = plan.at.0;
+        image.map_range(in_image(step.guest_bytes.start)..in_image(step.guest_bytes.end), &mut extents)?;
+        let mut to = step.at.0;
         for extent in &extents {
             let Some((from, at)) = host_place(image.layers(), extent) else { return Ok(false) };
-            if target.file(plan)?.copy_from(from, at, to, extent.len_bytes)? < extent.len_bytes {
+            if target.file(step.file)?.copy_from(from, at, to, extent.len_bytes)? < extent.len_bytes {
                 return Ok(false);
             }
             to += extent.len_bytes;

@@ -4,7 +4,7 @@ use std::{io::IoSlice, ops::Range};
 
 use crate::{
     Error, JobStep, Result,
-    format::{Codec, CompressedWrites, Frame, HostFile, Layer, LayerWriter, PreparedWrite, WritePlan},
+    format::{Codec, CompressedWrites, Frame, HostFile, Layer, LayerWriter, PreparedWrite, WriteStep},
     image::Image,
     storage::{Preallocation, Storage},
 };
@@ -90,7 +90,7 @@ impl<'a> Target<'a> {
         while from < guest_bytes.end {
             let write =
                 self.writer.prepare_write(from..guest_bytes.end).map_err(|error| write_error(from, error))?;
-            let covered = write.plan().guest_bytes.end - from;
+            let covered = write.step().guest_bytes.end - from;
             from += covered;
             let end = at + usize::try_from(covered).expect("inside the buffer");
             reserved.push(Reserved { write, bytes: at..end });
@@ -118,7 +118,7 @@ impl<'a> Target<'a> {
                 to += 1;
             }
             self.write_run(buf, &reserved[from..to])
-                .map_err(|error| write_error(reserved[from].plan().guest_bytes.start, error))?;
+                .map_err(|error| write_error(reserved[from].step().guest_bytes.start, error))?;
             from = to;
         }
         Self::commit(reserved)
@@ -128,10 +128,10 @@ impl<'a> Target<'a> {
     /// behind the last.
     fn write_run(&self, buf: &[u8], run: &[Reserved<'a>]) -> Result<()> {
         let (first, last) = (&run[0], &run[run.len() - 1]);
-        let before = self.fill(first.plan().guest_bytes.start, first.plan().fill_before_bytes, true)?;
-        let after = self.fill(last.plan().guest_bytes.end, last.plan().fill_after_bytes, false)?;
+        let before = self.fill(first.step().guest_bytes.start, first.step().fill_before_bytes, true)?;
+        let after = self.fill(last.step().guest_bytes.end, last.step().fill_after_bytes, false)?;
         let start = first.host().start - before.len() as u64;
-        let file = self.file(first.plan())?;
+        let file = self.file(first.step().file)?;
         file.will_write(start..last.host().end + after.len() as u64);
         if run.iter().all(|reserved| *reserved.write.frame() == Frame::default()) {
             let bytes = &buf[first.bytes.start..last.bytes.end];
@@ -169,7 +169,7 @@ impl<'a> Target<'a> {
     /// Makes the map point at what was written.
     pub(super) fn commit(reserved: &mut Vec<Reserved<'a>>) -> Result<()> {
         for Reserved { write, .. } in reserved.drain(..) {
-            let at = write.plan().guest_bytes.start;
+            let at = write.step().guest_bytes.start;
             write.commit().map_err(|error| write_error(at, error))?;
         }
         Ok(())
@@ -185,32 +185,32 @@ impl<'a> Target<'a> {
         file.resize(len_bytes.next_multiple_of(512), Preallocation::Off)
     }
 
-    pub(super) fn file(&self, plan: &WritePlan) -> Result<&'a dyn Storage> {
-        match self.layer.file(plan.file) {
-            Some(file) => Ok(file.as_ref()),
-            None => Err(Error::Invalid(format!("the target has no host file {}", plan.file.0))),
+    pub(super) fn file(&self, file: HostFile) -> Result<&'a dyn Storage> {
+        match self.layer.file(file) {
+            Some(storage) => Ok(storage.as_ref()),
+            None => Err(Error::Invalid(format!("the target has no host file {}", file.0))),
         }
     }
 }
 
 impl Reserved<'_> {
-    pub(super) fn plan(&self) -> &WritePlan {
-        self.write.plan()
+    pub(super) fn step(&self) -> &WriteStep {
+        self.write.step()
     }
 
     /// Where it stands on the host, with its frame and without fills.
     fn host(&self) -> Range<u64> {
-        let (plan, frame) = (self.plan(), self.write.frame());
-        let end = plan.at.0 + self.bytes.len() as u64 + u64::from(frame.pad_bytes); // set aside by the format
-        plan.at.0 - frame.lead().len() as u64..end
+        let (step, frame) = (self.step(), self.write.frame());
+        let end = step.at.0 + self.bytes.len() as u64 + u64::from(frame.pad_bytes); // set aside by the format
+        step.at.0 - frame.lead().len() as u64..end
     }
 
     /// Whether one write can move both: nothing lies between them on the host or in the buffer.
     fn stands_behind(&self, previous: &Self) -> bool {
-        let (plan, before) = (self.plan(), previous.plan());
-        plan.file == before.file
+        let (step, before) = (self.step(), previous.step());
+        step.file == before.file
             && before.fill_after_bytes == 0
-            && plan.fill_before_bytes == 0
+            && step.fill_before_bytes == 0
             && previous.bytes.end == self.bytes.start
             && previous.host().end == self.host().start
     }

@@ -187,10 +187,10 @@ impl Model {
 fn give_up(image: &Image, guest: Range<u64>, writes: bool) {
     let writer = image.layers()[0].writer().expect("opened for writing");
     let prepared = writer.prepare_write(guest).expect("prepared");
-    let plan = prepared.plan();
-    if writes && plan.mapping().is_some() {
-        let storage = image.storage(0, plan.file).expect("open");
-        storage.write_at(&[0xee; 700], plan.at.0).expect("written");
+    let step = prepared.step();
+    if writes && step.mapping().is_some() {
+        let storage = image.storage(0, step.file).expect("open");
+        storage.write_at(&[0xee; 700], step.at.0).expect("written");
     }
 }
 

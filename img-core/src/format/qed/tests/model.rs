@@ -148,8 +148,8 @@ fn a_dropped_write_is_undone() {
     let len = storage.len_bytes().expect("a length");
     {
         let prepared = layer.prepare_write(0..9000).expect("prepared");
-        assert_eq!(prepared.plan().fill_after_bytes, 3 * 4096 - 9000);
-        storage.write_at(&[7; 9000], prepared.plan().at.0).expect("written");
+        assert_eq!(prepared.step().fill_after_bytes, 3 * 4096 - 9000);
+        storage.write_at(&[7; 9000], prepared.step().at.0).expect("written");
     }
     layer.close().expect("closed");
     assert_eq!(storage.len_bytes().expect("a length"), len);
@@ -165,8 +165,8 @@ fn what_a_dropped_write_left_is_never_seen() {
     let layer: Arc<dyn Layer> = Arc::new(open(&storage, OpenMode::Write).expect("opens"));
     let at = {
         let prepared = layer.writer().expect("writable").prepare_write(0..4096).expect("prepared");
-        storage.write_at(&[7; 4096], prepared.plan().at.0).expect("written");
-        prepared.plan().at
+        storage.write_at(&[7; 4096], prepared.step().at.0).expect("written");
+        prepared.step().at
     };
     let image = Image::from_layers(vec![Arc::clone(&layer)]).expect("one layer");
     image.write_at(&[1], 8192 + 100).expect("written");

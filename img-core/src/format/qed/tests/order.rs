@@ -23,11 +23,11 @@ fn a_new_table_is_durable_before_it_is_named() {
 
     let given_up = layer.prepare_write(0..CLUSTER).expect("prepared");
     let behind = layer.prepare_write(CLUSTER..2 * CLUSTER).expect("prepared");
-    let place = behind.plan().at.0;
+    let place = behind.step().at.0;
     file.write_at(&[7; 4096], place).expect("written");
     let entries: Vec<u8> =
         (0..512_u64).flat_map(|at| if at == 5 { place } else { 0 }.to_le_bytes()).collect();
-    file.write_at(&entries, given_up.plan().at.0).expect("written");
+    file.write_at(&entries, given_up.step().at.0).expect("written");
     layer.flush().expect("flushed");
     drop(given_up);
     assert!(layer.write_zeroes(2 * CLUSTER..3 * CLUSTER, true).expect("zeroed"));

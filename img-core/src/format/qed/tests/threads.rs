@@ -24,14 +24,14 @@ fn a_flush_that_sets_the_length_cuts_no_write_off() {
 
     // On the map, its last bytes left out as they are zeroes: the file ends inside its cluster.
     let first = layer.prepare_write(0..512).expect("prepared");
-    file.write_at(&[1; 512], first.plan().at.0).expect("written");
+    file.write_at(&[1; 512], first.step().at.0).expect("written");
     first.commit().expect("committed");
     let second = layer.prepare_write(CLUSTER..2 * CLUSTER).expect("prepared");
     let gate = gated.close(|request| request.operation == Operation::Resize);
     std::thread::scope(|scope| {
         let flush = scope.spawn(|| layer.flush());
         gate.wait_until_reached();
-        file.write_at(&[2; CLUSTER_LEN], second.plan().at.0).expect("written");
+        file.write_at(&[2; CLUSTER_LEN], second.step().at.0).expect("written");
         gate.open();
         flush.join().expect("no panic").expect("flushed");
     });

@@ -177,12 +177,12 @@ fn a_dropped_write_is_undone() {
     let writer = layer.writer().expect("writable");
     let at = {
         let prepared = writer.prepare_write(100..200_000).expect("prepared");
-        assert_eq!(prepared.plan().fill_before_bytes, 100);
-        assert_eq!(prepared.plan().fill_after_bytes, 4 * 65536 - 200_000);
-        prepared.plan().at.0 - 100
+        assert_eq!(prepared.step().fill_before_bytes, 100);
+        assert_eq!(prepared.step().fill_after_bytes, 4 * 65536 - 200_000);
+        prepared.step().at.0 - 100
     };
     let again = writer.prepare_write(65536..65537).expect("prepared");
-    assert_eq!(again.plan().at.0, at);
+    assert_eq!(again.step().at.0, at);
     drop(again);
     writer.close().expect("closed");
     assert_eq!(storage.len_bytes().expect("a length"), len);

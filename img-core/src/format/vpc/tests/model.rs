@@ -214,13 +214,13 @@ fn a_write_that_is_given_up_leaves_nothing() {
     let before = disk.storage.len_bytes().unwrap();
     let writer = disk.image.layers()[0].writer().unwrap();
     let prepared = writer.prepare_write(0..100).unwrap();
-    let at = prepared.plan().at.0;
+    let at = prepared.step().at.0;
     disk.storage.write_at(&[5; 100], at).unwrap();
     drop(prepared);
     assert_eq!(disk.read(), disk.model);
     // Its place is given out again, and reads as zeroes around what is written there.
     let prepared = writer.prepare_write(8192..8192 + 10).unwrap();
-    assert_eq!(prepared.plan().at.0, at);
+    assert_eq!(prepared.step().at.0, at);
     drop(prepared);
     let storage = Arc::clone(&disk.storage);
     disk.finish();
