@@ -17,12 +17,12 @@ use std::{
 };
 
 use img_core::{
-    format::{HostOffset, Place, WriteStep},
+    format::WriteStep,
     image::{Image, WriteTicket},
 };
 
 use super::{
-    memory::OwnMemory,
+    memory::{Memory, OwnMemory},
     ring::Ring,
     slot::Slot,
     transfer::{Hold, HostRun, Transfers, Way},
@@ -201,7 +201,9 @@ impl Transfers {
         let mut at = 0;
         for around in steps.iter().map(Around::of) {
             for (guest, to) in around.reads() {
-                if !self.read_part(ring, image, slot, ticket, guest, &buffer, at + to) {
+                let is_known = ticket.map_fill(guest, &mut self.extents);
+                let memory = Memory::Own(&buffer.memory);
+                if !is_known || !self.plan_read(ring, image, &mut slot.lists, memory, at + to) {
                     return None;
                 }
             }
@@ -214,77 +216,31 @@ impl Transfers {
             let file = self.file(ring, image, 0, step.file)?;
             let request_at = step.guest_bytes.start - slot.guest_bytes.start;
             let len_bytes = step.guest_bytes.end - step.guest_bytes.start;
-            let mut takes = file.takes(step.at.0, &slot.runs, request_at, len_bytes);
-            let before = buffer.memory.part(in_memory(at, step.fill_before_bytes));
-            takes &= file.takes_own(step.at.0 - step.fill_before_bytes, before);
-            slot.lists.push_own(before);
-            slot.lists.push(&slot.runs, request_at, len_bytes);
-            let after = buffer.memory.part(in_memory(at + around.after_at(), step.fill_after_bytes));
-            takes &= file.takes_own(step.at.0 + len_bytes, after);
-            slot.lists.push_own(after);
-            slot.lists.end();
-            if !takes {
-                return None;
+            let own = Memory::Own(&buffer.memory);
+            let at_bytes = step.at.0 - step.fill_before_bytes;
+            let mut end_bytes = at_bytes;
+            for (memory, memory_at, len_bytes) in [
+                (own, at, step.fill_before_bytes),
+                (Memory::Request(&slot.runs), request_at, len_bytes),
+                (own, at + around.after_at(), step.fill_after_bytes),
+            ] {
+                if !file.takes(end_bytes, memory, memory_at, len_bytes) {
+                    return None;
+                }
+                slot.lists.push(memory, memory_at, len_bytes);
+                end_bytes += len_bytes;
             }
-            buffer.writes.push(HostRun {
-                file,
-                at_bytes: step.at.0 - step.fill_before_bytes,
-                len_bytes: step.fill_before_bytes + len_bytes + step.fill_after_bytes,
-            });
+            slot.lists.end();
+            buffer.writes.push(HostRun { file, at_bytes, len_bytes: end_bytes - at_bytes });
             at += around.buffered_bytes();
         }
         Some(buffer)
     }
-
-    /// Plans to read a guest range to a part of the buffer. False where the ring cannot.
-    #[expect(clippy::too_many_arguments, reason = "what a request and its lane are made of")]
-    fn read_part(
-        &mut self,
-        ring: &mut Ring,
-        image: &Arc<Image>,
-        slot: &mut Slot,
-        ticket: &WriteTicket,
-        guest: Range<u64>,
-        buffer: &Buffer,
-        mut at: u64,
-    ) -> bool {
-        let mut extents = std::mem::take(&mut self.extents);
-        let mut is_possible = ticket.map_fill(guest, &mut extents);
-        for extent in &extents {
-            let part = in_memory(at, extent.len_bytes);
-            at += extent.len_bytes;
-            if extent.reads_as_zeroes() {
-                buffer.memory.zero(part);
-                continue;
-            }
-            let part = buffer.memory.part(part);
-            let Place::Data { file, at: HostOffset(at_bytes), .. } = extent.place else {
-                is_possible = false;
-                break;
-            };
-            let Some(file) = self.file(ring, image, extent.depth, file) else {
-                is_possible = false;
-                break;
-            };
-            is_possible &= file.takes_own(at_bytes, part);
-            slot.lists.push_own(part);
-            slot.lists.end();
-            self.places.push(HostRun { file, at_bytes, len_bytes: extent.len_bytes });
-        }
-        self.extents = extents;
-        is_possible
-    }
-}
-
-/// A part of a buffer.
-fn in_memory(at: u64, len_bytes: u64) -> Range<usize> {
-    let usize_of = |bytes| usize::try_from(bytes).expect("a part of a buffer");
-    usize_of(at)..usize_of(at + len_bytes)
 }
 
 #[cfg(test)]
 mod tests {
-    use img_core::format::HostFile;
+    use img_core::format::{HostFile, HostOffset};
 
     use super::*;
 
@@ -311,7 +267,7 @@ mod tests {
         let mut taken: Vec<_> = std::iter::from_fn(|| buffers.take(1 << 20)).collect();
         assert_eq!(taken.len(), 3, "with its alignment a fourth would be too much");
         assert!(buffers.take(MOST_BYTES).is_none());
-        assert!(taken[0].memory.part(0..1).iov_base.addr().is_multiple_of(OwnMemory::ALIGNMENT_BYTES));
+        assert!(taken[0].memory.address(0, 1).addr().is_multiple_of(OwnMemory::ALIGNMENT_BYTES));
         taken.clear();
         assert_eq!(buffers.0.taken_bytes.get(), 0);
         assert!(buffers.0.spare_bytes.get() <= KEPT_BYTES);

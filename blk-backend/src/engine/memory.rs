@@ -52,24 +52,6 @@ impl Runs {
         });
     }
 
-    /// Fills `length_bytes` of the request's memory from `at_bytes` on with zeroes.
-    pub(super) fn zero(&self, at_bytes: u64, length_bytes: u64) {
-        self.each(at_bytes, length_bytes, |address, length| {
-            // SAFETY: as in `put`.
-            unsafe { std::ptr::write_bytes(address, 0, length) };
-        });
-    }
-
-    /// Whether the addresses and lengths of a part of the request's memory are multiples of `unit_bytes`.
-    pub(super) fn are_aligned(&self, at_bytes: u64, length_bytes: u64, unit_bytes: u64) -> bool {
-        let mut are = true;
-        self.each(at_bytes, length_bytes, |address, length| {
-            are &= (address.addr() as u64).is_multiple_of(unit_bytes);
-            are &= (length as u64).is_multiple_of(unit_bytes);
-        });
-        are
-    }
-
     /// The parts of memory that hold the bytes `at_bytes..at_bytes + length_bytes` of the request.
     fn each(&self, at_bytes: u64, length_bytes: u64, mut part: impl FnMut(*mut u8, usize)) {
         let (mut skip, mut left) = (at_bytes, length_bytes);
@@ -93,6 +75,47 @@ impl Runs {
     }
 }
 
+/// Memory that the kernel moves bytes to or from.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Memory<'a> {
+    /// That of a request.
+    Request(&'a Runs),
+    /// The engine's own.
+    Own(&'a OwnMemory),
+}
+
+impl Memory<'_> {
+    /// Fills `length_bytes` from `at_bytes` on with zeroes.
+    pub(super) fn zero(self, at_bytes: u64, length_bytes: u64) {
+        self.each(at_bytes, length_bytes, |address, length| {
+            // SAFETY: as in `Runs::put`; or a part of an `OwnMemory`, to which nobody has a reference.
+            unsafe { std::ptr::write_bytes(address, 0, length) };
+        });
+    }
+
+    /// Whether the addresses and lengths of a part are multiples of `unit_bytes`.
+    pub(super) fn is_aligned(self, at_bytes: u64, length_bytes: u64, unit_bytes: u64) -> bool {
+        let mut is = true;
+        self.each(at_bytes, length_bytes, |address, length| {
+            is &= (address.addr() as u64).is_multiple_of(unit_bytes);
+            is &= (length as u64).is_multiple_of(unit_bytes);
+        });
+        is
+    }
+
+    /// The runs of a part, none of them empty.
+    fn each(self, at_bytes: u64, length_bytes: u64, mut part: impl FnMut(*mut u8, usize)) {
+        match self {
+            Self::Request(runs) => runs.each(at_bytes, length_bytes, part),
+            Self::Own(_) if length_bytes == 0 => {}
+            Self::Own(memory) => {
+                let length = usize_of(length_bytes);
+                part(memory.address(usize_of(at_bytes), length), length);
+            }
+        }
+    }
+}
+
 /// The memory of a request in lists, one for each part that the kernel moves by itself. They stay where they are
 /// until [`Self::clear`] or [`Self::add`].
 #[derive(Debug, Default)]
@@ -109,24 +132,17 @@ impl RunLists {
         self.ends.clear();
     }
 
-    /// Appends a list of the memory that holds `length_bytes` of a request from `at_bytes` on.
-    pub(super) fn add(&mut self, memory: &Runs, at_bytes: u64, length_bytes: u64) {
+    /// Appends a list of `length_bytes` of the memory from `at_bytes` on.
+    pub(super) fn add(&mut self, memory: Memory<'_>, at_bytes: u64, length_bytes: u64) {
         self.push(memory, at_bytes, length_bytes);
         self.end();
     }
 
     /// Adds that memory to the list that is being made, which [`Self::end`] ends.
-    pub(super) fn push(&mut self, memory: &Runs, at_bytes: u64, length_bytes: u64) {
+    pub(super) fn push(&mut self, memory: Memory<'_>, at_bytes: u64, length_bytes: u64) {
         memory.each(at_bytes, length_bytes, |address, length| {
             self.runs.push(iovec { iov_base: address.cast(), iov_len: length });
         });
-    }
-
-    /// Adds a part of the engine's own memory to the list that is being made.
-    pub(super) fn push_own(&mut self, part: iovec) {
-        if part.iov_len > 0 {
-            self.runs.push(part);
-        }
     }
 
     /// Ends the list that is being made.
@@ -205,20 +221,14 @@ impl OwnMemory {
         }
     }
 
-    /// A part of it, as the kernel is told.
+    /// Where a part of it stands.
     ///
     /// # Panics
-    /// When it is longer than that.
-    pub(super) fn part(&self, range: Range<usize>) -> iovec {
-        assert!(range.start <= range.end && range.end <= self.length, "{range:?} of {}", self.length);
-        iovec { iov_base: self.start.wrapping_add(range.start).cast(), iov_len: range.end - range.start }
-    }
-
-    /// Fills a part with zeroes.
-    pub(super) fn zero(&self, range: Range<usize>) {
-        let part = self.part(range);
-        // SAFETY: `part` has checked that it is inside `bytes`, to which nobody has a reference.
-        unsafe { std::ptr::write_bytes(part.iov_base.cast::<u8>(), 0, part.iov_len) };
+    /// When it is shorter than that.
+    pub(super) fn address(&self, at: usize, length: usize) -> *mut u8 {
+        let is_inside = at.checked_add(length).is_some_and(|end| end <= self.length);
+        assert!(is_inside, "{length} bytes from {at} on of {}", self.length);
+        self.start.wrapping_add(at)
     }
 }
 

@@ -14,11 +14,11 @@ use img_core::{
 
 use super::{
     fill::{Buffer, Buffers},
-    memory::Runs,
+    memory::{Memory, RunLists},
     ring::{Ring, RingFile},
     slot::{Slot, Slots},
 };
-use crate::request::{Errno, iovec};
+use crate::request::Errno;
 
 /// What a request holds while its bytes are moved.
 #[derive(Debug)]
@@ -119,30 +119,42 @@ impl Transfers {
             Ok(Attempt::Blocks) | Err(_) => return Way::Blocks,
         };
         self.places.clear();
-        for at in 0..self.extents.len() {
-            let ImageExtent { depth, place, len_bytes, guest_offset } = self.extents[at];
-            if let Place::Data { file, at: HostOffset(at), .. } = place {
-                let Some(file) = self.file(ring, image, depth, file) else { return Way::Blocks };
-                let request_at = guest_offset - slot.guest_bytes.start;
-                if !file.takes(at, &slot.runs, request_at, len_bytes) {
-                    return Way::Blocks;
-                }
-                self.places.push(HostRun { file, at_bytes: at, len_bytes });
-            }
-        }
         slot.lists.clear();
         slot.pending = 0;
-        // All lists first: they must not move once a transfer names them.
-        for extent in &self.extents {
-            let request_at = extent.guest_offset - slot.guest_bytes.start;
-            if extent.reads_as_zeroes() {
-                slot.runs.zero(request_at, extent.len_bytes);
-            } else {
-                slot.lists.add(&slot.runs, request_at, extent.len_bytes);
-            }
+        if !self.plan_read(ring, image, &mut slot.lists, Memory::Request(&slot.runs), 0) {
+            return Way::Blocks;
         }
         slot.hold = Some(Hold::Read(ticket));
         self.push_all(ring, index, slot, 0, false)
+    }
+
+    /// Plans to read [`Self::extents`], one behind the other, to `memory` from `at_bytes` on: what stands somewhere is
+    /// added to [`Self::places`], and its memory to `lists`; what does not is zeroed. False where the ring cannot.
+    pub(super) fn plan_read(
+        &mut self,
+        ring: &mut Ring,
+        image: &Image,
+        lists: &mut RunLists,
+        memory: Memory<'_>,
+        mut at_bytes: u64,
+    ) -> bool {
+        for index in 0..self.extents.len() {
+            let ImageExtent { depth, place, len_bytes, .. } = self.extents[index];
+            match place {
+                Place::Zero { .. } | Place::Unallocated => memory.zero(at_bytes, len_bytes),
+                Place::Data { file, at: HostOffset(host_bytes), .. } => {
+                    let Some(file) = self.file(ring, image, depth, file) else { return false };
+                    if !file.takes(host_bytes, memory, at_bytes, len_bytes) {
+                        return false;
+                    }
+                    lists.add(memory, at_bytes, len_bytes);
+                    self.places.push(HostRun { file, at_bytes: host_bytes, len_bytes });
+                }
+                Place::Encoded { .. } => return false,
+            }
+            at_bytes += len_bytes;
+        }
+        true
     }
 
     /// Tries to write without a worker.
@@ -166,18 +178,19 @@ impl Transfers {
             let request_at = guest_bytes.start - slot.guest_bytes.start;
             let len_bytes = guest_bytes.end - guest_bytes.start;
             let Some(file) = self.file(ring, image, 0, file) else { return Way::Blocks };
-            if !file.takes(at, &slot.runs, request_at, len_bytes) {
+            let memory = Memory::Request(&slot.runs);
+            if !file.takes(at, memory, request_at, len_bytes) {
                 return Way::Blocks;
             }
             self.places.push(HostRun { file, at_bytes: at, len_bytes });
-            slot.lists.add(&slot.runs, request_at, len_bytes);
+            slot.lists.add(memory, request_at, len_bytes);
         }
         slot.hold = Some(Hold::Write(ticket, None));
         self.push_all(ring, index, slot, 0, true)
     }
 
     /// Pushes a transfer for each of [`Self::places`], whose memory stands in the lists of the slot from `first_list`
-    /// on, in order.
+    /// on, in order. All lists are there: they must not move once a transfer names them.
     pub(super) fn push_all(
         &mut self,
         ring: &mut Ring,
@@ -280,22 +293,20 @@ impl Transfers {
 }
 
 impl File {
-    /// Whether the kernel takes a part of a request as it is. (Alignment is decided here alone: what does not fit
-    /// goes to a worker, and the storage bounces it.)
-    pub(super) fn takes(self, at_bytes: u64, runs: &Runs, request_at_bytes: u64, len_bytes: u64) -> bool {
+    /// Whether the kernel moves bytes between the file, from `at_bytes` on, and a part of `memory` as it is. (Alignment
+    /// is decided here alone: what does not fit goes to a worker, and the storage bounces it.)
+    pub(super) fn takes(
+        self,
+        at_bytes: u64,
+        memory: Memory<'_>,
+        memory_at_bytes: u64,
+        len_bytes: u64,
+    ) -> bool {
         let unit = self.unit_bytes;
         unit == 1
             || at_bytes.is_multiple_of(unit)
                 && len_bytes.is_multiple_of(unit)
-                && runs.are_aligned(request_at_bytes, len_bytes, unit)
-    }
-
-    /// The same for a buffer of the engine's own.
-    pub(super) fn takes_own(self, at_bytes: u64, part: iovec) -> bool {
-        let unit = self.unit_bytes;
-        let is_aligned = |number: usize| (number as u64).is_multiple_of(unit);
-        unit == 1
-            || at_bytes.is_multiple_of(unit) && is_aligned(part.iov_base.addr()) && is_aligned(part.iov_len)
+                && memory.is_aligned(memory_at_bytes, len_bytes, unit)
     }
 }
 
