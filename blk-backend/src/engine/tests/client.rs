@@ -23,6 +23,13 @@ pub(super) fn engines() -> Vec<EngineChoice> {
     }
 }
 
+/// Where files are answered in the call, and where the ring reads them.
+pub(super) fn directories() -> Vec<tempfile::TempDir> {
+    let mut all = vec![tempfile::tempdir().expect("a directory")];
+    all.extend(tempfile::tempdir_in("/dev/shm"));
+    all
+}
+
 /// The image of `format` and `options` called `name` in a directory.
 pub(crate) fn image(
     dir: &Path,

@@ -1,25 +1,27 @@
 //! Writes to a part of a cluster that is new, shared or below: what is around the guest's bytes comes along, and no
 //! thread is asked for it.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::Path,
+    sync::Arc,
+};
 
-use super::client::{Client, image};
+use img_core::{
+    format::{HostFile, OpenMode, Repair},
+    image::{Image, ImageName, OpenOptions},
+};
+
+use super::client::{Client, directories, image};
 use crate::{
     disk::{Disk, DiskOptions},
     engine::{EngineChoice, ring_support},
-    request::Op,
+    request::{Errno, Op},
 };
 
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 16 * MIB;
 const CLUSTER: usize = 65_536;
-
-/// Where files are answered in the call, and where the ring reads them.
-fn directories() -> Vec<tempfile::TempDir> {
-    let mut all = vec![tempfile::tempdir().expect("a directory")];
-    all.extend(tempfile::tempdir_in("/dev/shm"));
-    all
-}
 
 fn open(dir: &Path, name: &str, options: &[(&str, &str)], backing: Option<&str>) -> Arc<Disk> {
     let name = image(dir, name, "qcow2", options, DISK_BYTES, backing);
@@ -145,7 +147,7 @@ fn what_a_snapshot_shares_comes_along() {
         drop(disk_and_model);
         let snapshots = disk.image();
         let view = snapshots.layers()[0].snapshots().expect("it has some").view("s").expect("it is there");
-        let view = img_core::image::Image::from_layers(vec![view]).expect("a disk");
+        let view = Image::from_layers(vec![view]).expect("a disk");
         let mut found = vec![0; model.len()];
         view.read_at(&mut found, 0).expect("read");
         assert!(found == model, "the snapshot has changed");
@@ -207,5 +209,87 @@ fn behind_the_end_of_a_file_below_there_are_zeroes() {
         let mut expected = vec![0; CLUSTER];
         expected[4096..4608].fill(7);
         assert!(client.read(6 << 20, CLUSTER).expect("read") == expected);
+    }
+}
+
+/// A layer below that cannot be read costs the writes that need it, and nothing else: what they had reserved is free
+/// again.
+#[test]
+fn a_layer_below_that_fails_costs_those_writes_alone() {
+    if ring_support().is_err() {
+        return;
+    }
+    for dir in directories() {
+        let base = open(dir.path(), "base", &[], None);
+        assert_eq!(Client::new(&base, EngineChoice::Ring).write(0, &vec![5; 8 << 20]), Ok(()));
+        base.close().expect("closed");
+        drop(base);
+        let disk = open(dir.path(), "disk", &[], Some("base"));
+        let mut model = vec![0; usize::try_from(DISK_BYTES).expect("small")];
+        model[..8 << 20].fill(5);
+        // All tables are in memory; the lane that comes next knows no files yet.
+        let model = Modelled::new(&disk, model).model;
+        let mended = Unreadable::of(&disk);
+        let mut broken = Modelled { client: Client::new(&disk, EngineChoice::Ring), model };
+        let before = disk.stats().handed_over;
+        for _ in 0..2 {
+            let tags = [(1 << 20) + 4096, (3 << 20) - 512, 5 << 20]
+                .map(|at| broken.client.submit_write(at, &[9; 1024]));
+            broken.write(2 << 20, CLUSTER);
+            broken.write((15 << 20) + 512, 512);
+            for tag in tags {
+                assert_eq!(broken.client.wait(tag).0, Err(Errno::BADF));
+            }
+        }
+        // Nothing of it has to be read, and nobody who failed is in the way.
+        broken.write(1 << 20, CLUSTER);
+        assert_eq!(disk.stats().handed_over, before);
+        drop(mended);
+        let mut whole = Modelled { client: Client::new(&disk, EngineChoice::Ring), model: broken.model };
+        whole.write((3 << 20) - 512, 1024);
+        whole.compare();
+        drop((whole, broken.client));
+        disk.close().expect("closed");
+        drop(disk);
+        let name = ImageName::from_path(dir.path().join("disk").to_str().expect("plain names"));
+        let options = OpenOptions::new(OpenMode::Check { repair: false });
+        let image = Image::open(&name, &options).expect("it opens");
+        let report = image.check(Repair::Nothing, &mut |_| {}).expect("checked");
+        assert_eq!((report.corruptions, report.check_errors, report.leaks), (0, 0, 0));
+    }
+}
+
+/// The first layer below the top of a disk cannot be read until this is dropped, except by lanes that have its file
+/// already.
+struct Unreadable {
+    image: Arc<Image>,
+    file: OwnedFd,
+}
+
+impl Unreadable {
+    fn of(disk: &Disk) -> Self {
+        let image = disk.image();
+        let file = Self::fd(&image).try_clone_to_owned().expect("a descriptor");
+        let write_only = tempfile::tempdir().expect("a directory");
+        let write_only = std::fs::File::create(write_only.path().join("file")).expect("a file");
+        Self::replace(&image, write_only.as_fd());
+        Self { image, file }
+    }
+
+    fn fd(image: &Image) -> BorrowedFd<'_> {
+        image.storage(1, HostFile::IMAGE).and_then(|storage| storage.as_fd()).expect("a file")
+    }
+
+    #[allow(unsafe_code, reason = "a descriptor that belongs to somebody else becomes another file")]
+    fn replace(image: &Image, by: BorrowedFd<'_>) {
+        // SAFETY: it stays open all the time, and its owner takes what it reads for no more than bytes.
+        let done = unsafe { libc::dup2(by.as_raw_fd(), Self::fd(image).as_raw_fd()) };
+        assert!(done >= 0);
+    }
+}
+
+impl Drop for Unreadable {
+    fn drop(&mut self) {
+        Self::replace(&self.image, self.file.as_fd());
     }
 }
