@@ -4,14 +4,14 @@
 //! [`Disk::drained`]: new requests are held back (as values, in their lanes), those under way end, the change is
 //! made, and everybody goes on.
 //!
-//! Lock order: `changing` before `quiet` before `lanes`. None is taken by a request, except `quiet` by the last
-//! one that ends while the disk is paused.
+//! Lock order: `changing` before that of [`Pauses`] before `lanes`. None is taken by a request, except the second by the
+//! last one that ends while the disk is paused.
 
 use std::{
     fmt,
     os::unix::fs::MetadataExt as _,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
         atomic::{AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
@@ -26,7 +26,7 @@ use img_core::{
     text,
 };
 
-use crate::engine::{EngineInUse, Flight, LaneSnapshot, Mailbox, ThreadClock, Workers};
+use crate::engine::{EngineInUse, Flight, LaneSnapshot, Mailbox, Pauses, ThreadClock, Workers};
 
 /// Threads that may wait for tables, decoders and flushes at the same time, unless told otherwise.
 const DEFAULT_WORKERS: usize = 16;
@@ -101,16 +101,13 @@ pub struct Disk {
     read_only: bool,
     cache: CacheMode,
     force_share: bool,
-    /// How often it was paused and not resumed yet.
-    paused: AtomicU64,
     /// Who changes the disk as a whole, one at a time.
     changing: Mutex<()>,
     lanes: Mutex<Lanes>,
-    quiet: Mutex<()>,
-    quieter: Condvar,
     observers: Mutex<Observers>,
     /// For whatever image is on top.
     change_log: Mutex<Option<Arc<dyn ChangeLog>>>,
+    pub(crate) pauses: Pauses,
     pub(crate) flight: Arc<Flight>,
     pub(crate) workers: Workers,
 }
@@ -178,13 +175,11 @@ impl Disk {
             read_only,
             cache: options.cache,
             force_share: options.force_share,
-            paused: AtomicU64::new(0),
             changing: Mutex::default(),
             lanes: Mutex::default(),
-            quiet: Mutex::default(),
-            quieter: Condvar::new(),
             observers: Mutex::default(),
             change_log: Mutex::default(),
+            pauses: Pauses::default(),
             flight: Arc::default(),
             workers: Workers::new(options.workers),
         })
@@ -217,16 +212,12 @@ impl Disk {
     /// Holds new requests back and returns when none is under way. Every call needs its
     /// [`resume`](Self::resume). Lanes must go on being run; never called on the thread of one that has requests.
     pub fn pause(&self) {
-        self.paused.fetch_add(1, SeqCst);
-        let mut quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
-        while self.lanes().present.iter().any(|lane| lane.mailbox.is_active()) {
-            quiet = self.quieter.wait(quiet).unwrap_or_else(PoisonError::into_inner);
-        }
+        self.pauses.begin(|| self.lanes().present.iter().any(|lane| lane.mailbox.is_active()));
     }
 
     /// Takes one [`pause`](Self::pause) back; requests go on when it was the last.
     pub fn resume(&self) {
-        if self.paused.fetch_sub(1, SeqCst) == 1 {
+        if self.pauses.end() {
             self.lanes().present.iter().for_each(|lane| lane.mailbox.ring());
         }
     }
@@ -418,10 +409,6 @@ impl Disk {
         self.observers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn is_paused(&self) -> bool {
-        self.paused.load(SeqCst) > 0
-    }
-
     pub(crate) fn generation(&self) -> u64 {
         self.generation.load(SeqCst)
     }
@@ -447,14 +434,6 @@ impl Disk {
         let gone = lanes.present.remove(at);
         lanes.gone_cpu += gone.clock.spent();
         lanes.gone.add(&lane.snapshot());
-    }
-
-    /// A lane has nothing under way any more; somebody may be waiting for that.
-    pub(crate) fn lane_is_quiet(&self) {
-        if self.is_paused() {
-            let _quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
-            self.quieter.notify_all();
-        }
     }
 }
 

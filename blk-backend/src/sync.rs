@@ -2,4 +2,4 @@
 //! explore schedules (the package `explore`) compile the same sources with others, which let them choose who goes on at
 //! each step.
 
-pub(crate) use std::sync::{Mutex, MutexGuard, atomic};
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};

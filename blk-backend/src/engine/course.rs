@@ -29,19 +29,14 @@ use crate::request::{Errno, Op};
 impl Lane {
     /// Whether a request may begin; if so it counts as under way.
     pub(super) fn admit(&mut self) -> bool {
-        if self.disk.is_paused() {
-            return false;
-        }
-        if self.under_way == 0 {
-            // Either the one who pauses sees that this lane is active, or this lane sees the pause.
-            self.mailbox.set_active(true);
-            if self.disk.is_paused() {
-                self.become_quiet();
+        if self.under_way > 0 {
+            if self.disk.pauses.is_any() {
                 return false;
             }
-            if self.disk.generation() != self.generation {
-                self.change_image();
-            }
+        } else if !self.disk.pauses.admit(&self.mailbox) {
+            return false;
+        } else if self.disk.generation() != self.generation {
+            self.change_image();
         }
         self.under_way += 1;
         self.mailbox.stats.depth_is(self.under_way);
@@ -56,11 +51,6 @@ impl Lane {
         if let Some(ring) = self.backend.ring() {
             self.transfers.forget_files(ring);
         }
-    }
-
-    fn become_quiet(&self) {
-        self.mailbox.set_active(false);
-        self.disk.lane_is_quiet();
     }
 
     /// Begins a request that was admitted, or goes on with one that was parked.
@@ -268,7 +258,7 @@ impl Lane {
         self.under_way -= 1;
         self.mailbox.stats.depth_is(self.under_way);
         if self.under_way == 0 {
-            self.become_quiet();
+            self.disk.pauses.leave(&self.mailbox);
         }
     }
 

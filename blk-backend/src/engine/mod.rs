@@ -7,6 +7,7 @@
 //! - `ring`: the kernel's ring, and what it may do; `epoll`: how a lane sleeps where there is none; `backend`: which.
 //! - `worker`: threads for what may wait: tables that are not in memory, decoders, flushes, discards.
 //! - `flight`: changes under way, by guest cluster; who would run into one is parked there as a value.
+//! - `pause`: how all lanes of a disk are held back.
 //! - `mailbox`: how workers, and everybody else, reach a lane that may be asleep; `bell`: what wakes it.
 //! - `poll`: how long a lane looks for work before it sleeps.
 //! - `memory`: the one place that touches the bytes of a guest.
@@ -22,6 +23,7 @@ mod flight;
 mod lane;
 mod mailbox;
 mod memory;
+mod pause;
 mod poll;
 mod ring;
 mod slot;
@@ -40,6 +42,7 @@ pub use stats::{Histogram, LaneSnapshot, OpKind, OpStats};
 pub(crate) use clock::ThreadClock;
 pub(crate) use flight::Flight;
 pub(crate) use mailbox::Mailbox;
+pub(crate) use pause::Pauses;
 pub(crate) use worker::Workers;
 
 /// Whether this process may use an `io_uring` as lanes need it.

@@ -138,7 +138,7 @@ impl Source for Data<'_> {
     fn fill(&mut self, request: u32) -> bool {
         let disk = self.lane.disk();
         // Held back like any other request.
-        if disk.is_paused() {
+        if disk.pauses.is_any() {
             return false;
         }
         let (flight, began) = (self.flights.look(request), Instant::now());

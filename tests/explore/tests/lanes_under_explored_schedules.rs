@@ -1,6 +1,6 @@
 //! Lanes, workers and those who wake them, in schedules that are chosen: at each lock and each atomic of what they hand
 //! to each other another one may go on. A wake-up that is lost is a deadlock, which the explorer tells; a request is ended
-//! once, and no two changes that touch each other are under way.
+//! once, no two changes that touch each other are under way, and none is while the disk is paused.
 //!
 //! These are the sources of `blk-backend`, with locks of the explorer and a bell that is one of its condition variables.
 //! The lane is a loop of the same steps as `blk-backend`'s.
@@ -20,6 +20,7 @@ use shuttle::{
 use self::{
     flight::Flight,
     mailbox::{Content, Finished, LaneWaker, Mailbox},
+    pause::Pauses,
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
@@ -31,10 +32,12 @@ mod flight;
 #[allow(dead_code, unreachable_pub, reason = "some of it is for the disk, and for other crates")]
 #[path = "../../../blk-backend/src/engine/mailbox.rs"]
 mod mailbox;
+#[path = "../../../blk-backend/src/engine/pause.rs"]
+mod pause;
 
 /// In place of `blk-backend/src/sync.rs`.
 mod sync {
-    pub(crate) use shuttle::sync::{Mutex, MutexGuard, atomic};
+    pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard, atomic};
 }
 
 /// In place of an eventfd that a ring or an epoll instance watches: each ring of it ends one sleep, now or later.
@@ -109,6 +112,8 @@ fn explore(schedules: u64, test: fn()) {
 #[derive(Default)]
 struct World {
     flight: Flight,
+    pauses: Pauses,
+    lanes: Mutex<Vec<Arc<Mailbox>>>,
     /// Who changes a cluster.
     clusters: [Mutex<bool>; CLUSTERS],
 }
@@ -124,6 +129,30 @@ impl World {
         for cluster in part() {
             *cluster.lock().expect("no panic") = false;
         }
+    }
+}
+
+/// As [`Disk`](blk_backend::disk::Disk) does it.
+impl World {
+    fn pause(&self) {
+        let lanes = || self.lanes.lock().expect("no panic");
+        self.pauses.begin(|| lanes().iter().any(|lane| lane.is_active()));
+    }
+
+    fn resume(&self) {
+        if self.pauses.end() {
+            self.lanes.lock().expect("no panic").iter().for_each(|lane| lane.ring());
+        }
+    }
+
+    /// Nobody changes anything, however long one looks.
+    fn assert_quiet(&self) {
+        for cluster in self.clusters.iter().chain(&self.clusters) {
+            assert!(!*cluster.lock().expect("no panic"), "a change is under way in a pause");
+        }
+        let mailbox = Arc::new(Mailbox::new().expect("a bell"));
+        assert!(self.flight.enter(0..u64::MAX, &mailbox, 0), "a change is under way in a pause");
+        self.flight.leave(&mailbox, 0);
     }
 }
 
@@ -147,6 +176,8 @@ fn work(world: &World, jobs: &Mutex<Receiver<Job>>) {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
+    /// The disk is paused.
+    Held,
     Parked,
     /// A worker has it.
     Working,
@@ -162,17 +193,23 @@ struct Lane {
     mailbox: Arc<Mailbox>,
     jobs: Sender<Job>,
     requests: Vec<(Range<u64>, Stage)>,
+    held: VecDeque<u32>,
+    under_way: usize,
     moving: VecDeque<u32>,
     content: Content,
 }
 
 impl Lane {
     fn new(world: &Arc<World>, jobs: &Sender<Job>) -> Self {
+        let mailbox = Arc::new(Mailbox::new().expect("a bell"));
+        world.lanes.lock().expect("no panic").push(Arc::clone(&mailbox));
         Self {
             world: Arc::clone(world),
-            mailbox: Arc::new(Mailbox::new().expect("a bell")),
+            mailbox,
             jobs: jobs.clone(),
             requests: Vec::new(),
+            held: VecDeque::new(),
+            under_way: 0,
             moving: VecDeque::new(),
             content: Content::default(),
         }
@@ -180,8 +217,33 @@ impl Lane {
 
     fn submit(&mut self, range: Range<u64>) {
         let slot = u32::try_from(self.requests.len()).expect("few");
-        self.requests.push((range.clone(), Stage::Parked));
-        if self.world.flight.enter(range, &self.mailbox, slot) {
+        self.requests.push((range, Stage::Held));
+        if self.held.is_empty() && self.admit() {
+            self.enter(slot);
+        } else {
+            self.held.push_back(slot);
+        }
+    }
+
+    /// As [`Lane::admit`](blk_backend::engine::Lane).
+    fn admit(&mut self) -> bool {
+        let pauses = &self.world.pauses;
+        let is_admitted = if self.under_way > 0 { !pauses.is_any() } else { pauses.admit(&self.mailbox) };
+        self.under_way += usize::from(is_admitted);
+        is_admitted
+    }
+
+    fn leave(&mut self) {
+        self.under_way -= 1;
+        if self.under_way == 0 {
+            self.world.pauses.leave(&self.mailbox);
+        }
+    }
+
+    fn enter(&mut self, slot: u32) {
+        let (range, stage) = &mut self.requests[slot as usize];
+        *stage = Stage::Parked;
+        if self.world.flight.enter(range.clone(), &self.mailbox, slot) {
             self.begin(slot);
         }
     }
@@ -204,10 +266,14 @@ impl Lane {
         let stage = &mut self.requests[slot as usize].1;
         assert_eq!(*stage, was, "ended once, and after it has begun");
         *stage = Stage::Ended;
+        if was == Stage::Moving {
+            self.world.flight.leave(&self.mailbox, slot);
+        }
+        self.leave();
     }
 
     fn is_busy(&self) -> bool {
-        self.requests.iter().any(|(_, stage)| matches!(stage, Stage::Parked | Stage::Working | Stage::Moving))
+        self.requests.iter().any(|(_, stage)| !matches!(stage, Stage::Ended | Stage::Forgotten))
     }
 
     /// Takes what others left. Whether there was something.
@@ -220,6 +286,10 @@ impl Lane {
         }
         content.released.drain(..).for_each(|slot| self.begin(slot));
         self.content = content;
+        while !self.held.is_empty() && self.admit() {
+            let slot = self.held.pop_front().expect("it is not empty");
+            self.enter(slot);
+        }
         took
     }
 
@@ -228,7 +298,6 @@ impl Lane {
         if let Some(slot) = self.moving.pop_front() {
             self.world.change(&self.requests[slot as usize].0);
             self.end(slot, Stage::Moving);
-            self.world.flight.leave(&self.mailbox, slot);
         } else if !took {
             self.sleep();
         }
@@ -249,10 +318,14 @@ impl Lane {
 
     /// Gives up what has not begun.
     fn reset(&mut self) {
+        for slot in std::mem::take(&mut self.held) {
+            self.requests[slot as usize].1 = Stage::Forgotten;
+        }
         for slot in 0..self.requests.len() {
             let number = u32::try_from(slot).expect("few");
             if self.requests[slot].1 == Stage::Parked && self.world.flight.forget(&self.mailbox, number) {
                 self.requests[slot].1 = Stage::Forgotten;
+                self.leave();
             }
         }
         self.run_until_idle();
@@ -261,6 +334,11 @@ impl Lane {
 
 /// Lanes on threads of their own, and workers; `lives` is what the lanes do.
 fn with_lanes(lives: Vec<fn(&mut Lane)>) {
+    with_lanes_and(lives, |_| {});
+}
+
+/// The same, while somebody does something with all of them.
+fn with_lanes_and(lives: Vec<fn(&mut Lane)>, meanwhile: fn(&World)) {
     let world: Arc<World> = Arc::default();
     let (jobs, queue) = channel();
     let queue = Arc::new(Mutex::new(queue));
@@ -278,6 +356,7 @@ fn with_lanes(lives: Vec<fn(&mut Lane)>) {
         })
         .collect();
     drop(jobs);
+    meanwhile(&world);
     lanes.into_iter().chain(workers).for_each(|thread| thread.join().expect("it ends"));
     let mailbox = Arc::new(Mailbox::new().expect("a bell"));
     assert!(world.flight.enter(0..u64::MAX, &mailbox, 0), "nothing is left behind");
@@ -326,6 +405,42 @@ fn a_change_is_taken_back_or_has_begun() {
                 lane.run_until_idle();
             },
         ]);
+    });
+}
+
+/// Two pause the disk, the one over the other's pause too: nothing is under way then, all that was held back goes on
+/// afterwards, and a lane that gives its requests up does not hold the pause up.
+#[test]
+fn nothing_is_under_way_in_a_pause() {
+    explore(3_000, || {
+        let lives: Vec<fn(&mut Lane)> = vec![
+            |lane| {
+                for range in [0..2, 1..3, 3..4] {
+                    lane.submit(range);
+                }
+                lane.run_until_idle();
+                lane.submit(0..4);
+                lane.run_until_idle();
+            },
+            |lane| {
+                for range in [1..2, 0..4] {
+                    lane.submit(range);
+                }
+                lane.reset();
+                lane.submit(2..4);
+                lane.run_until_idle();
+            },
+        ];
+        with_lanes_and(lives, |world| {
+            for _ in 0..2 {
+                world.pause();
+                world.assert_quiet();
+                world.pause();
+                world.resume();
+                world.assert_quiet();
+                world.resume();
+            }
+        });
     });
 }
 
