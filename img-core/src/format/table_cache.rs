@@ -11,6 +11,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
+    hash::{BuildHasher, Hasher, RandomState},
     io::IoSlice,
     ops::Range,
     sync::{Arc, PoisonError},
@@ -58,16 +59,64 @@ impl Slice {
         self.bytes.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn note_use(&self) {
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// The big-endian word at `at` bytes into the slice.
     pub(super) fn word(&self, at: usize) -> u64 {
         u64::from_be_bytes(self.read()[at..at + 8].try_into().expect("eight bytes"))
     }
 }
 
+type Slices = HashMap<u64, Arc<Slice>, OffsetHash>;
+
 #[derive(Debug, Default)]
 struct Shard {
-    slices: RwLock<HashMap<u64, Arc<Slice>>>,
+    slices: RwLock<Slices>,
     load: Mutex<()>,
+}
+
+/// Hashes host offsets in a few instructions. The factor is odd, and nobody knows it who makes an image.
+#[derive(Clone, Debug)]
+struct OffsetHash {
+    factor: u64,
+}
+
+impl Default for OffsetHash {
+    fn default() -> Self {
+        Self { factor: RandomState::new().hash_one(0) | 1 }
+    }
+}
+
+impl BuildHasher for OffsetHash {
+    type Hasher = OffsetHasher;
+
+    fn build_hasher(&self) -> OffsetHasher {
+        OffsetHasher { factor: self.factor, hash: 0 }
+    }
+}
+
+struct OffsetHasher {
+    factor: u64,
+    hash: u64,
+}
+
+impl Hasher for OffsetHasher {
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("offsets are numbers");
+    }
+
+    fn write_u64(&mut self, offset: u64) {
+        // The upper bits depend on all of the offset, whose lower ones are zero.
+        self.hash = offset.wrapping_mul(self.factor).rotate_left(32);
+    }
+
+    fn finish(&self) -> u64 {
+        self.hash
+    }
 }
 
 /// Slices of one kind of table.
@@ -119,10 +168,19 @@ impl SliceCache {
     pub(super) fn peek(&self, start: u64) -> Option<Arc<Slice>> {
         let slices = self.shard(start).slices.read().unwrap_or_else(PoisonError::into_inner);
         let slice = slices.get(&start)?;
-        if !slice.used.load(Ordering::Relaxed) {
-            slice.used.store(true, Ordering::Relaxed);
-        }
+        slice.note_use();
         Some(Arc::clone(slice))
+    }
+
+    /// Shows `look` the slice that holds host byte `at`, when it is here, and where in it that byte stands. Nobody can put
+    /// slices into its shard, or change it, meanwhile.
+    pub(super) fn look_at<T>(&self, at: u64, look: impl FnOnce(&[u8], usize) -> T) -> Option<T> {
+        let start = at & !(self.slice_bytes - 1);
+        let within = usize::try_from(at - start).expect("inside a slice");
+        let slices = self.shard(start).slices.read().unwrap_or_else(PoisonError::into_inner);
+        let slice = slices.get(&start)?;
+        slice.note_use();
+        Some(look(&slice.read(), within))
     }
 
     /// The slice that holds host byte `at`, when it is here, and where in it that byte stands.
@@ -280,7 +338,7 @@ impl SliceCache {
     }
 
     fn shard(&self, start: u64) -> &Shard {
-        let index = (start / self.slice_bytes) % SHARDS as u64;
+        let index = (start >> self.slice_bytes.trailing_zeros()) % SHARDS as u64;
         &self.shards[usize::try_from(index).expect("below the number of shards")]
     }
 
@@ -302,7 +360,7 @@ impl SliceCache {
     }
 
     /// Drops a quarter of a full shard: clean slices not looked at since the last time first.
-    fn evict(&self, slices: &mut HashMap<u64, Arc<Slice>>) {
+    fn evict(&self, slices: &mut Slices) {
         let dirty = self.lock_dirty();
         let keep = self.slices_per_shard - self.slices_per_shard.div_ceil(4);
         for second_round in [false, true] {

@@ -60,7 +60,7 @@ impl Geometry {
 
     /// Clusters needed for `bytes`.
     pub(super) fn clusters_for(self, bytes: u64) -> u64 {
-        bytes.div_ceil(self.cluster_bytes())
+        (bytes >> self.cluster_bits) + u64::from(self.in_cluster(bytes) > 0)
     }
 
     /// L1 entries needed for a disk of `virtual_size_bytes`.
@@ -80,7 +80,7 @@ impl Geometry {
 
     /// Index into L1 of a guest offset.
     pub(super) fn l1_index(self, guest_offset: u64) -> u64 {
-        guest_offset / self.l2_span_bytes()
+        guest_offset >> (self.cluster_bits + self.l2_bits())
     }
 
     /// Index into its L2 table of a guest offset.

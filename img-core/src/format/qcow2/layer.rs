@@ -447,7 +447,6 @@ impl Layer for Qcow2Layer {
     }
 
     fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
-        let _pin = self.epochs.pin();
         self.map.map_cached(self.root(), guest_bytes, found)
     }
 

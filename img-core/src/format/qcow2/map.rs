@@ -192,8 +192,9 @@ impl TableMap {
             walk.root = root.under(entry);
             while walk.at < walk.end {
                 let entry_at = table + geometry.l2_index(walk.at) * geometry.l2_entry_bytes();
-                let Some((slice, within)) = self.l2.peek_at(entry_at) else { return Ok(false) };
-                walk.entries(&slice.read()[within..], entry_at)?;
+                let entries = |bytes: &[u8], within: usize| walk.entries(&bytes[within..], entry_at);
+                let Some(result) = self.l2.look_at(entry_at, entries) else { return Ok(false) };
+                result?;
             }
         }
         Ok(true)
@@ -231,8 +232,10 @@ impl TableMap {
         if l1_index >= root.l1_entries {
             return Some(L1Entry(0));
         }
-        let (slice, within) = self.l1.peek_at(root.l1_offset + l1_index * 8)?;
-        Some(L1Entry(slice.word(within)))
+        let entry = |bytes: &[u8], at: usize| {
+            L1Entry(u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes")))
+        };
+        self.l1.look_at(root.l1_offset + l1_index * 8, entry)
     }
 
     /// The guest offset up to which L1 stays empty after `l1_index`, at most `end`.
@@ -330,7 +333,11 @@ impl Walk<'_> {
     fn entries(&mut self, bytes: &[u8], host: u64) -> Result<()> {
         let geometry = self.map.geometry;
         let entry_bytes = usize::try_from(geometry.l2_entry_bytes()).expect("8 or 16");
-        let count = bytes.len() / entry_bytes;
+        let left_bytes = self.end.saturating_sub(geometry.cluster_start(self.at));
+        let wanted = geometry.clusters_for(left_bytes);
+        let count = (bytes.len() / entry_bytes).min(usize::try_from(wanted).unwrap_or(usize::MAX));
+        // Runs go no further than they are asked for.
+        let bytes = &bytes[..count * entry_bytes];
         let mut index = 0;
         while index < count && self.at < self.end {
             let entry = L2Entry::read(bytes, index, geometry);
