@@ -13,6 +13,7 @@ use img_core::{
     Result,
     format::{Attempt, Place, WriteStep},
     image::{Commit, Image, ImageExtent, WriteTicket},
+    storage::Flush,
 };
 
 /// One queue of a disk. The lists keep their memory from request to request.
@@ -156,6 +157,27 @@ impl Queue {
                 }
             };
         }
+    }
+
+    /// Makes everything written durable.
+    ///
+    /// # Errors
+    /// What the library says.
+    ///
+    /// # Panics
+    /// When the library names a file that is not open.
+    pub fn flush(&mut self) -> Result<()> {
+        // Whoever is in the way is waited for by the call that may block.
+        let Attempt::Done(ticket) = self.image.try_flush() else {
+            self.count.blocked += 1;
+            return self.image.flush();
+        };
+        self.count.done += 1;
+        for file in ticket.files() {
+            self.image.storage(0, *file).expect("an open file").flush(Flush::Data)?;
+        }
+        ticket.synced();
+        Ok(())
     }
 }
 

@@ -216,7 +216,7 @@ fn since(mark: u64) -> Range<usize> {
 }
 
 /// Runs the history on a recorded image. Where operations follow a flush that need not wait for requests to end, the
-/// flush stops at one of its operations, and they are done beside it; some writes as a queue does them.
+/// flush stops at one of its operations, and they are done beside it; some writes and flushes as a queue does them.
 fn record_beside(
     scenario: &Scenario,
     plan: &Plan,
@@ -251,12 +251,13 @@ fn record_beside(
                 recorder.mark(mark(&since));
                 let passed = AtomicU64::new(0);
                 let stop = random.below(6);
+                let by_queue = random.below(2) == 0;
                 let gate = gated.close(move |request| {
                     request.operation.is_change() && passed.fetch_add(1, Ordering::SeqCst) == stop
                 });
                 std::thread::scope(|scope| {
                     let flush = scope.spawn(|| {
-                        let flushed = image.flush();
+                        let flushed = if by_queue { Queue::new(&image).flush() } else { image.flush() };
                         gate.let_pass();
                         flushed
                     });

@@ -20,7 +20,7 @@ use super::{
     backend::EngineInUse,
     lane::{Event, Lane},
     ring::Ring,
-    slot::Stage,
+    slot::{Stage, is_mended_by_worker},
     transfer::{Hold, Progress, Way},
     worker::{Job, Task},
 };
@@ -70,7 +70,8 @@ impl Lane {
         match op {
             Op::Read => self.read(index),
             Op::Write { .. } => self.write(index),
-            Op::Flush | Op::Cache => self.hand_over(index, Task::All(op)),
+            Op::Flush => self.flush(index),
+            Op::Cache => self.hand_over(index, Task::All(op)),
             Op::Discard { .. } | Op::WriteZeroes { .. } => self.change(index),
         }
     }
@@ -120,6 +121,19 @@ impl Lane {
                 self.mailbox.stats.misses.add(1);
                 self.change(index);
             }
+        }
+    }
+
+    /// Makes durable what was written before, for a flush or at the end of a write.
+    fn flush(&mut self, index: u32) {
+        let slot = self.slots.get(index);
+        let way = match self.backend.ring() {
+            Some(ring) => self.transfers.flush(ring, &self.image, index, slot),
+            None => Way::Blocks,
+        };
+        match way {
+            Way::Pushed => self.begin_moving(index),
+            Way::Busy | Way::Blocks => self.hand_over(index, Task::All(Op::Flush)),
         }
     }
 
@@ -197,16 +211,26 @@ impl Lane {
         let slot = self.slots.get(index);
         let hold = slot.hold.take();
         match (slot.failure.take(), hold) {
-            // What the ring cannot do here the blocking calls can, or they say why not.
-            (Some(Errno::AGAIN | Errno::INTR | Errno::INVAL | Errno::OPNOTSUPP), hold) => {
+            (Some(errno), hold) if is_mended_by_worker(errno) => {
+                let is_flush = matches!(hold, Some(Hold::Flush(_)));
                 drop(hold);
-                if slot.op == Op::Read {
+                if is_flush {
+                    self.hand_over(index, Task::All(Op::Flush));
+                } else if slot.op == Op::Read {
                     self.hand_over(index, Task::All(Op::Read));
                 } else {
                     self.change(index);
                 }
             }
+            (Some(errno), Some(Hold::Flush(ticket))) => {
+                ticket.failed(errno);
+                self.end(index, Err(errno));
+            }
             (Some(errno), _) => self.end(index, Err(errno)),
+            (None, Some(Hold::Flush(ticket))) => {
+                ticket.synced();
+                self.end(index, Ok(()));
+            }
             (None, Some(Hold::Fill(ticket, buffer))) => {
                 let ring = self.backend.ring().expect("it has moved bytes");
                 match self.transfers.write_filled(ring, index, slot, ticket, buffer) {
@@ -218,7 +242,7 @@ impl Lane {
                 let fua = slot.op.is_fua();
                 match ticket.try_commit() {
                     Commit::Blocks(ticket) => self.hand_over(index, Task::Commit { ticket, fua }),
-                    Commit::Done if fua => self.hand_over(index, Task::All(Op::Flush)),
+                    Commit::Done if fua => self.flush(index),
                     Commit::Done => self.end(index, Ok(())),
                 }
             }

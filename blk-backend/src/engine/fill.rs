@@ -25,7 +25,7 @@ use super::{
     memory::{Memory, OwnMemory},
     ring::Ring,
     slot::Slot,
-    transfer::{Hold, HostRun, Transfers, Way},
+    transfer::{Hold, HostRun, Transfers, Way, What},
 };
 
 /// The most bytes that the requests of a lane may have in buffers. What needs more is for workers.
@@ -167,7 +167,7 @@ impl Transfers {
         self.steps = steps;
         let Some(buffer) = buffer else { return Way::Blocks };
         slot.hold = Some(Hold::Fill(ticket, buffer));
-        self.push_all(ring, index, slot, 0, false)
+        self.push_all(ring, index, slot, 0, What::Read)
     }
 
     /// What stands around the guest's bytes has come: step 2.
@@ -183,7 +183,7 @@ impl Transfers {
         self.places.extend_from_slice(&buffer.writes);
         let first_list = buffer.first_list;
         slot.hold = Some(Hold::Write(ticket, Some(buffer)));
-        self.push_all(ring, index, slot, first_list, true)
+        self.push_all(ring, index, slot, first_list, What::Write)
     }
 
     /// A buffer for what the steps fill. What is read stands in [`Self::places`], what is written in the buffer, and

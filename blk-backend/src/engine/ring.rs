@@ -1,4 +1,4 @@
-//! The ring of one lane: an `io_uring` that may do nothing but read, write and poll the files in its own table.
+//! The ring of one lane: an `io_uring` that may do nothing but read, write, sync and poll the files in its own table.
 //!
 //! Batched: what is pushed goes to the kernel with the next [`Ring::enter`], all of it in one call; but what files in
 //! memory answer at once is asked of them at once, as the ring would give it to a thread. Bytes that are
@@ -18,7 +18,7 @@ use io_uring::{
     IoUring, cqueue, opcode,
     register::Restriction,
     squeue::{Entry, Flags, PushError},
-    types::{Fixed, SubmitArgs, Timespec},
+    types::{Fixed, FsyncFlags, SubmitArgs, Timespec},
 };
 
 use crate::request::{Errno, iovec};
@@ -226,7 +226,18 @@ impl Ring {
         self.push(entry.user_data(u64::from(transfer)))
     }
 
-    /// The caller of [`Self::transfer`] answers for the memory that an entry names; polls name none.
+    /// Makes durable what was written to `file`, by transfers that were answered before and by anybody else. The answer
+    /// is that to the transfer of that number, of no bytes.
+    pub(super) fn sync(&mut self, transfer: u32, file: RingFile) -> io::Result<()> {
+        if let Some(fd) = &self.in_memory[file.0 as usize] {
+            self.moved.push_back((transfer, rustix::fs::fdatasync(fd).map(|()| 0)));
+            return Ok(());
+        }
+        let sync = opcode::Fsync::new(Fixed(file.0)).flags(FsyncFlags::DATASYNC).build();
+        self.push(sync.user_data(u64::from(transfer)))
+    }
+
+    /// The caller of [`Self::transfer`] answers for the memory that an entry names; polls and syncs name none.
     fn push(&mut self, entry: Entry) -> io::Result<()> {
         // SAFETY: see above.
         if let Err(PushError { .. }) = unsafe { self.ring.submission().push(&entry) } {
@@ -383,6 +394,7 @@ fn restrict(ring: &IoUring) -> io::Result<()> {
         opcode::Readv::CODE,
         opcode::Write::CODE,
         opcode::Writev::CODE,
+        opcode::Fsync::CODE,
         opcode::PollAdd::CODE,
         opcode::PollRemove::CODE,
     ];
@@ -459,11 +471,14 @@ mod tests {
         ring.enter(1, None).expect("entered");
         assert_eq!(answers(&mut ring), [Answer::Moved { transfer: 7, result: Ok(4) }]);
         assert_eq!(&memory, b"3456");
+        ring.sync(8, at).expect("pushed");
+        ring.enter(1, None).expect("entered");
+        assert_eq!(answers(&mut ring), [Answer::Moved { transfer: 8, result: Ok(0) }]);
 
         // A file outside the table, and an operation outside the list.
         let outside =
             opcode::Read::new(io_uring::types::Fd(file.as_raw_fd()), memory.as_mut_ptr(), 4).build();
-        let operation = opcode::Fsync::new(Fixed(at.0)).build();
+        let operation = opcode::Fadvise::new(Fixed(at.0), 4, libc::POSIX_FADV_NORMAL).build();
         for entry in [outside, operation] {
             ring.push(entry.user_data(8)).expect("pushed");
             ring.enter(1, None).expect("entered");

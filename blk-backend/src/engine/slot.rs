@@ -43,15 +43,22 @@ pub(super) struct Slot {
     pub(super) began: Instant,
     /// Its clusters are its own in the [`Flight`](super::Flight).
     pub(super) entered: bool,
-    /// The first failure wins.
+    /// See [`Self::fail`].
     pub(super) failure: Option<Errno>,
 }
 
 impl Slot {
-    /// Notes a failure.
+    /// Notes a failure: the first one, but rather one that trying again does not mend.
     pub(super) fn fail(&mut self, errno: Errno) {
-        self.failure.get_or_insert(errno);
+        if self.failure.is_none_or(is_mended_by_worker) {
+            self.failure = Some(errno);
+        }
     }
+}
+
+/// Whether an error says that the ring cannot do something here. The blocking calls can, or they say why not.
+pub(super) fn is_mended_by_worker(errno: Errno) -> bool {
+    matches!(errno, Errno::AGAIN | Errno::INTR | Errno::INVAL | Errno::OPNOTSUPP)
 }
 
 /// All slots of a lane. Nothing is allocated once each was in use.

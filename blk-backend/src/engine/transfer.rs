@@ -9,7 +9,7 @@ use std::{ops::Range, sync::Arc};
 
 use img_core::{
     format::{Attempt, HostFile, HostOffset, Place, WriteStep},
-    image::{Image, ImageExtent, Ticket, WriteTicket},
+    image::{FlushTicket, Image, ImageExtent, Ticket, WriteTicket},
 };
 
 use super::{
@@ -28,6 +28,8 @@ pub(super) enum Hold {
     Write(WriteTicket, #[expect(dead_code, reason = "held for its drop")] Option<Buffer>),
     /// For a write: what stands around the guest's bytes is on its way to the buffer.
     Fill(WriteTicket, Buffer),
+    /// For a flush, or a write that is durable before it is done: files are being synced.
+    Flush(FlushTicket),
 }
 
 /// What came of trying the fast way.
@@ -55,11 +57,20 @@ pub(super) enum Progress {
 struct Transfer {
     slot: u32,
     file: File,
-    writes: bool,
+    what: What,
     at_bytes: u64,
     /// Where in [`Slot::lists`] its memory is named.
     runs: Range<usize>,
     left_bytes: u64,
+}
+
+/// What a transfer does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    Read,
+    Write,
+    /// Moves nothing: what was written before becomes durable.
+    Sync,
 }
 
 /// A run of host bytes that is to be moved, and is not yet.
@@ -125,7 +136,7 @@ impl Transfers {
             return Way::Blocks;
         }
         slot.hold = Some(Hold::Read(ticket));
-        self.push_all(ring, index, slot, 0, false)
+        self.push_all(ring, index, slot, 0, What::Read)
     }
 
     /// Plans to read [`Self::extents`], one behind the other, to `memory` from `at_bytes` on: what stands somewhere is
@@ -186,7 +197,26 @@ impl Transfers {
             slot.lists.add(memory, request_at, len_bytes);
         }
         slot.hold = Some(Hold::Write(ticket, None));
-        self.push_all(ring, index, slot, 0, true)
+        self.push_all(ring, index, slot, 0, What::Write)
+    }
+
+    /// Tries to make durable what was written, without a worker.
+    pub(super) fn flush(&mut self, ring: &mut Ring, image: &Arc<Image>, index: u32, slot: &mut Slot) -> Way {
+        // Somebody who has the image alone is waited for by the worker.
+        let Attempt::Done(ticket) = image.try_flush() else { return Way::Blocks };
+        self.places.clear();
+        slot.lists.clear();
+        slot.pending = 0;
+        for file in ticket.files() {
+            let is_known = image.storage(0, *file).is_some_and(|storage| storage.flushes_by_sync());
+            let Some(file) = self.file(ring, image, 0, *file).filter(|_| is_known) else {
+                return Way::Blocks;
+            };
+            slot.lists.end();
+            self.places.push(HostRun { file, at_bytes: 0, len_bytes: 0 });
+        }
+        slot.hold = Some(Hold::Flush(ticket));
+        self.push_all(ring, index, slot, 0, What::Sync)
     }
 
     /// Pushes a transfer for each of [`Self::places`], whose memory stands in the lists of the slot from `first_list`
@@ -197,12 +227,12 @@ impl Transfers {
         index: u32,
         slot: &mut Slot,
         first_list: usize,
-        writes: bool,
+        what: What,
     ) -> Way {
         for at in 0..self.places.len() {
             let HostRun { file, at_bytes, len_bytes: left_bytes } = self.places[at];
             let runs = slot.lists.range(first_list + at);
-            let transfer = Transfer { slot: index, file, writes, at_bytes, runs, left_bytes };
+            let transfer = Transfer { slot: index, file, what, at_bytes, runs, left_bytes };
             let number = match self.free.pop() {
                 Some(number) => {
                     self.all[number as usize] = transfer;
@@ -237,7 +267,7 @@ impl Transfers {
         let transfer = &mut self.all[number as usize];
         let slot = slots.get(transfer.slot);
         match result {
-            Ok(0) if transfer.writes => slot.fail(Errno::IO),
+            Ok(0) if transfer.what == What::Write => slot.fail(Errno::IO),
             Err(errno) => slot.fail(errno),
             Ok(moved) => {
                 let moved = u64::from(moved).min(transfer.left_bytes);
@@ -247,7 +277,7 @@ impl Transfers {
                     slot.lists.advance(transfer.runs.clone(), moved);
                     // Past the cache a file ends where less than whole units come.
                     let ends = moved == 0 || !moved.is_multiple_of(transfer.file.unit_bytes);
-                    if transfer.writes || !ends {
+                    if transfer.what == What::Write || !ends {
                         if push(ring, number, transfer, slot) {
                             return Progress::More;
                         }
@@ -313,11 +343,16 @@ impl File {
 /// Gives what is left of a transfer to the ring. Where it takes nothing the request fails as one that is to be tried
 /// again, by a worker.
 fn push(ring: &mut Ring, number: u32, transfer: &Transfer, slot: &mut Slot) -> bool {
+    let &Transfer { file: File { ring: file, .. }, what, at_bytes, .. } = transfer;
     let runs = slot.lists.get(transfer.runs.clone());
-    // SAFETY: the list stands in the slot, and is not changed before the answer; the memory is that of the slot's
-    // request, which is answered when none of its transfers is pending, or of the buffer that it holds until then.
-    let pushed =
-        unsafe { ring.transfer(number, transfer.writes, transfer.file.ring, transfer.at_bytes, runs) };
+    let pushed = match what {
+        What::Sync => ring.sync(number, file),
+        // SAFETY: the list stands in the slot, and is not changed before the answer; the memory is that of the slot's
+        // request, which is answered when none of its transfers is pending, or of the buffer that it holds until then.
+        What::Read | What::Write => unsafe {
+            ring.transfer(number, what == What::Write, file, at_bytes, runs)
+        },
+    };
     if pushed.is_err() {
         slot.fail(Errno::AGAIN);
     }

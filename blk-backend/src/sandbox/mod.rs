@@ -1,6 +1,6 @@
 //! What a process that serves images to others gives up once it is set up.
 //!
-//! Three fences, each for what gets past the one before: the rings of the lanes take reads, writes and polls of files
+//! Three fences, each for what gets past the one before: the rings of the lanes take reads, writes, syncs and polls of files
 //! in their own tables and nothing else (`engine::ring`); `seccomp` leaves the process the system calls that serving
 //! an image takes, and kills it for those that only an intruder makes; Landlock leaves it the directories of its images
 //! and sockets. None can be opened again. A thread that deals with a guest gives up more: [`restrict_thread`].

@@ -324,6 +324,12 @@ pub trait LayerWriter: Send + Sync {
     /// Writes all changed metadata in its safe order and makes data and metadata durable.
     fn flush(&self) -> Result<()>;
 
+    /// The files of the layer that are to be synced (`fdatasync`), where that is all that [`Self::flush`] would do now:
+    /// whoever asks may do it instead. `None` where more is to be done, or memory does not tell. No I/O, never waits.
+    fn files_to_sync(&self) -> Option<&'static [HostFile]> {
+        None
+    }
+
     /// Comes before [`Self::resize`] to a larger size. When it returns true, the map may be asked about, and
     /// changed for, guest bytes up to `virtual_size_bytes` and the end of their cluster: what the new size
     /// would show, of the layers below or of an earlier and larger disk, can be made zero before it shows.

@@ -103,16 +103,27 @@ impl Image {
 
     /// [`Self::flush`] for who holds a pass.
     pub(super) fn flush_inside(&self) -> Result<()> {
-        let mut begun = None;
-        self.noted.note(|log| begun = Some(log.flush_begins()));
+        let begun = self.flush_begins();
         let result = self.layers[0].writer().map_or(Ok(()), LayerWriter::flush);
         self.gate.progressed();
         result?;
+        self.flush_has_ended(begun);
+        Ok(())
+    }
+
+    /// Names a flush in the log, if there is one. All that is changed by now is made durable after that.
+    pub(super) fn flush_begins(&self) -> Option<u64> {
+        let mut begun = None;
+        self.noted.note(|log| begun = Some(log.flush_begins()));
+        begun
+    }
+
+    /// The flush of that name has succeeded.
+    pub(super) fn flush_has_ended(&self, begun: Option<u64>) {
         self.noted.note(|log| {
             if let Some(begun) = begun {
                 log.flushed(begun);
             }
         });
-        Ok(())
     }
 }

@@ -12,10 +12,14 @@
 //! | [`Attempt::Busy`] | park the request, [ask to be woken](Image::wake_on_progress), try again |
 //! | [`Attempt::Blocks`] | hand the request to a thread that may block, which calls [`Image::read_vectored_at`] or [`Image::write_vectored_at`] |
 //!
+//! [`Image::try_flush`] answers alike where a flush is nothing but syncs of files, which the caller does.
+//!
 //! A thread that holds a ticket must not call what waits for requests to end ([`Image::resize`],
 //! [`Image::write_zeroes`], snapshots, [`Image::check`]).
 
 use std::{ops::Range, sync::Arc, task::Waker};
+
+use rustix::io::Errno;
 
 use super::{Change, Image, ImageExtent, NoteId};
 use crate::{
@@ -43,6 +47,16 @@ pub struct WriteTicket {
     changes: Vec<Mapping>,
     /// That they are about to happen, in the log.
     notes: Vec<NoteId>,
+    ticket: Ticket,
+}
+
+/// A flush that is nothing but syncs of files, which its holder does. Dropped, nothing is promised.
+#[must_use = "nothing is durable before the files are synced"]
+#[derive(Debug)]
+pub struct FlushTicket {
+    files: &'static [HostFile],
+    /// Its name in the log, where somebody is told.
+    begun: Option<u64>,
     ticket: Ticket,
 }
 
@@ -130,6 +144,19 @@ impl Image {
         })
     }
 
+    /// Begins to make everything written so far durable, where that takes syncs alone: the caller syncs the
+    /// [files](FlushTicket::files) and says [so](FlushTicket::synced).
+    pub fn try_flush(self: &Arc<Self>) -> Attempt<FlushTicket> {
+        let Some(writer) = self.layers[0].writer() else { return Attempt::Blocks };
+        let Some(ticket) = self.try_enter() else { return Attempt::Busy };
+        // Before the layer is asked: it answers for the changes that have happened by now.
+        let begun = self.flush_begins();
+        match writer.files_to_sync() {
+            Some(files) => Attempt::Done(FlushTicket { files, begun, ticket }),
+            None => Attempt::Blocks,
+        }
+    }
+
     /// Wakes `waker` once, when something has ended after this call that may have made others
     /// [busy](Attempt::Busy). To miss nothing: ask, try again, and only then park.
     pub fn wake_on_progress(&self, waker: &Waker) {
@@ -189,6 +216,25 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         self.image.layers[0].end_lease(self.lease);
         self.image.gate.leave();
+    }
+}
+
+impl FlushTicket {
+    /// Those of the top layer's files that are to be synced, in any order.
+    #[must_use]
+    pub fn files(&self) -> &'static [HostFile] {
+        self.files
+    }
+
+    /// All of them were synced, each after the ticket was given out.
+    pub fn synced(self) {
+        self.ticket.image.flush_has_ended(self.begun);
+    }
+
+    /// One of them could not be synced: no later flush succeeds.
+    pub fn failed(self, errno: Errno) {
+        let storages = self.files.iter().filter_map(|file| self.ticket.image.storage(0, *file));
+        storages.for_each(|storage| storage.sync_failed(errno));
     }
 }
 

@@ -262,9 +262,20 @@ impl Storage for FileStorage {
             Flush::All => rustix::fs::fsync(&self.fd),
         });
         flushed.map_err(|errno| {
-            self.failed_flush.store(errno.raw_os_error(), Ordering::Relaxed);
+            self.sync_failed(errno);
             failed(errno)
         })
+    }
+
+    fn flushes_by_sync(&self) -> bool {
+        self.writable
+            && self.cache != CacheMode::Unsafe
+            && self.kind != Kind::Character
+            && self.failed_flush.load(Ordering::Relaxed) == 0
+    }
+
+    fn sync_failed(&self, errno: Errno) {
+        self.failed_flush.store(errno.raw_os_error(), Ordering::Relaxed);
     }
 
     fn resize(&self, len_bytes: u64, preallocation: Preallocation) -> Result<()> {

@@ -12,6 +12,8 @@ use std::{
     path::Path,
 };
 
+use rustix::io::Errno;
+
 use crate::Result;
 
 mod block;
@@ -202,6 +204,17 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// The descriptor, where there is one, for copy offload between files and for a data plane.
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    /// Whether a [flush](Self::flush) of data is now one `fdatasync` of the descriptor, which a data plane may do instead.
+    /// It tells [`Self::sync_failed`] when that failed.
+    fn flushes_by_sync(&self) -> bool {
+        false
+    }
+
+    /// A sync that was done instead of a flush has failed with `errno`: no later flush succeeds.
+    fn sync_failed(&self, errno: Errno) {
+        let _ = errno;
     }
 
     /// Copies up to `len_bytes` from `source` without taking them through this process, and returns how

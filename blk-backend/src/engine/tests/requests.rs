@@ -1,6 +1,8 @@
 //! What each request does.
 
-use super::client::{Client, engines, fresh_disk, image};
+use img_core::format::Attempt;
+
+use super::client::{Client, directories, engines, fresh_disk, image};
 use crate::{
     disk::{Disk, DiskOptions},
     engine::{EngineChoice, OpKind, ring_support},
@@ -160,5 +162,83 @@ fn a_full_lane_says_so() {
             assert_eq!(client.wait(tag).0, Ok(()));
         }
         assert!(client.submit(Op::Flush, 0, 0, &[]).is_some());
+    }
+}
+
+/// Where a flush has nothing to do but to sync files, no thread is asked for it.
+#[test]
+fn flushes_ask_a_thread_only_where_tables_have_changed() {
+    if ring_support().is_err() {
+        return;
+    }
+    for dir in directories() {
+        let data = dir.path().join("data");
+        let beside = [("data_file", data.to_str().expect("plain names"))];
+        for (name, format, options) in
+            [("one", "raw", &[][..]), ("two", "qcow2", &[]), ("three", "qcow2", &beside)]
+        {
+            let name = image(dir.path(), name, format, options, MIB, None);
+            let open = DiskOptions { format: Some(format.to_owned()), ..DiskOptions::default() };
+            let disk = Disk::open(&name, &open).expect("it was just made");
+            let mut client = Client::new(&disk, EngineChoice::Ring);
+            assert_eq!(client.write(0, &[1; 200_000]), Ok(()));
+            let before = disk.stats().handed_over;
+            assert_eq!(client.change(Op::Flush, 0, 0), Ok(()));
+            let by_worker = u64::from(format == "qcow2");
+            assert_eq!(disk.stats().handed_over - before, by_worker, "{format}: the map has changed");
+            assert_eq!(client.write(100, &[2; 5000]), Ok(()));
+            assert_eq!(client.change(Op::Flush, 0, 0), Ok(()));
+            let tag = client.submit(Op::Write { fua: true }, 70_000, 512, &[3; 512]).expect("room");
+            assert_eq!(client.wait(tag).0, Ok(()));
+            assert_eq!(
+                disk.stats().handed_over - before,
+                by_worker,
+                "{format}: nothing but bytes has changed"
+            );
+            drop(client);
+            disk.close().expect("closed");
+        }
+    }
+}
+
+/// Several flushes under way at once, of two lanes, beside writes that change the map.
+#[test]
+fn flushes_meet_each_other_and_writes() {
+    for engine in engines() {
+        for format in ["raw", "qcow2"] {
+            let (_dir, disk) = fresh_disk(format, 8 * MIB);
+            let mut clients = [Client::new(&disk, engine), Client::new(&disk, engine)];
+            for round in 0..32 {
+                for client in &mut clients {
+                    let tags: Vec<u64> = (0..12)
+                        .map(|number| {
+                            if number % 2 == 0 {
+                                return client.submit(Op::Flush, 0, 0, &[]).expect("room");
+                            }
+                            client.submit_write((round * 12 + number) * 16_384, &[7; 4096])
+                        })
+                        .collect();
+                    for tag in tags {
+                        assert_eq!(client.wait(tag).0, Ok(()));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// After a sync that failed no flush succeeds: the kernel tells of lost pages once.
+#[test]
+fn no_flush_succeeds_after_a_sync_that_failed() {
+    for engine in engines() {
+        let (_dir, disk) = fresh_disk("raw", MIB);
+        let mut client = Client::new(&disk, engine);
+        assert_eq!(client.change(Op::Flush, 0, 0), Ok(()));
+        let Attempt::Done(ticket) = disk.image().try_flush() else { panic!("syncs are enough") };
+        ticket.failed(Errno::IO);
+        assert_eq!(client.change(Op::Flush, 0, 0), Err(Errno::IO));
+        let tag = client.submit(Op::Write { fua: true }, 0, 512, &[7; 512]).expect("room");
+        assert_eq!(client.wait(tag).0, Err(Errno::IO));
+        assert_eq!(client.write(0, &[8; 512]), Ok(()));
     }
 }

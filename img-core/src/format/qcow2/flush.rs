@@ -48,7 +48,7 @@ use crate::{
     Result,
     format::{
         Layer,
-        table_cache::{Changes, lock_wait},
+        table_cache::{Changes, SliceCache, lock_wait},
     },
     storage::Flush,
     sync::MutexGuard,
@@ -119,6 +119,20 @@ impl Qcow2Layer {
         }
         let result = self.check_writable().and_then(|()| self.drain_beside(state));
         self.guard(result)
+    }
+
+    /// Whether a drain would sync and do nothing else, as far as memory tells without waiting.
+    pub(super) fn is_drained(&self) -> bool {
+        let Some(state) = self.try_state() else { return false };
+        let are_clean = |tables: [&SliceCache; 2]| tables.iter().all(|table| table.dirty_bytes() == 0);
+        self.check_writable().is_ok()
+            // What a drain has taken is durable when it has ended, or waits again.
+            && !state.draining
+            && state.new_tables.is_empty()
+            && state.pending.is_empty()
+            && !self.has_releasable(&state)
+            && are_clean([&self.map.l1, &self.map.l2])
+            && (self.keeps_counts() || are_clean([&self.refcount_table, &self.refcount_blocks]))
     }
 
     /// A drain beside which others change the image.

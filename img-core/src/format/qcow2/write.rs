@@ -11,14 +11,14 @@ use super::{
     alloc::{Freed, State},
     entry::{COPIED, Cluster, L2Entry},
     layer::Qcow2Layer,
-    map::Found,
+    map::{DATA_FILE, Found},
     overlap::Kind,
     refcount::usize_of,
 };
 use crate::{
     Result,
     format::{
-        Amended, Attempt, Backing, Below, HostOffset, Layer, LayerWriter, OptionSet, PreparedWrite,
+        Amended, Attempt, Backing, Below, HostFile, HostOffset, Layer, LayerWriter, OptionSet, PreparedWrite,
         WritePlan, WriteStep, WriteToken, table_cache::lock_wait,
     },
     storage::Preallocation,
@@ -544,6 +544,14 @@ impl LayerWriter for Qcow2Layer {
 
     fn flush(&self) -> Result<()> {
         self.drain()
+    }
+
+    fn files_to_sync(&self) -> Option<&'static [HostFile]> {
+        self.is_drained().then_some(if self.data_file.is_some() {
+            &[DATA_FILE, HostFile::IMAGE]
+        } else {
+            &[HostFile::IMAGE]
+        })
     }
 
     fn prepare_growth(&self, virtual_size_bytes: u64) -> Result<bool> {

@@ -71,6 +71,10 @@ impl LayerWriter for RawLayer {
         self.storage.flush(Flush::Data)
     }
 
+    fn files_to_sync(&self) -> Option<&'static [HostFile]> {
+        Some(&[HostFile::IMAGE])
+    }
+
     /// The file gets exactly the size asked for; the disk ends with the sector that holds its last byte.
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
         if self.fixed_size {

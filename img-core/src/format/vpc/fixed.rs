@@ -150,6 +150,10 @@ impl LayerWriter for FixedLayer {
         self.disk.flush()
     }
 
+    fn files_to_sync(&self) -> Option<&'static [HostFile]> {
+        self.disk.files_to_sync()
+    }
+
     /// The footer moves to the new end. To grow:
     ///
     /// 1. The new footer is written behind the new data, which is a hole, and made durable.

@@ -15,7 +15,7 @@ use img_core_explored::{
 };
 use shuttle::rand::{Rng, thread_rng};
 
-use super::harness::{self, Audited, Bytes, close, explore, join, read, spawn, write};
+use super::harness::{self, Audited, Bytes, close, explore, flush, join, read, spawn, write};
 
 const THREADS: u64 = 3;
 /// What each thread does.
@@ -164,7 +164,7 @@ impl Model {
                 image.discard(lane.clone()).expect("discarded");
                 may_be.push(0);
             }
-            _ => image.flush().expect("flushed"),
+            _ => flush(image),
         }
         let found = read(image, lane.clone());
         self.compare(at, &found, "at once");
@@ -252,7 +252,7 @@ fn flushes(kind: &'static Kind, schedules: u64) {
                 let lanes = kind.lanes(thread);
                 write(image, lanes[0].clone(), 7);
                 write(image, lanes[2].clone(), 7);
-                image.flush().expect("flushed");
+                flush(image);
                 let bit = 1 << thread;
                 recorder.mark(flushed.fetch_or(bit, Ordering::SeqCst) | bit);
                 write(image, lanes[1].clone(), 8);

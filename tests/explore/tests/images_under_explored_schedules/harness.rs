@@ -290,6 +290,18 @@ pub(crate) fn write(image: &Arc<Image>, guest: Range<u64>, byte: u8) {
     }
 }
 
+/// Flushes as a queue does: by syncs alone where that is enough.
+pub(crate) fn flush(image: &Arc<Image>) {
+    match when_free(image, || image.try_flush()) {
+        Attempt::Done(ticket) => {
+            let sync = |file| image.storage(0, file).expect("open").flush(Flush::Data).expect("synced");
+            ticket.files().iter().copied().for_each(sync);
+            ticket.synced();
+        }
+        _ => image.flush().expect("flushed"),
+    }
+}
+
 /// What a step of a write fills; `None` where memory cannot tell.
 fn around(image: &Arc<Image>, ticket: &WriteTicket, guest: Range<u64>) -> Option<Vec<u8>> {
     let mut bytes = vec![0xee; usize_of(guest.end - guest.start)];
