@@ -183,8 +183,9 @@ fn run_machines(
         let end = machine.run(&boot).unwrap_or_else(|error| End::Failed(error.to_string()));
         runner.detach(&end, end != End::Reset || options.no_reboot);
         if options.stats.is_some() {
-            let report = timeline.report(&exits, drives);
-            writeln!(io::stderr(), "{report}").map_err(Error::host("standard error"))?;
+            // In one piece: standard error is not buffered.
+            let report = format!("{}\n", timeline.report(&exits, drives));
+            io::stderr().write_all(report.as_bytes()).map_err(Error::host("standard error"))?;
         }
         match end {
             End::PowerOff | End::Quit => return Ok(()),
