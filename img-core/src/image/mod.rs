@@ -10,6 +10,8 @@ mod chain_tests;
 mod change_log;
 mod codec;
 mod flat;
+#[cfg(test)]
+pub(crate) mod flat_model;
 mod gate;
 mod host;
 mod merged;

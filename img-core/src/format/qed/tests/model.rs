@@ -1,6 +1,6 @@
 //! Whatever the history, the image reads as the flat model and its audit finds nothing.
 
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 
@@ -10,7 +10,10 @@ use crate::{
         Driver as _, Layer, LayerWriter as _, OpenContext, OpenMode, OptionSet, Repair, qed::header::feature,
         raw::Raw,
     },
-    image::Image,
+    image::{
+        Image,
+        flat_model::{Histories, UnderTest, live_through},
+    },
     storage::{MemoryStorage, Preallocation, Storage},
 };
 
@@ -18,36 +21,8 @@ use crate::{
 const SMALL: Geometry = Geometry { cluster_bits: 12, table_bits: 0 };
 const DISK_BYTES: u64 = 5 << 20;
 
-#[derive(Clone, Debug)]
-enum Step {
-    Write(Range<u64>, u8),
-    Zero(Range<u64>, bool),
-    Discard(Range<u64>),
-    Prepare(Range<u64>),
-    Grow(u64),
-    Flush,
-    Reopen,
-    Crash,
-}
-
-fn range() -> impl Strategy<Value = Range<u64>> {
-    let start = prop_oneof![0..DISK_BYTES, (0..DISK_BYTES >> 12).prop_map(|cluster| cluster << 12)];
-    let len = prop_oneof![1..30_000_u64, (1..300_u64).prop_map(|clusters| clusters << 12)];
-    (start, len).prop_map(|(start, len)| start..(start + len).min(DISK_BYTES))
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        6 => (range(), 1..=255_u8).prop_map(|(range, byte)| Step::Write(range, byte)),
-        3 => (range(), any::<bool>()).prop_map(|(range, unmap)| Step::Zero(range, unmap)),
-        1 => range().prop_map(Step::Discard),
-        1 => range().prop_map(Step::Prepare),
-        1 => (1..4_u64).prop_map(|sectors| Step::Grow(sectors * 512)),
-        1 => Just(Step::Flush),
-        1 => Just(Step::Reopen),
-        1 => Just(Step::Crash),
-    ]
-}
+const HISTORIES: Histories =
+    Histories { disk_bytes: DISK_BYTES, unit_bytes: 1 << 12, grows_by_sectors: 3, crashes: true };
 
 /// The image over a raw one.
 fn open_image(storage: &Arc<dyn Storage>, below: &Arc<dyn Storage>) -> Image {
@@ -61,15 +36,30 @@ fn open_image(storage: &Arc<dyn Storage>, below: &Arc<dyn Storage>) -> Image {
     Image::from_layers(vec![top, below]).expect("two layers")
 }
 
-fn read_all(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; usize::try_from(image.virtual_size_bytes()).expect("small")];
-    image.read_at(&mut bytes, 0).expect("readable");
-    bytes
+/// An image over a raw one.
+struct Chain {
+    storage: Arc<dyn Storage>,
+    below: Arc<dyn Storage>,
 }
 
-fn part(model: &mut [u8], range: &Range<u64>) -> Range<usize> {
-    let place = |at: u64| usize::try_from(at).expect("small").min(model.len());
-    place(range.start)..place(range.end)
+impl UnderTest for Chain {
+    fn open(&self) -> Image {
+        open_image(&self.storage, &self.below)
+    }
+
+    fn closed(&self) {
+        let report = audit(&self.storage, Repair::Nothing);
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+        assert_eq!(header(&self.storage).features & feature::NEED_CHECK, 0);
+    }
+
+    fn crashed(&self) {
+        assert_eq!(audit(&self.storage, Repair::Nothing).corruptions, 0);
+    }
+
+    fn opened_after_crash(&self) {
+        assert_eq!(header(&self.storage).features & feature::NEED_CHECK, 0, "repaired at open");
+    }
 }
 
 proptest! {
@@ -79,7 +69,7 @@ proptest! {
     fn image_equals_flat_model(
         table_bits in 0..3_u32,
         below_bytes in prop_oneof![Just(0_usize), Just(3 << 20), Just(6 << 20)],
-        steps in proptest::collection::vec(step(), 1..40),
+        steps in HISTORIES.steps(),
     ) {
         let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("model.qed"));
         let below_content: Vec<u8> = (0..below_bytes).map(|at| (at >> 9).to_le_bytes()[0] | 1).collect();
@@ -87,55 +77,7 @@ proptest! {
         create(&storage, Geometry { table_bits, ..SMALL }, DISK_BYTES);
         let mut model = below_content;
         model.resize(usize::try_from(DISK_BYTES).expect("small"), 0);
-        let mut image = open_image(&storage, &below);
-        for step in steps {
-            match &step {
-                Step::Write(range, byte) => {
-                    let range_in_model = part(&mut model, range);
-                    model[range_in_model.clone()].fill(*byte);
-                    image.write_at(&model[range_in_model], range.start).expect("written");
-                }
-                Step::Zero(range, unmap) => {
-                    let range_in_model = part(&mut model, range);
-                    model[range_in_model].fill(0);
-                    image.write_zeroes(range.clone(), *unmap).expect("zeroed");
-                }
-                Step::Discard(range) => {
-                    // What is there becomes zeroes; what is not stays.
-                    image.discard(range.clone()).expect("discarded");
-                    let now = read_all(&image);
-                    for at in part(&mut model, range) {
-                        prop_assert!(now[at] == 0 || now[at] == model[at], "{at:#x}");
-                        model[at] = now[at];
-                    }
-                }
-                Step::Prepare(range) => {
-                    let layer = &image.layers()[0];
-                    drop(layer.writer().expect("writable").prepare_write(range.clone()).expect("prepared"));
-                }
-                Step::Grow(bytes) => {
-                    let size = model.len() as u64 + bytes;
-                    image.resize(size, Preallocation::Off).expect("grown");
-                    model.resize(usize::try_from(size).expect("small"), 0);
-                }
-                Step::Flush => image.flush().expect("flushed"),
-                Step::Reopen => {
-                    image.close().expect("closed");
-                    let report = audit(&storage, Repair::Nothing);
-                    prop_assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report);
-                    prop_assert_eq!(header(&storage).features & feature::NEED_CHECK, 0);
-                    image = open_image(&storage, &below);
-                }
-                Step::Crash => {
-                    image.flush().expect("flushed");
-                    drop(image);
-                    prop_assert_eq!(audit(&storage, Repair::Nothing).corruptions, 0);
-                    image = open_image(&storage, &below);
-                    prop_assert_eq!(header(&storage).features & feature::NEED_CHECK, 0, "repaired at open");
-                }
-            }
-            prop_assert!(read_all(&image) == model, "after {step:?}");
-        }
+        live_through(&Chain { storage, below }, model, &steps);
     }
 }
 

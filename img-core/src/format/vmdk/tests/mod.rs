@@ -21,7 +21,7 @@ use super::header::{MAGIC, NEWLINES, RawHeader};
 use crate::{
     Error, Result,
     format::{Backing, CreateRequest, Driver as _, Layer, OpenContext, OpenMode, OptionSet, raw::Raw},
-    image::Image,
+    image::{Image, flat_model::read_all},
     storage::{MemoryStorage, Storage},
 };
 
@@ -80,12 +80,6 @@ impl Folder {
         let layer = self.open(name, mode).unwrap_or_else(|error| panic!("{error}"));
         Image::from_layers(vec![layer]).expect("one layer")
     }
-}
-
-fn read_all(image: &Image) -> Vec<u8> {
-    let mut bytes = vec![0xee; usize::try_from(image.virtual_size_bytes()).expect("small")];
-    image.read_at(&mut bytes, 0).unwrap_or_else(|error| panic!("{error}"));
-    bytes
 }
 
 fn raw_layer(bytes: &[u8]) -> Arc<dyn Layer> {

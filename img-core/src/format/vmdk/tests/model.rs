@@ -8,38 +8,17 @@ use proptest::prelude::*;
 use super::{CRAFT_DIRECTORY_SECTOR, CRAFT_REDUNDANT_SECTOR, Craft, Folder, raw_layer, read_all};
 use crate::{
     format::{Layer, OpenMode, Repair},
-    image::Image,
+    image::{
+        Image,
+        flat_model::{Histories, UnderTest, live_through},
+    },
     storage::MemoryStorage,
 };
 
 const DISK_BYTES: u64 = (3 << 20) + 512 * 3;
 
-#[derive(Clone, Debug)]
-enum Step {
-    Write(Range<u64>, u8),
-    Zero(Range<u64>, bool),
-    Discard(Range<u64>),
-    Prepare(Range<u64>),
-    Flush,
-    Reopen,
-}
-
-fn range() -> impl Strategy<Value = Range<u64>> {
-    let start = prop_oneof![0..DISK_BYTES, (0..DISK_BYTES >> 12).prop_map(|grain| grain << 12)];
-    let len = prop_oneof![1..30_000_u64, (1..300_u64).prop_map(|grains| grains << 12)];
-    (start, len).prop_map(|(start, len)| start..(start + len).min(DISK_BYTES))
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        6 => (range(), 1..=255_u8).prop_map(|(range, byte)| Step::Write(range, byte)),
-        3 => (range(), any::<bool>()).prop_map(|(range, unmap)| Step::Zero(range, unmap)),
-        1 => range().prop_map(Step::Discard),
-        1 => range().prop_map(Step::Prepare),
-        1 => Just(Step::Flush),
-        1 => Just(Step::Reopen),
-    ]
-}
+const HISTORIES: Histories =
+    Histories { disk_bytes: DISK_BYTES, unit_bytes: 1 << 12, grows_by_sectors: 0, crashes: false };
 
 fn craft() -> impl Strategy<Value = Craft> {
     any::<[bool; 4]>().prop_map(|[with_tables, redundant, zeroed_grains, has_parent]| Craft {
@@ -71,60 +50,32 @@ fn entries(file: &[u8], directory_sector: u64) -> Vec<Option<Vec<u8>>> {
         .collect()
 }
 
-fn check_one(craft: Craft, below_bytes: usize, steps: Vec<Step>) -> Result<(), TestCaseError> {
-    let folder = Folder::default();
-    let storage = Arc::new(MemoryStorage::from_bytes("d.vmdk", &craft.bytes()));
-    folder.put("d.vmdk", Arc::clone(&storage) as _);
-    let below: Vec<u8> = (0..below_bytes).map(|at| (at >> 9).to_le_bytes()[0] | 1).collect();
-    let open = || {
-        let mut layers: Vec<Arc<dyn Layer>> = vec![folder.open("d.vmdk", OpenMode::Write).expect("opens")];
-        if craft.has_parent {
-            layers.push(raw_layer(&below));
+/// An image, over a raw one if it has a parent.
+struct Chain {
+    craft: Craft,
+    folder: Folder,
+    storage: Arc<MemoryStorage>,
+    below: Vec<u8>,
+}
+
+impl UnderTest for Chain {
+    fn open(&self) -> Image {
+        let mut layers: Vec<Arc<dyn Layer>> =
+            vec![self.folder.open("d.vmdk", OpenMode::Write).expect("opens")];
+        if self.craft.has_parent {
+            layers.push(raw_layer(&self.below));
         }
         Image::from_layers(layers).expect("layers")
-    };
-    let mut model = if craft.has_parent { below.clone() } else { Vec::new() };
-    model.resize(usize_of(DISK_BYTES), 0);
-    let mut image = open();
-    for step in steps {
-        match &step {
-            Step::Write(range, byte) => {
-                model[part(range)].fill(*byte);
-                image.write_at(&model[part(range)], range.start).expect("written");
-            }
-            Step::Zero(range, unmap) => {
-                model[part(range)].fill(0);
-                image.write_zeroes(range.clone(), *unmap).expect("zeroed");
-            }
-            Step::Discard(range) => {
-                // What is there becomes zeroes; what is not stays.
-                image.discard(range.clone()).expect("discarded");
-                let now = read_all(&image);
-                for at in part(range) {
-                    prop_assert!(now[at] == 0 || now[at] == model[at], "{at:#x}");
-                    model[at] = now[at];
-                }
-            }
-            Step::Prepare(range) => {
-                let layer = &image.layers()[0];
-                drop(layer.writer().expect("writable").prepare_write(range.clone()).expect("prepared"));
-            }
-            Step::Flush => image.flush().expect("flushed"),
-            Step::Reopen => {
-                image.close().expect("closed");
-                image = open();
-            }
+    }
+
+    fn closed(&self) {
+        let layer = self.folder.open("d.vmdk", OpenMode::Check { repair: false }).expect("opens");
+        assert_eq!(layer.check(Repair::Nothing, &mut |_| {}).expect("an audit").corruptions, 0);
+        if self.craft.redundant {
+            let file = self.storage.to_vec();
+            assert_eq!(entries(&file, CRAFT_DIRECTORY_SECTOR), entries(&file, CRAFT_REDUNDANT_SECTOR));
         }
-        prop_assert!(read_all(&image) == model, "after {step:?}");
     }
-    image.close().expect("closed");
-    let layer = folder.open("d.vmdk", OpenMode::Check { repair: false }).expect("opens");
-    prop_assert_eq!(layer.check(Repair::Nothing, &mut |_| {}).expect("an audit").corruptions, 0);
-    if craft.redundant {
-        let file = storage.to_vec();
-        prop_assert_eq!(entries(&file, CRAFT_DIRECTORY_SECTOR), entries(&file, CRAFT_REDUNDANT_SECTOR));
-    }
-    Ok(())
 }
 
 proptest! {
@@ -134,9 +85,15 @@ proptest! {
     fn image_equals_flat_model(
         craft in craft(),
         below_bytes in prop_oneof![Just(0_usize), Just(1 << 20), Just(4 << 20)],
-        steps in proptest::collection::vec(step(), 1..40),
+        steps in HISTORIES.steps(),
     ) {
-        check_one(craft, below_bytes, steps)?;
+        let folder = Folder::default();
+        let storage = Arc::new(MemoryStorage::from_bytes("d.vmdk", &craft.bytes()));
+        folder.put("d.vmdk", Arc::clone(&storage) as _);
+        let below: Vec<u8> = (0..below_bytes).map(|at| (at >> 9).to_le_bytes()[0] | 1).collect();
+        let mut model = if craft.has_parent { below.clone() } else { Vec::new() };
+        model.resize(usize_of(DISK_BYTES), 0);
+        live_through(&Chain { craft, folder, storage, below }, model, &steps);
     }
 
     /// The same for images that this build makes, of one file and of several.
@@ -144,7 +101,7 @@ proptest! {
     fn new_images_equal_the_flat_model(
         kind in 0..3_usize,
         zeroed in any::<bool>(),
-        steps in proptest::collection::vec((range(), 0..=255_u8), 1..20),
+        steps in proptest::collection::vec((HISTORIES.range(), 0..=255_u8), 1..20),
     ) {
         let folder = Folder::default();
         let kind = ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse"][kind];
