@@ -142,16 +142,11 @@ fn deflate(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::testing::noise;
 
     /// 64 KiB whose best matches are 16 KiB away.
     fn far_matches() -> Vec<u8> {
-        let mut state = 1_u32;
-        let mut noise = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state.to_be_bytes()[0]
-        };
-        let block: Vec<u8> = (0..16384).map(|_| noise()).collect();
-        block.repeat(4)
+        noise(1, 16384).repeat(4)
     }
 
     #[test]

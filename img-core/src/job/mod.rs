@@ -23,6 +23,8 @@ mod chain_tests;
 mod compress;
 mod ordered;
 mod status;
+#[cfg(test)]
+mod testing;
 mod throttle;
 
 use std::{num::NonZero, ops::Range};

@@ -12,7 +12,7 @@ use crate::{
     Error,
     format::{FrontRequest, OpenContext, OpenMode, OptionSet, Repair, registry},
     image::Image,
-    job::{Unwatched, convert::ConvertOptions, ordered::lock},
+    job::{Unwatched, convert::ConvertOptions, ordered::lock, testing::noise},
     storage::{MemoryStorage, Pipe, Storage},
 };
 
@@ -45,18 +45,12 @@ fn open(storage: Arc<dyn Storage>, format: &str, mode: OpenMode) -> Image {
 fn disk(blocks: &[u8]) -> Arc<dyn Storage> {
     let storage = MemoryStorage::new("source");
     storage.resize(blocks.len() as u64 * 4096, crate::storage::Preallocation::Off).expect("memory grows");
-    let mut state = 7_u32;
     for (index, kind) in blocks.iter().enumerate() {
         let block: Vec<u8> = match kind {
             0..=3 => continue,
             4 => vec![0; 4096],
             5..=7 => (0..4096).map(|at| (at / 64 + index).to_le_bytes()[0]).collect(),
-            _ => (0..4096)
-                .map(|_| {
-                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    state.to_be_bytes()[0]
-                })
-                .collect(),
+            _ => noise(u32::try_from(index).expect("few blocks"), 4096),
         };
         storage.write_at(&block, index as u64 * 4096).expect("memory takes it");
     }
