@@ -208,6 +208,8 @@ pub(crate) struct Opening<'a> {
     pub(crate) force_share: bool,
     /// Whether raw images that others write are refused too.
     pub(crate) exclusive: bool,
+    /// Whether an image names it, not the user: it has to be where `--allow-refs` allows references.
+    pub(crate) is_reference: bool,
     /// Whether the backing chain is opened too.
     pub(crate) backing: bool,
     /// Whether it gives space back where its name does not say.
@@ -217,14 +219,20 @@ pub(crate) struct Opening<'a> {
 impl<'a> Opening<'a> {
     /// The image called `name`, with its chain, in the default cache mode.
     pub(crate) fn new(name: &'a str, formats: &'a FormatArgs, mode: OpenMode) -> Self {
+        Self { image_opts: formats.image_opts, ..Self::named(name, formats.format.as_deref(), mode) }
+    }
+
+    /// The same where the name is no full description.
+    pub(crate) fn named(name: &'a str, format: Option<&'a str>, mode: OpenMode) -> Self {
         Self {
             name,
-            image_opts: formats.image_opts,
-            format: formats.format.as_deref(),
+            image_opts: false,
+            format,
             mode,
             cache: CacheMode::Writeback,
             force_share: false,
             exclusive: false,
+            is_reference: false,
             backing: true,
             discards: false,
         }
@@ -263,6 +271,7 @@ impl<'a> Opening<'a> {
                 cache: self.cache,
                 force_share: self.force_share,
                 exclusive: self.exclusive,
+                is_reference: self.is_reference,
                 backing: self.backing,
                 max_layers: usize::MAX,
                 probe_heads_only: context.is_reference(),

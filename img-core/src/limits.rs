@@ -80,7 +80,7 @@ pub(crate) fn references_in() -> Option<&'static Path> {
 ///
 /// # Errors
 /// [`Error::Invalid`] when it is outside of the directory where references may lead.
-pub fn check_reference(path: &str) -> Result<()> {
+pub(crate) fn check_reference(path: &str) -> Result<()> {
     allowed(path).map(drop)
 }
 

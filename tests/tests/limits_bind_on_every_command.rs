@@ -159,8 +159,25 @@ fn references_outside_of_a_directory() {
     refused(at, "$img create -f qcow2 -b out/base -F qcow2 new --allow-refs in", says);
     refused(at, "$img rebase -b ../out/base -F qcow2 in/good --allow-refs in", says);
     refused(at, "$img map in/good --allow-refs nowhere", "nowhere");
+    // A full description leads to its file as a plain name does; one that names no file leads nowhere.
+    let outside =
+        r#"json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"$PWD/out/base\"}}"#;
+    shell(at, &format!("qemu-img create -q -f qcow2 -u -b \"{outside}\" -F qcow2 in/json 1M")).success();
+    refused(at, "$img info --backing-chain in/json --allow-refs in", says);
+    refused(at, "$img map in/json --allow-refs in", says);
+    refused(at, &format!("$img create -f qcow2 -b \"{outside}\" -F qcow2 new --allow-refs in"), says);
+    refused(at, &format!("$img rebase -b \"{outside}\" -F qcow2 in/good --allow-refs in"), says);
+    shell(at, "qemu-img create -q -f qcow2 -b null-co:// -F raw in/null 1M").success();
     assert!(!at.join("new").exists());
-    for command in ["map in/good", "convert -O raw in/good o", "info in/bad", "map out/base"] {
+    for command in [
+        "map in/good",
+        "convert -O raw in/good o",
+        "info in/bad",
+        "map out/base",
+        "info --backing-chain in/good",
+        "info --backing-chain in/null",
+        "map in/null",
+    ] {
         shell(at, &format!("$img {command} --allow-refs in")).success();
     }
     fs::remove_file(at.join("o")).expect("it was made");

@@ -103,7 +103,13 @@ fn run_commit(
         Image::open(name, options).map_err(|error| Failure::open(text, &error))
     };
     let overlay = open(&opening.image_name()?, &options, opening.name)?;
-    let base_opening = Opening { name: &base.name, image_opts: false, format: Some(base.format), ..*opening };
+    let base_opening = Opening {
+        name: &base.name,
+        image_opts: false,
+        format: Some(base.format),
+        is_reference: true,
+        ..*opening
+    };
     // As the overlay's name describes it, where it does.
     let base_name = match opening.image_name()?.below(base.depth) {
         Some(described) => described,

@@ -123,15 +123,10 @@ fn run_compare(
 ) -> Outcome {
     let open = |name, format: &Option<String>| -> Result<Image, Failure> {
         let opening = Opening {
-            name,
             image_opts: args.image_opts,
-            format: format.as_deref(),
-            mode: OpenMode::Read,
             cache,
             force_share: args.share.force_share,
-            exclusive: false,
-            backing: true,
-            discards: false,
+            ..Opening::named(name, format.as_deref(), OpenMode::Read)
         };
         opening.open(context).map_err(|failure| failure.with_code(TROUBLE))
     };

@@ -358,15 +358,11 @@ impl Job<'_> {
             .iter()
             .map(|name| {
                 let opening = Opening {
-                    name,
                     image_opts: self.args.source_image_opts,
-                    format: self.args.source_format.as_deref(),
-                    mode: OpenMode::Read,
                     cache: self.cache,
                     force_share: self.args.share.force_share,
                     exclusive: true,
-                    backing: true,
-                    discards: false,
+                    ..Opening::named(name, self.args.source_format.as_deref(), OpenMode::Read)
                 };
                 let image = opening.open(self.context)?;
                 match &self.snapshot {

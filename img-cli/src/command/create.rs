@@ -6,7 +6,7 @@ use clap::ValueHint;
 use img_core::{
     Error,
     format::{Backing, Driver, OpenMode, OptionDescription, OptionSet, registry},
-    image::{CacheMode, ImageName},
+    image::ImageName,
     job::create::{CreateImage, create},
     text,
 };
@@ -198,18 +198,7 @@ fn open_backing(file: &str, options: &mut OptionSet, context: &Context) -> Resul
     let backing = options.get("backing_file").unwrap_or_default().to_owned();
     let format = options.get("backing_fmt").map(str::to_owned);
     let name = names::full_backing_name(file, &backing).map_err(Failure::new)?;
-    img_core::limits::check_reference(names::path(&name))?;
-    let opening = Opening {
-        name: &name,
-        image_opts: false,
-        format: format.as_deref(),
-        mode: OpenMode::Read,
-        cache: CacheMode::Writeback,
-        force_share: false,
-        exclusive: false,
-        backing: true,
-        discards: false,
-    };
+    let opening = Opening { is_reference: true, ..Opening::named(&name, format.as_deref(), OpenMode::Read) };
     let image = open_plainly(&opening, context)
         .map_err(|failure| Failure::new(format!("{}\nCould not open backing image.", failure.text)))?;
     if format.is_none() {

@@ -92,14 +92,12 @@ fn chain(top: Opening<'_>, context: &Context) -> Result<Vec<Facts>, Failure> {
             name: &name,
             format: format.as_deref(),
             image_opts: top.image_opts && all.is_empty(),
+            is_reference: !all.is_empty(),
             ..top
         };
         let endless = || Failure::new(format!("Backing file '{name}' creates an infinite loop."));
         if !seen.insert(name.clone()) {
             return Err(endless());
-        }
-        if !all.is_empty() {
-            limits::check_reference(names::path(&name)).map_err(|error| Failure::open(&name, &error))?;
         }
         if all.len() == limits::chain_depth() {
             return Err(Failure::new(format!("the backing chain is deeper than {} images", all.len())));

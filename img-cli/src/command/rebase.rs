@@ -133,17 +133,11 @@ fn open_new(
     context: &Context,
 ) -> Result<Image, Failure> {
     let full = names::full_backing_name(image.layer_name(0), name).map_err(Failure::new)?;
-    img_core::limits::check_reference(names::path(&full))?;
     let opening = Opening {
-        name: &full,
-        image_opts: false,
-        format: args.backing_format.as_deref(),
-        mode: OpenMode::Read,
         cache,
         force_share: args.share.force_share,
-        exclusive: false,
-        backing: true,
-        discards: false,
+        is_reference: true,
+        ..Opening::named(&full, args.backing_format.as_deref(), OpenMode::Read)
     };
     opening.open(context).map_err(|failure| {
         let outer = format!("Could not open '{full}': ");

@@ -34,6 +34,8 @@ pub struct OpenOptions {
     pub force_share: bool,
     /// Refuse images that others write, raw ones too; without, only formats with metadata are refused.
     pub exclusive: bool,
+    /// Whether another image names this one: then the limit counts that says where references may lead.
+    pub is_reference: bool,
     /// Whether the layers below the top are opened too.
     pub backing: bool,
     /// How many layers are opened at most, the top included.
@@ -57,6 +59,7 @@ impl OpenOptions {
             cache: CacheMode::Writeback,
             force_share: false,
             exclusive: false,
+            is_reference: false,
             backing: true,
             max_layers: usize::MAX,
             probe_heads_only: false,
@@ -152,7 +155,11 @@ fn open_chain(top: &Node, options: &OpenOptions) -> Result<Opened> {
         is_recorded: false,
         discards: options.discards,
     });
-    let mut opening = Opening { seen: Vec::new(), heads_only: options.probe_heads_only, is_top: true };
+    let mut opening = Opening {
+        seen: Vec::new(),
+        heads_only: options.probe_heads_only,
+        is_reference: options.is_reference,
+    };
     let mut warnings = Vec::new();
     let mut layers: Vec<OpenedLayer> = Vec::new();
     let mut above: Vec<String> = Vec::new();
@@ -195,8 +202,8 @@ fn inside(above: &[String], error: Error) -> Error {
 struct Opening {
     seen: Vec<Identity>,
     heads_only: bool,
-    /// The user named it; all others are references.
-    is_top: bool,
+    /// Whether an image names the next one: all but the top, which the user may have named.
+    is_reference: bool,
 }
 
 impl Opening {
@@ -209,7 +216,7 @@ impl Opening {
                 Pending { node, other_names: Vec::new(), format: pending.format.clone(), ..pending };
             match self.layer(&pending) {
                 Ok(layer) => {
-                    self.is_top = false;
+                    self.is_reference = true;
                     return Ok((layer, pending));
                 }
                 Err(error) if error.raw_os_error() == Some(rustix::io::Errno::NOENT.raw_os_error()) => {
@@ -227,15 +234,15 @@ impl Opening {
         let named = format.as_deref().map(driver_called).transpose()?;
         let mut storage = match &node.null {
             // An image has no say in how long its readers wait.
-            Some(null) if pending.is_recorded && !self.is_top && null.is_slow() => {
+            Some(null) if pending.is_recorded && self.is_reference && null.is_slow() => {
                 return Err(Error::Invalid(format!(
                     "'{}' is refused: an image names it with latency-ns",
                     node.path
                 )));
             }
             Some(null) => null.open(access.mode.writes()),
-            None if self.is_top => access.open(&node.path)?,
-            None => limits::open_reference(&node.path, || access.open(&node.path))?,
+            None if self.is_reference => limits::open_reference(&node.path, || access.open(&node.path))?,
+            None => access.open(&node.path)?,
         };
         let identity = storage.identity();
         if let Some(identity) = identity {

@@ -90,15 +90,10 @@ impl Job<'_> {
     pub(super) fn open_target(&self, cache: CacheMode) -> Result<Image, Failure> {
         let format = self.args.output_format.as_deref().or((!self.args.target_image_opts).then_some("raw"));
         Opening {
-            name: self.target,
             image_opts: self.args.target_image_opts,
-            format,
-            mode: OpenMode::Write,
             cache,
-            force_share: false,
-            exclusive: false,
-            backing: true,
             discards: self.sparse_bytes() > 0,
+            ..Opening::named(self.target, format, OpenMode::Write)
         }
         .open(self.context)
     }
