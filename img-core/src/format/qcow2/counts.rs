@@ -91,6 +91,36 @@ pub(super) fn add_to_each(block: &mut [u8], order: u32, part: Range<usize>, up: 
     }
 }
 
+/// The counts from `first` on.
+pub(super) fn read_counts(block: &[u8], order: u32, first: usize, counts: &mut [u64]) {
+    fn read<const BYTES: usize>(block: &[u8], counts: &mut [u64], number: impl Fn([u8; BYTES]) -> u64) {
+        counts.iter_mut().zip(block.as_chunks().0).for_each(|(count, bytes)| *count = number(*bytes));
+    }
+    match order {
+        4 => read(&block[first * 2..], counts, |bytes| u16::from_be_bytes(bytes).into()),
+        5 => read(&block[first * 4..], counts, |bytes| u32::from_be_bytes(bytes).into()),
+        6 => read(&block[first * 8..], counts, u64::from_be_bytes),
+        _ => (first..).zip(counts).for_each(|(index, count)| *count = refcount_get(block, order, index)),
+    }
+}
+
+/// Makes the counts from `first` on be `counts`. All of them fit.
+pub(super) fn write_counts(block: &mut [u8], order: u32, first: usize, counts: &[u64]) {
+    /// The last bytes of each number.
+    fn write<const BYTES: usize>(block: &mut [u8], counts: &[u64]) {
+        for (bytes, count) in block.as_chunks_mut::<BYTES>().0.iter_mut().zip(counts) {
+            debug_assert!(BYTES == 8 || *count >> (BYTES * 8) == 0, "the caller checked the count");
+            bytes.copy_from_slice(&count.to_be_bytes()[8 - BYTES..]);
+        }
+    }
+    match order {
+        4 => write::<2>(&mut block[first * 2..], counts),
+        5 => write::<4>(&mut block[first * 4..], counts),
+        6 => write::<8>(&mut block[first * 8..], counts),
+        _ => (first..).zip(counts).for_each(|(index, count)| refcount_set(block, order, index, *count)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -98,6 +128,27 @@ mod tests {
     use super::*;
 
     proptest! {
+        /// Whatever the width and the place, many counts are read and written as they are one by one.
+        #[test]
+        fn many_counts_are_those_that_are_there(
+            order in 0_u32..=6,
+            first in 0_usize..40,
+            counts in proptest::collection::vec(any::<u64>(), 1..24),
+        ) {
+            let max = if order == 6 { u64::MAX } else { (1 << (1_u32 << order)) - 1 };
+            let counts: Vec<u64> = counts.iter().map(|count| count & max).collect();
+            let mut one_by_one = vec![0xa5_u8; 512];
+            let mut block = one_by_one.clone();
+            for (index, count) in (first..).zip(&counts) {
+                refcount_set(&mut one_by_one, order, index, *count);
+            }
+            write_counts(&mut block, order, first, &counts);
+            prop_assert_eq!(&block, &one_by_one);
+            let mut back = vec![0; counts.len()];
+            read_counts(&block, order, first, &mut back);
+            prop_assert_eq!(back, counts);
+        }
+
         /// Whatever the width and the part, runs are found where looking at each count finds them.
         #[test]
         fn runs_are_found_as_one_by_one(

@@ -85,11 +85,6 @@ impl Qcow2Layer {
         (block + in_block / per_slice * slice_bytes, index)
     }
 
-    /// As many clusters as the refcount table can count.
-    pub(super) fn covered_clusters(&self) -> u64 {
-        self.refcount_table_entries() * self.geometry.refcounts_per_block()
-    }
-
     fn refcount_table_entries(&self) -> u64 {
         u64::from(self.header().refcount_table_clusters) * self.geometry.cluster_bytes() / 8
     }
