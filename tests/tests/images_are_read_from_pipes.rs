@@ -201,7 +201,7 @@ fn what_is_not_laid_out_front_to_back_is_named_and_can_be_kept() {
     let line = "mkdir keep && cat back | $img convert --spool keep -O qcow2 -c - - >out && qemu-img compare back out && \
                 gzip back && $img convert --spool keep -O vpc back.gz out && ls keep";
     assert_eq!(shell(at, line).success(), "Images are identical.\n");
-    for option in ["-l s", "-C", "-m 4", "-W", "--salvage", "-T none", "--bitmaps"] {
+    for option in ["-l s", "-C", "-W", "--salvage", "-T none", "--bitmaps"] {
         let output = shell(at, &format!("cat over | $img convert {option} - x"));
         assert!(
             output.code == 1 && output.stderr.contains("is not possible with a source"),

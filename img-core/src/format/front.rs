@@ -108,6 +108,11 @@ pub trait FrontReader: Send {
     /// Guest bytes; `None` when only the end of the stream tells.
     fn virtual_size_bytes(&self) -> Option<u64>;
 
+    /// Guest bytes of the largest unit that is decoded as a whole; 0 where nothing is encoded. At most 2 MiB.
+    fn unit_bytes(&self) -> u64 {
+        0
+    }
+
     /// Appends the next runs, in the order of the stream; none when there are no more.
     ///
     /// # Errors
@@ -120,6 +125,9 @@ pub trait FrontReader: Send {
     /// [`Error::Corrupt`](crate::Error::Corrupt) when the stream broke off.
     fn finish(&mut self) -> Result<()>;
 }
+
+/// No format encodes more than this as a whole.
+const MAX_UNIT_BYTES: u64 = 2 << 20;
 
 /// How many units of the map are looked at together: what one table holds in images of the usual shape.
 const WINDOW_UNITS: u64 = 8192;
@@ -160,6 +168,10 @@ impl LayerFront {
 impl FrontReader for LayerFront {
     fn virtual_size_bytes(&self) -> Option<u64> {
         Some(self.layer.virtual_size_bytes())
+    }
+
+    fn unit_bytes(&self) -> u64 {
+        self.layer.cluster_size_bytes().map_or(0, u64::from).min(MAX_UNIT_BYTES)
     }
 
     fn next(&mut self, runs: &mut Vec<FrontRun>) -> Result<()> {

@@ -166,7 +166,7 @@ impl Rebase<'_> {
                 Err(Stop::Failed(error)) => {
                     self.failed.offer(hands.ticket, error);
                     // Before the turn is passed on: nobody writes behind what failed.
-                    self.turns.stop();
+                    self.turns.stop_from(hands.ticket);
                     return;
                 }
             }

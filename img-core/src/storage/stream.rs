@@ -33,6 +33,8 @@ pub struct StreamStorage {
 
 struct State {
     input: Box<dyn io::Read + Send>,
+    /// What one read brings.
+    buffer: Vec<u8>,
     head: Vec<u8>,
     tail: VecDeque<u8>,
     /// How much was read.
@@ -49,7 +51,8 @@ impl fmt::Debug for StreamStorage {
 impl StreamStorage {
     /// What `input` gives, called `name` in errors.
     pub fn new(input: Box<dyn io::Read + Send>, name: impl Into<PathBuf>) -> Self {
-        let state = State { input, head: Vec::new(), tail: VecDeque::new(), at_bytes: 0, has_ended: false };
+        let (buffer, head, tail) = (Vec::new(), Vec::new(), VecDeque::new());
+        let state = State { input, buffer, head, tail, at_bytes: 0, has_ended: false };
         Self { path: name.into(), state: Mutex::new(state) }
     }
 
@@ -95,22 +98,32 @@ impl StreamStorage {
 impl State {
     /// Reads until `end` is behind us, or the stream has ended.
     fn advance(&mut self, end: u64) -> io::Result<()> {
-        let mut buffer = vec![0; READ_BYTES];
+        self.buffer.resize(READ_BYTES, 0);
         while self.at_bytes < end && !self.has_ended {
-            let count = match self.input.read(&mut buffer) {
+            let count = match self.input.read(&mut self.buffer) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             };
             self.has_ended = count == 0;
             self.at_bytes += count as u64;
-            let kept = count.min(HEAD_BYTES - self.head.len());
-            self.head.extend_from_slice(&buffer[..kept]);
-            self.tail.extend(&buffer[..count]);
-            let over = self.tail.len().saturating_sub(TAIL_BYTES);
-            self.tail.drain(..over);
+            self.keep(count);
         }
         Ok(())
+    }
+
+    /// Keeps the first `count` bytes of the buffer, and no more of what passed than is to be kept.
+    fn keep(&mut self, count: usize) {
+        let read = &self.buffer[..count];
+        self.head.extend_from_slice(&read[..count.min(HEAD_BYTES - self.head.len())]);
+        let over = (self.tail.len() + count).saturating_sub(TAIL_BYTES);
+        self.tail.drain(..over);
+        let wanted = self.tail.len() + count;
+        if wanted > self.tail.capacity() {
+            // By doubling, as it would itself, but not beyond what is ever in it.
+            self.tail.reserve_exact((2 * wanted).min(TAIL_BYTES) - self.tail.len());
+        }
+        self.tail.extend(read);
     }
 
     /// Copies from what is kept; `None` when some of it is gone. All of it was read.

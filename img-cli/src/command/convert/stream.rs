@@ -203,7 +203,6 @@ impl Job<'_> {
             (args.bitmaps, "--bitmaps"),
             (args.copy_range_offloading, "-C (copying by the host)"),
             (args.source_cache.is_some(), "-T (a cache mode)"),
-            (args.parallel.is_some(), "-m (several at once)"),
             (args.oob_writes, "-W (writing out of order)"),
             (args.salvage, "--salvage"),
         ];
@@ -228,6 +227,7 @@ impl Job<'_> {
             sparse_bytes: self.numbers.sparse_bytes.unwrap_or(4096),
             compress: args.compress,
             level: self.numbers.level,
+            threads: self.numbers.threads,
             rate_bytes: self.numbers.rate_bytes.filter(|rate| *rate > 0),
         };
         let copy = |reader: Box<dyn FrontReader>, target: StreamTarget<'_>| {

@@ -50,6 +50,10 @@ impl FrontReader for Qcow2Stream {
         self.front.virtual_size_bytes()
     }
 
+    fn unit_bytes(&self) -> u64 {
+        self.front.unit_bytes()
+    }
+
     fn next(&mut self, runs: &mut Vec<FrontRun>) -> Result<()> {
         self.front.next(runs)
     }

@@ -95,6 +95,10 @@ impl FrontReader for MarkerStream {
         Some(self.header.capacity_bytes())
     }
 
+    fn unit_bytes(&self) -> u64 {
+        self.header.grain_bytes()
+    }
+
     fn next(&mut self, runs: &mut Vec<FrontRun>) -> Result<()> {
         while runs.is_empty() && !self.is_complete {
             runs.extend(self.marker()?);

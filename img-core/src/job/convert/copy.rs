@@ -178,7 +178,7 @@ impl<'a> Copy<'a> {
 
     fn fail(&self, ticket: u64, error: Error) {
         self.failed.offer(ticket, error);
-        self.turns.stop();
+        self.turns.stop_from(ticket);
     }
 
     /// The next piece that needs work.

@@ -5,34 +5,31 @@
 //! twice, once for their sizes. The sizes of the first [`KEPT_SIZES`] are kept from the survey; behind them, each
 //! table's clusters are compressed once more. A source that changes in between is found out, as sizes differ.
 
-use std::{
-    ops::Range,
-    sync::{
-        Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+use std::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering},
 };
 
 use super::{
     ConvertOptions, Salvaged,
     copy::MAX_CONVERT_THREADS,
+    packed::{Packed, Packing},
     plan::{Class, Cut, Piece, Pieces, Plan, Rules},
     source::{OnSalvaged, Sources},
 };
 use crate::{
     Error, JobStep, Result,
-    format::{Codec, FrontWriter, LookAhead},
+    format::{FrontWriter, LookAhead},
     image::Image,
     job::{
         Progress,
         compress::Compressor,
         cores,
-        ordered::{First, StopOnPanic, Turns, lock},
+        ordered::{Ticket, in_order, lock},
         status::OnLost,
         throttle::Throttle,
     },
     storage::Pipe,
-    zeroes::is_zero,
 };
 
 /// How much a thread reads at once, unless a unit is larger.
@@ -83,8 +80,11 @@ pub fn convert_to_pipe(
     let rounds = if compress.is_some() && look_ahead != LookAhead::Nothing { 2 } else { 1 };
     let feed = Feed {
         sources: &sources,
-        unit_bytes: usize::try_from(unit_bytes).expect("at most 2 MiB"),
-        compress,
+        packing: Packing {
+            unit_bytes: usize::try_from(unit_bytes).expect("at most 2 MiB"),
+            compress,
+            drops_zeroes: compress.is_some(),
+        },
         threads: threads(options, PIECE_BYTES.max(unit_bytes)),
         throttle: options.rate_bytes.map(Throttle::new),
         on_salvaged: if options.salvage { Some(salvaged) } else { None },
@@ -230,8 +230,7 @@ impl<'a> Walk<'a> {
 /// Reads pieces, and compresses their units, on all cores.
 struct Feed<'a> {
     sources: &'a Sources<'a>,
-    unit_bytes: usize,
-    compress: Option<(Codec, Option<i32>)>,
+    packing: Packing,
     threads: usize,
     throttle: Option<Throttle>,
     on_salvaged: OnSalvaged<'a>,
@@ -244,19 +243,7 @@ struct Feed<'a> {
 #[derive(Default)]
 struct Hands {
     read: Vec<u8>,
-    stored: Vec<u8>,
-    /// Of each unit.
-    places: Vec<Place>,
-    compressor: Option<Compressor>,
-}
-
-enum Place {
-    /// It is not stored.
-    Nowhere,
-    /// As it was read.
-    Read(Range<usize>),
-    /// Compressed.
-    Stored(Range<usize>),
+    packed: Packed,
 }
 
 /// Told of the units in order: guest byte and stored bytes, none for a unit of zeroes.
@@ -271,8 +258,8 @@ impl Feed<'_> {
         found: &mut (dyn FnMut(u64, u32) -> Result<()> + Send),
     ) -> Result<()> {
         let fits = "a unit is small";
-        if self.compress.is_none() {
-            let unit_bytes = u32::try_from(self.unit_bytes).expect(fits);
+        if self.packing.compress.is_none() {
+            let unit_bytes = u32::try_from(self.packing.unit_bytes).expect(fits);
             return walk.each_unit(end, unit_bytes.into(), &mut |guest| found(guest, unit_bytes));
         }
         self.units(walk, end, &mut |guest, stored| found(guest, u32::try_from(stored.len()).expect(fits)))
@@ -280,25 +267,18 @@ impl Feed<'_> {
 
     /// The units before `end`.
     fn units(&self, walk: &mut Walk<'_>, end: u64, sink: &mut Sink<'_>) -> Result<()> {
-        let run = Run {
-            feed: self,
-            end,
-            tickets: Mutex::new((walk, 0)),
-            sink: Mutex::new(sink),
-            turns: Turns::default(),
-            failed: First::new(),
+        let sink = Mutex::new(sink);
+        let mut next = |_: &mut Hands| {
+            if self.progress.is_cancelled() { Err(Error::Cancelled) } else { walk.next_before(end) }
         };
-        let work = || {
-            let _stop = StopOnPanic(&run.turns);
-            run.work();
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..self.threads {
-                scope.spawn(work);
+        in_order(self.threads, &mut next, &|ticket: &Ticket<'_, 1>, piece, hands: &mut Hands| {
+            if let Some(throttle) = &self.throttle {
+                throttle.pass(piece.len, || ticket.is_late());
             }
-            work();
-        });
-        run.failed.into_inner().map_or(Ok(()), Err)
+            self.prepare(piece, hands)?;
+            ticket.in_turn(0, || self.hand_on(piece, hands, &mut **lock(&sink)))?;
+            Ok(())
+        })
     }
 
     fn prepare(&self, piece: Piece, hands: &mut Hands) -> Result<()> {
@@ -306,101 +286,17 @@ impl Feed<'_> {
         hands.read.resize(len, 0);
         self.sources.read(&mut hands.read, piece.start, self.on_salvaged)?;
         // The last unit of a disk is stored as a whole.
-        hands.read.resize(len.next_multiple_of(self.unit_bytes), 0);
-        hands.places.clear();
-        let Some((how, level)) = self.compress else {
-            let units = (0..hands.read.len()).step_by(self.unit_bytes);
-            hands.places.extend(units.map(|at| Place::Read(at..at + self.unit_bytes)));
-            return Ok(());
-        };
-        let compressor = match &mut hands.compressor {
-            Some(compressor) => compressor,
-            none => none.insert(Compressor::new(how, level)?),
-        };
-        let bound = Compressor::bound(how, self.unit_bytes);
-        hands.stored.resize(hands.read.len() / self.unit_bytes * bound, 0);
-        let mut free = 0;
-        for (index, unit) in hands.read.chunks(self.unit_bytes).enumerate() {
-            hands.places.push(if is_zero(unit) {
-                Place::Nowhere
-            } else if let Some(len) = compressor.compress(unit, &mut hands.stored[free..free + bound])? {
-                free += len;
-                Place::Stored(free - len..free)
-            } else {
-                Place::Read(index * self.unit_bytes..(index + 1) * self.unit_bytes)
-            });
-        }
-        Ok(())
-    }
-}
-
-/// One run of the threads.
-struct Run<'r, 'f, 'w, 's> {
-    feed: &'r Feed<'f>,
-    end: u64,
-    tickets: Mutex<(&'r mut Walk<'w>, u64)>,
-    sink: Mutex<&'r mut Sink<'s>>,
-    turns: Turns,
-    failed: First<Error>,
-}
-
-impl Run<'_, '_, '_, '_> {
-    fn work(&self) {
-        let mut hands = Hands::default();
-        while let Some((ticket, piece)) = self.claim() {
-            if let Err(error) = self.do_piece(ticket, piece, &mut hands) {
-                return self.fail(ticket, error);
-            }
-        }
+        hands.read.resize(len.next_multiple_of(self.packing.unit_bytes), 0);
+        hands.packed.pack(&hands.read, self.packing)
     }
 
-    fn fail(&self, ticket: u64, error: Error) {
-        self.failed.offer(ticket, error);
-        self.turns.stop();
-    }
-
-    fn claim(&self) -> Option<(u64, Piece)> {
-        let mut tickets = lock(&self.tickets);
-        let (walk, next) = &mut *tickets;
-        let ticket = *next;
-        if self.failed.is_before(ticket) {
-            return None;
+    fn hand_on(&self, piece: Piece, hands: &Hands, sink: &mut Sink<'_>) -> Result<()> {
+        let units = (piece.start..).step_by(self.packing.unit_bytes);
+        for (guest, stored) in units.zip(hands.packed.stored(&hands.read)) {
+            sink(guest, stored.bytes())?;
         }
-        let piece = if self.feed.progress.is_cancelled() {
-            Err(Error::Cancelled)
-        } else {
-            walk.next_before(self.end)
-        };
-        match piece {
-            Ok(piece) => {
-                *next += 1;
-                piece.map(|piece| (ticket, piece))
-            }
-            Err(error) => {
-                self.fail(ticket, error);
-                None
-            }
-        }
-    }
-
-    fn do_piece(&self, ticket: u64, piece: Piece, hands: &mut Hands) -> Result<()> {
-        if let Some(throttle) = &self.feed.throttle {
-            throttle.pass(piece.len, || self.failed.is_before(ticket));
-        }
-        self.feed.prepare(piece, hands)?;
-        // Somebody else failed first: the reason is kept there.
-        let Some(_turn) = self.turns.wait(ticket) else { return Ok(()) };
-        let mut sink = lock(&self.sink);
-        for (guest, place) in (piece.start..).step_by(self.feed.unit_bytes).zip(&hands.places) {
-            let stored = match place {
-                Place::Nowhere => &[],
-                Place::Read(range) => &hands.read[range.clone()],
-                Place::Stored(range) => &hands.stored[range.clone()],
-            };
-            sink(guest, stored)?;
-        }
-        let done = self.feed.done.fetch_add(piece.len, Ordering::Relaxed) + piece.len;
-        self.feed.progress.advance(done.min(self.feed.total), self.feed.total);
+        let done = self.done.fetch_add(piece.len, Ordering::Relaxed) + piece.len;
+        self.progress.advance(done.min(self.total), self.total);
         Ok(())
     }
 }

@@ -4,15 +4,17 @@
 //! (`pieces`), compress, wait for their turn to reserve places in the `target` in guest order, and move their
 //! bytes and commit beside each other. The result is the same file at any number of threads; with
 //! `out_of_order` nobody waits. `offload` lets the host copy; `front` writes into pipes, `stream` reads
-//! out of them. Start at [`convert`].
+//! out of them into a `stream_sink`; `packed` is what both compress. Start at [`convert`].
 
 mod copy;
 mod front;
 mod offload;
+mod packed;
 mod pieces;
 mod plan;
 mod source;
 mod stream;
+mod stream_sink;
 mod target;
 
 #[cfg(test)]
