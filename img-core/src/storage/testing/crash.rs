@@ -1,16 +1,17 @@
 //! The crash recorder: remembers every change and flush of one or several storages.
 
 use std::{
-    io::{IoSlice, IoSliceMut},
     ops::Range,
-    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::crash_states::CrashStates;
+use super::{
+    crash_states::CrashStates,
+    interpose::{Action, Hook, Interposed},
+};
 use crate::{
     Result,
-    storage::{Flush, Identity, Limits, MemoryStorage, Preallocation, Storage, lock, transfer},
+    storage::{MemoryStorage, Preallocation, Storage, transfer},
 };
 
 /// Remembers, in order, what is done to the storages that it [records](Self::record), and makes the
@@ -86,7 +87,7 @@ impl CrashRecorder {
         let mut log = self.log();
         log.bases.push(Arc::new(base));
         let file = log.bases.len() - 1;
-        Ok(Arc::new(Recorded { inner, file, log: Arc::clone(&self.log) }))
+        Ok(Arc::new(Interposed { inner, hook: Recording { file, log: Arc::clone(&self.log) } }))
     }
 
     /// Notes that the test has come to a point, such as "step 3 is flushed": [`super::CrashState::mark`] of later
@@ -134,131 +135,61 @@ fn copy_to_memory(storage: &dyn Storage) -> Result<MemoryStorage> {
     Ok(copy)
 }
 
-/// A storage whose changes are noted. The log is locked while the change happens, so that it has the
-/// order in which things happened.
+/// Notes what changes a storage. The log is locked while it happens, so that it has the order in which things happened.
 #[derive(Debug)]
-struct Recorded {
-    inner: Arc<dyn Storage>,
+struct Recording {
     file: usize,
     log: Arc<Mutex<Log>>,
 }
 
-impl Recorded {
-    /// Does `operation`, which changes bytes before `end`, and notes it. A change that failed on the way
-    /// is noted too: some of it may have happened.
-    fn note(
-        &self,
-        end: u64,
-        change: impl FnOnce(u64) -> Change,
-        operation: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
+impl Hook for Recording {
+    /// A change that failed on the way is noted too: some of it may have happened.
+    fn act(&self, storage: &dyn Storage, action: Action<'_>) -> Result<()> {
+        let file = self.file;
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        let old_len = self.inner.len_bytes()?;
-        let result = operation();
-        let refused = !self.inner.is_writable() || end > transfer::MAX_LEN_BYTES;
-        if result.is_ok() || !refused {
-            log.entries.push(Entry::Change { file: self.file, change: Arc::new(change(old_len)) });
+        if let Action::Flush(_) = action {
+            action.apply(storage)?;
+            log.entries.push(Entry::Flushed { file });
+            return Ok(());
+        }
+        let change = change_of(action, storage.len_bytes()?);
+        let result = action.apply(storage);
+        let is_refused = !storage.is_writable() || end_of(action) > transfer::MAX_LEN_BYTES;
+        if let Some(change) = change.filter(|_| result.is_ok() || !is_refused) {
+            log.entries.push(Entry::Change { file, change: Arc::new(change) });
         }
         result
     }
 }
 
-impl Storage for Recorded {
-    fn path(&self) -> &Path {
-        self.inner.path()
+/// What an action makes of a file of that length; `None` where it changes nothing.
+fn change_of(action: Action<'_>, old_len: u64) -> Option<Change> {
+    if action.request().range_bytes.is_empty() {
+        return None;
     }
-
-    fn len_bytes(&self) -> Result<u64> {
-        self.inner.len_bytes()
-    }
-
-    fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], at_bytes: u64) -> Result<()> {
-        self.inner.read_vectored_at(bufs, at_bytes)
-    }
-
-    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], at_bytes: u64) -> Result<()> {
-        let mut bytes = vec![0; usize::try_from(transfer::total(bufs)).expect("it is in memory")];
-        transfer::gather(bufs, &mut bytes);
-        if bytes.is_empty() {
-            return Ok(());
+    let end = end_of(action);
+    Some(match action {
+        Action::Flush(_) => return None,
+        Action::Write(bufs, at) => {
+            let mut bytes = vec![0; usize::try_from(transfer::total(bufs)).expect("it is in memory")];
+            transfer::gather(bufs, &mut bytes);
+            Change::Write { at, bytes, grows: end > old_len }
         }
-        let end = at_bytes.saturating_add(bytes.len() as u64);
-        self.note(
-            end,
-            |old_len| Change::Write { at: at_bytes, bytes, grows: end > old_len },
-            || self.inner.write_vectored_at(bufs, at_bytes),
-        )
-    }
-
-    fn flush(&self, what: Flush) -> Result<()> {
-        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        self.inner.flush(what)?;
-        log.entries.push(Entry::Flushed { file: self.file });
-        Ok(())
-    }
-
-    fn resize(&self, len_bytes: u64, preallocation: Preallocation) -> Result<()> {
-        self.note(
-            len_bytes,
-            |_| Change::Resize { len: len_bytes },
-            || self.inner.resize(len_bytes, preallocation),
-        )
-    }
-
-    fn preallocate(&self, range_bytes: Range<u64>, preallocation: Preallocation) -> Result<()> {
-        if range_bytes.is_empty() {
-            return Ok(());
-        }
+        Action::Resize(len, _) => Change::Resize { len },
         // Only the length can be lost: what the range reads as does not change.
-        self.note(
-            range_bytes.end,
-            |old_len| Change::Resize { len: old_len.max(range_bytes.end) },
-            || self.inner.preallocate(range_bytes.clone(), preallocation),
-        )
-    }
-
-    fn punch_hole(&self, range_bytes: Range<u64>) -> Result<()> {
-        let range = range_bytes.clone();
-        self.note(
-            0, // what is behind the end is left alone
-            |old_len| Change::Zero { range: range.start.min(old_len)..range.end.min(old_len), grows: false },
-            || self.inner.punch_hole(range_bytes),
-        )
-    }
-
-    fn write_zeroes(&self, range_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
-        if range_bytes.is_empty() {
-            return Ok(());
+        Action::Preallocate(..) => Change::Resize { len: old_len.max(end) },
+        Action::Punch(range) => {
+            Change::Zero { range: range.start.min(old_len)..range.end.min(old_len), grows: false }
         }
-        let range = range_bytes.clone();
-        self.note(
-            range.end,
-            |old_len| Change::Zero { grows: range.end > old_len, range },
-            || self.inner.write_zeroes(range_bytes, may_unmap),
-        )
-    }
+        Action::Zero(range, _) => Change::Zero { range: range.clone(), grows: end > old_len },
+    })
+}
 
-    fn next_allocated(&self, from_bytes: u64) -> Result<Option<Range<u64>>> {
-        self.inner.next_allocated(from_bytes)
-    }
-
-    fn allocated_bytes(&self) -> Result<u64> {
-        self.inner.allocated_bytes()
-    }
-
-    fn identity(&self) -> Option<Identity> {
-        self.inner.identity()
-    }
-
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-
-    fn is_writable(&self) -> bool {
-        self.inner.is_writable()
-    }
-
-    fn lock(&self, wanted: lock::Use) -> Result<()> {
-        self.inner.lock(wanted)
+/// How far an action reaches that may make the file longer. What is behind the end is left alone by a hole.
+fn end_of(action: Action<'_>) -> u64 {
+    match action {
+        Action::Flush(_) | Action::Punch(_) => 0,
+        Action::Resize(len, _) => len,
+        Action::Write(..) | Action::Preallocate(..) | Action::Zero(..) => action.request().range_bytes.end,
     }
 }

@@ -62,10 +62,63 @@ pub struct Request {
     pub range_bytes: Range<u64>,
 }
 
+/// An operation that changes a storage, and all that it takes to do it.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Action<'a> {
+    /// Bytes, from a place on.
+    Write(&'a [IoSlice<'a>], u64),
+    /// Durability.
+    Flush(Flush),
+    /// A length.
+    Resize(u64, Preallocation),
+    /// Space for a range.
+    Preallocate(&'a Range<u64>, Preallocation),
+    /// No space for a range.
+    Punch(&'a Range<u64>),
+    /// Zeroes in a range; whether its space may be given back.
+    Zero(&'a Range<u64>, bool),
+}
+
+impl Action<'_> {
+    /// What it is, without its bytes.
+    pub(super) fn request(&self) -> Request {
+        let (operation, range_bytes) = match *self {
+            Self::Write(bufs, at) => (Operation::Write, at..at.saturating_add(transfer::total(bufs))),
+            Self::Flush(_) => (Operation::Flush, 0..u64::MAX),
+            Self::Resize(len_bytes, _) => (Operation::Resize, len_bytes..u64::MAX),
+            Self::Preallocate(range, _) => (Operation::Preallocate, range.clone()),
+            Self::Punch(range) => (Operation::Punch, range.clone()),
+            Self::Zero(range, _) => (Operation::Zero, range.clone()),
+        };
+        Request { operation, range_bytes }
+    }
+
+    /// Does it.
+    pub(super) fn apply(self, storage: &dyn Storage) -> Result<()> {
+        match self {
+            Self::Write(bufs, at) => storage.write_vectored_at(bufs, at),
+            Self::Flush(what) => storage.flush(what),
+            Self::Resize(len_bytes, preallocation) => storage.resize(len_bytes, preallocation),
+            Self::Preallocate(range, preallocation) => storage.preallocate(range.clone(), preallocation),
+            Self::Punch(range) => storage.punch_hole(range.clone()),
+            Self::Zero(range, may_unmap) => storage.write_zeroes(range.clone(), may_unmap),
+        }
+    }
+}
+
 /// Looks at every operation before it happens.
 pub(super) trait Hook: Send + Sync + fmt::Debug {
     /// Waits, fails, or lets the operation happen.
-    fn before(&self, path: &Path, request: &Request) -> Result<()>;
+    fn before(&self, path: &Path, request: &Request) -> Result<()> {
+        let (_, _) = (path, request);
+        Ok(())
+    }
+
+    /// Does it to `storage`, or not.
+    fn act(&self, storage: &dyn Storage, action: Action<'_>) -> Result<()> {
+        self.before(storage.path(), &action.request())?;
+        action.apply(storage)
+    }
 }
 
 /// `inner` behind a hook.
@@ -76,8 +129,8 @@ pub(super) struct Interposed<H> {
 }
 
 impl<H: Hook> Interposed<H> {
-    fn ask(&self, operation: Operation, range_bytes: Range<u64>) -> Result<()> {
-        self.hook.before(self.inner.path(), &Request { operation, range_bytes })
+    fn act(&self, action: Action<'_>) -> Result<()> {
+        self.hook.act(&*self.inner, action)
     }
 }
 
@@ -91,38 +144,33 @@ impl<H: Hook> Storage for Interposed<H> {
     }
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], at_bytes: u64) -> Result<()> {
-        self.ask(Operation::Read, at_bytes..at_bytes.saturating_add(transfer::total_mut(bufs)))?;
+        let range_bytes = at_bytes..at_bytes.saturating_add(transfer::total_mut(bufs));
+        self.hook.before(self.inner.path(), &Request { operation: Operation::Read, range_bytes })?;
         self.inner.read_vectored_at(bufs, at_bytes)
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], at_bytes: u64) -> Result<()> {
-        self.ask(Operation::Write, at_bytes..at_bytes.saturating_add(transfer::total(bufs)))?;
-        self.inner.write_vectored_at(bufs, at_bytes)
+        self.act(Action::Write(bufs, at_bytes))
     }
 
     fn flush(&self, what: Flush) -> Result<()> {
-        self.ask(Operation::Flush, 0..u64::MAX)?;
-        self.inner.flush(what)
+        self.act(Action::Flush(what))
     }
 
     fn resize(&self, len_bytes: u64, preallocation: Preallocation) -> Result<()> {
-        self.ask(Operation::Resize, len_bytes..u64::MAX)?;
-        self.inner.resize(len_bytes, preallocation)
+        self.act(Action::Resize(len_bytes, preallocation))
     }
 
     fn preallocate(&self, range_bytes: Range<u64>, preallocation: Preallocation) -> Result<()> {
-        self.ask(Operation::Preallocate, range_bytes.clone())?;
-        self.inner.preallocate(range_bytes, preallocation)
+        self.act(Action::Preallocate(&range_bytes, preallocation))
     }
 
     fn punch_hole(&self, range_bytes: Range<u64>) -> Result<()> {
-        self.ask(Operation::Punch, range_bytes.clone())?;
-        self.inner.punch_hole(range_bytes)
+        self.act(Action::Punch(&range_bytes))
     }
 
     fn write_zeroes(&self, range_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
-        self.ask(Operation::Zero, range_bytes.clone())?;
-        self.inner.write_zeroes(range_bytes, may_unmap)
+        self.act(Action::Zero(&range_bytes, may_unmap))
     }
 
     fn next_allocated(&self, from_bytes: u64) -> Result<Option<Range<u64>>> {
