@@ -13,6 +13,7 @@ mod served;
 mod targets;
 mod vhost_user;
 mod vmdk;
+mod vpc;
 
 pub use machine::machine;
 pub use nbd::nbd;
@@ -20,6 +21,7 @@ pub use ring::ring;
 pub use targets::{check, map, open, read, repair, write};
 pub use vhost_user::vhost_user;
 pub use vmdk::vmdk;
+pub use vpc::vpc;
 
 use crate::pattern::Random;
 
@@ -27,7 +29,7 @@ use crate::pattern::Random;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("open", open),
     ("map", map),
     ("read", read),
@@ -36,6 +38,7 @@ pub const TARGETS: [Target; 11] = [
     ("write", write),
     ("nbd", nbd),
     ("vmdk", vmdk),
+    ("vpc", vpc),
     ("ring", ring),
     ("machine", machine),
     ("vhost_user", vhost_user),

@@ -154,25 +154,31 @@ impl LayerWriter for FixedLayer {
         self.disk.files_to_sync()
     }
 
-    /// The footer moves to the new end. To grow:
+    /// The footer moves to the new end. In order, each made durable before the next:
     ///
-    /// 1. The new footer is written behind the new data, which is a hole, and made durable.
-    /// 2. The old one becomes part of the disk, and is zeroed.
+    /// 1. What other programs left between the disk and the footer, and would come into view, becomes zeroes.
+    /// 2. The new footer. Where the disk ends behind the old one, that becomes part of the disk, and is zeroed; where
+    ///    it ends before, the file gets shorter.
     ///
-    /// A cut between them leaves the disk at its new size, with the old footer in the part that is new. To
-    /// shrink, the new footer is made durable inside what is cut off before the file gets shorter: a cut between
-    /// leaves the old size.
+    /// A cut in step 2 leaves a larger disk at its new size, with the old footer in the part that is new; a smaller one
+    /// keeps its old size until the file is shorter.
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
         let storage = self.storage();
         let mut footer = lock(&self.footer);
         let (raw, new_bytes) = resized(storage.path(), &footer.raw, self.rule, virtual_size_bytes)?;
-        let old_at = footer.at_bytes;
-        if new_bytes == old_at {
+        let (old_bytes, old_at) = (self.virtual_size_bytes(), footer.at_bytes);
+        if (new_bytes, new_bytes) == (old_bytes, old_at) {
             return Ok(());
         }
+        // 1.
+        let hidden = old_bytes..new_bytes.min(old_at);
+        if !hidden.is_empty() {
+            storage.write_zeroes(hidden, false)?;
+            storage.flush(Flush::Data)?;
+        }
+        // 2.
         storage.write_at(raw.as_bytes(), new_bytes)?;
         storage.flush(Flush::Data)?;
-        let end = new_bytes + SECTOR_BYTES;
         if new_bytes > old_at {
             storage.write_zeroes(old_at..new_bytes.min(old_at + SECTOR_BYTES), false)?;
             let filled = match preallocation {
@@ -192,8 +198,8 @@ impl LayerWriter for FixedLayer {
                 }
                 return Err(error);
             }
-        } else {
-            storage.resize(end, Preallocation::Off)?;
+        } else if new_bytes < old_at {
+            storage.resize(new_bytes + SECTOR_BYTES, Preallocation::Off)?;
         }
         storage.flush(Flush::Data)?;
         *footer = Footer { raw, at_bytes: new_bytes, ..*footer };
