@@ -340,7 +340,8 @@ fn copied_flags(
     let repairs = mode.errors || (mode.leaks && is_clean);
     let guard = repairs.then(|| Guard::new(image));
     if has_changed {
-        let (recount, _) = count(image, Mode::NOTHING)?;
+        let (recount, walked) = count(image, Mode::NOTHING)?;
+        walked?;
         return copied::check(image, Tables(&recount.uncopied), guard.as_ref(), teller);
     }
     copied::check(image, Tables(&census.uncopied), guard.as_ref(), teller)
@@ -384,6 +385,8 @@ fn references(
     );
     walk::walk(image, &mut narrator)?;
     let (counters, past_end) = narrator.finish()?;
+    // A host that failed the first walk alone: what was counted then is not all there is.
+    walked?;
     if let Some(counters) = counters {
         census.counters = counters;
     }

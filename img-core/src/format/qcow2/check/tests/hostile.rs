@@ -93,6 +93,32 @@ fn a_repair_that_fails_anywhere_leaves_nothing_worse() {
     }
 }
 
+/// A read that fails once, anywhere, is told: what could not be counted is not called a leak.
+#[test]
+fn an_audit_that_could_not_read_all_gives_no_verdict() {
+    let directory = tempfile::tempdir().unwrap();
+    let whole = load(&SNAPSHOTS.make(directory.path()));
+    let sound = ours(&whole, Repair::Nothing).unwrap();
+    let mut nth = 0;
+    loop {
+        let failing =
+            Arc::new(FailAt::once(Arc::clone(&whole), |operation| operation == Operation::Read, nth));
+        // Opening may be what fails.
+        let verdict = ours(&(Arc::clone(&failing) as _), Repair::Nothing);
+        if failing.seen() <= nth {
+            break;
+        }
+        if let Ok(verdict) = verdict
+            && let Some(report) = &verdict.report
+        {
+            let is_told = report.check_errors > 0;
+            assert!(is_told || *report == *sound.report.as_ref().unwrap(), "read {nth}: {report:?}");
+        }
+        nth += 1;
+    }
+    assert!(nth > 5, "only {nth} reads");
+}
+
 #[test]
 fn a_power_cut_in_a_repair_leaves_nothing_worse() {
     let directory = tempfile::tempdir().unwrap();
