@@ -9,9 +9,13 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use super::table_cache::lock;
 use crate::{
     Error, Result,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 /// What is known of a dirty bitmap that an image keeps.
@@ -84,6 +88,8 @@ pub struct DirtyMap {
     disk_bytes: u64,
     granularity_bits: u32,
     chunks: Vec<OnceLock<Box<Chunk>>>,
+    /// Held by who makes a chunk.
+    making: Mutex<()>,
     /// Bytes that may still be taken for chunks, by all maps that share it.
     room: Arc<AtomicU64>,
     /// There was no room for a chunk: granules are missing.
@@ -131,6 +137,7 @@ impl DirtyMap {
             disk_bytes: 0,
             granularity_bits: granularity_bytes.trailing_zeros(),
             chunks: Vec::new(),
+            making: Mutex::default(),
             room: Arc::clone(room),
             incomplete: AtomicBool::new(false),
         };
@@ -188,25 +195,23 @@ impl DirtyMap {
         let slot = &self.chunks[chunk];
         let words = match slot.get() {
             Some(words) => words,
-            None => {
-                self.take_room()?;
-                let mut made = false;
-                let words = slot.get_or_init(|| {
-                    made = true;
-                    Box::new([const { AtomicU64::new(0) }; CHUNK_WORDS])
-                });
-                if !made {
-                    // Another thread made it meanwhile.
-                    self.room.fetch_add(CHUNK_BYTES, Ordering::Relaxed);
-                }
-                words
-            }
+            None => self.make_chunk(slot)?,
         };
         // Most writes go where something was written before: then nothing is stored.
         if words[index].load(Ordering::Relaxed) & mask != mask {
             words[index].fetch_or(mask, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// The words of a chunk that is to be made. Room is taken for what is made and for nothing else, not even for a
+    /// moment: whoever comes for the last room finds it taken, or the chunk made.
+    fn make_chunk<'a>(&self, slot: &'a OnceLock<Box<Chunk>>) -> Result<&'a Chunk> {
+        let _turn = lock(&self.making);
+        if slot.get().is_none() {
+            self.take_room()?;
+        }
+        Ok(slot.get_or_init(|| Box::new([const { AtomicU64::new(0) }; CHUNK_WORDS])))
     }
 
     fn take_room(&self) -> Result<()> {

@@ -22,7 +22,7 @@ use crate::{
     storage::Storage,
     sync::{
         Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -129,6 +129,8 @@ pub(super) struct SliceCache {
     slices_per_shard: usize,
     /// Host offsets of the slices that differ from the file.
     dirty: Mutex<BTreeSet<u64>>,
+    /// Writes of slices to the file that have begun.
+    written: AtomicU64,
 }
 
 impl SliceCache {
@@ -140,6 +142,7 @@ impl SliceCache {
             slice_bytes,
             slices_per_shard: usize::try_from(per_shard).unwrap_or(usize::MAX),
             dirty: Mutex::default(),
+            written: AtomicU64::new(0),
         }
     }
 
@@ -191,16 +194,24 @@ impl SliceCache {
     }
 
     /// Fills `bytes`, whole slices from `start` on, with what they are now: one read of the file, over which the slices
-    /// that are here, and may be newer, are laid. Keeps none.
+    /// that are here, and may be newer, are laid. Keeps none, unless slices are written meanwhile.
     pub(super) fn read_past(&self, storage: &dyn Storage, start: u64, bytes: &mut [u8]) -> Result<()> {
         let slice_len = usize::try_from(self.slice_bytes).expect("a slice is small");
+        let written = self.written.load(Ordering::SeqCst);
         // Taken before the read: a slice that is changed, written and dropped meanwhile is kept here.
         let starts = (start..start + bytes.len() as u64).step_by(slice_len);
-        let cached: Vec<_> = starts.map(|start| self.peek(start)).collect();
-        if cached.iter().any(Option::is_none) {
+        let cached: Vec<_> = starts.map(|start| (start, self.peek(start))).collect();
+        if cached.iter().any(|(_, slice)| slice.is_none()) {
             storage.read_at(bytes, start)?;
         }
-        for (slice, bytes) in cached.iter().zip(bytes.chunks_exact_mut(slice_len)) {
+        // What was not here was not being written either. Where a write has begun since, the read may have met it half
+        // done: such slices are read again in a way that no write gets in between.
+        let may_be_torn = self.written.load(Ordering::SeqCst) != written;
+        for ((start, slice), bytes) in cached.into_iter().zip(bytes.chunks_exact_mut(slice_len)) {
+            let slice = match slice {
+                None if may_be_torn => Some(self.get(storage, start)?.0),
+                slice => slice,
+            };
             if let Some(slice) = slice {
                 bytes.copy_from_slice(&slice.read());
             }
@@ -408,6 +419,7 @@ impl Changes<'_> {
             let in_a_row = |(index, (start, _)): &(u64, &(u64, _))| *start == first + index * slice_bytes;
             let run = (0..limit).zip(&self.slices).take_while(in_a_row).count();
             allow(first..first + run as u64 * slice_bytes)?;
+            self.cache.written.fetch_add(1, Ordering::SeqCst);
             {
                 let guards: Vec<_> = self.slices.iter().take(run).map(|(_, slice)| slice.read()).collect();
                 let bufs: Vec<IoSlice<'_>> = guards.iter().map(|bytes| IoSlice::new(bytes)).collect();

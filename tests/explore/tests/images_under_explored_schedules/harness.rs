@@ -17,7 +17,7 @@ use img_core_explored::{
 use shuttle::{
     Config, Runner,
     scheduler::{PctScheduler, RandomScheduler},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread::{self, Thread},
 };
 
@@ -100,6 +100,36 @@ pub(crate) fn open(
     top: Arc<dyn Storage>,
     parent: Option<Arc<dyn Storage>>,
 ) -> Arc<Image> {
+    open_stepped(format, options, Stepped { inner: top, steps: AtomicU64::new(0), tear: None }, parent)
+}
+
+/// [`open`] of one file, with a read that is torn.
+pub(crate) fn open_torn(
+    format: &str,
+    options: &[(&str, &str)],
+    file: Arc<dyn Storage>,
+    tear: Tear,
+) -> Arc<Image> {
+    open_stepped(format, options, Stepped { inner: file, steps: AtomicU64::new(0), tear: Some(tear) }, None)
+}
+
+/// Where and when a long read is torn.
+#[derive(Debug)]
+pub(crate) struct Tear {
+    /// Reads of more than so many bytes are.
+    pub(crate) longer_than_bytes: usize,
+    /// From this place of the file on ...
+    pub(crate) at_bytes: u64,
+    /// ... they read what is there when this has come to be.
+    pub(crate) until: Arc<AtomicBool>,
+}
+
+fn open_stepped(
+    format: &str,
+    options: &[(&str, &str)],
+    top: Stepped,
+    parent: Option<Arc<dyn Storage>>,
+) -> Arc<Image> {
     let mut set = OptionSet::new();
     options.iter().for_each(|(name, value)| set.set(*name, *value));
     let driver = registry::by_name(format).expect("a known format");
@@ -107,8 +137,7 @@ pub(crate) fn open(
         let context = OpenContext { mode, options, open_file: &|_, _| unreachable!("one file") };
         driver.open(storage, &context).expect("it is valid")
     };
-    let top: Arc<dyn Storage> = Arc::new(Stepped { inner: top, steps: AtomicU64::new(0) });
-    let mut layers = vec![layer(top, OpenMode::Write, &set)];
+    let mut layers = vec![layer(Arc::new(top), OpenMode::Write, &set)];
     layers.extend(parent.map(|parent| layer(parent, OpenMode::Read, &OptionSet::new())));
     Arc::new(Image::from_layers(layers).expect("layers"))
 }
@@ -118,6 +147,7 @@ pub(crate) fn open(
 struct Stepped {
     inner: Arc<dyn Storage>,
     steps: AtomicU64,
+    tear: Option<Tear>,
 }
 
 impl Stepped {
@@ -137,7 +167,17 @@ impl Storage for Stepped {
     }
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], at_bytes: u64) -> Result<()> {
-        self.step().read_vectored_at(bufs, at_bytes)
+        self.step().read_vectored_at(bufs, at_bytes)?;
+        for (buf, at) in each_at(bufs, at_bytes) {
+            let Some(Tear { longer_than_bytes, at_bytes: tear, until }) = &self.tear else { break };
+            if buf.len() > *longer_than_bytes && (at + 1..at + buf.len() as u64).contains(tear) {
+                while !until.load(Ordering::SeqCst) {
+                    thread::yield_now();
+                }
+                self.step().read_at(&mut buf[usize_of(tear - at)..], *tear)?;
+            }
+        }
+        Ok(())
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], at_bytes: u64) -> Result<()> {
@@ -183,6 +223,18 @@ impl Storage for Stepped {
     fn is_writable(&self) -> bool {
         self.inner.is_writable()
     }
+}
+
+/// Buffers, and where in the file they stand.
+fn each_at<'a, 'b>(
+    bufs: &'a mut [IoSliceMut<'b>],
+    at_bytes: u64,
+) -> impl Iterator<Item = (&'a mut IoSliceMut<'b>, u64)> {
+    bufs.iter_mut().scan(at_bytes, |next, buf| {
+        let at = *next;
+        *next += buf.len() as u64;
+        Some((buf, at))
+    })
 }
 
 /// The image, opened by the library as it is; first for writing where what a crash left is to be made good.

@@ -6,11 +6,14 @@ use std::sync::{
 };
 
 use img_core_explored::{
+    format::{DirtyMap, MAX_MAP_BYTES},
     image::Image,
     storage::{MemoryStorage, Storage, testing::CrashRecorder},
 };
 
-use super::harness::{self, Audited, Bytes, close, explore, flush, join, read, spawn, write};
+use shuttle::sync::atomic::AtomicBool;
+
+use super::harness::{self, Audited, Bytes, Tear, close, explore, flush, join, read, spawn, write};
 
 const CLUSTER: u64 = 512;
 /// Of two L2 tables.
@@ -103,6 +106,67 @@ fn readers_see_writes_once_and_for_all() {
         join(threads);
         close(image);
         audited(&memory.to_vec(), false).expect("a sound image");
+    });
+}
+
+/// Whole tables that are read past the cache: an entry of two words that is changed and written during the read is as it
+/// was before or after, and never half of each.
+#[test]
+fn a_table_that_is_read_whole_has_no_torn_entry() {
+    const WIDE: u64 = 16 << 10;
+    const TABLE_SPAN: u64 = 1024 * WIDE;
+    static BYTES: OnceLock<Bytes> = OnceLock::new();
+    let bytes = *BYTES.get_or_init(|| {
+        let options = [("cluster_size", "16384"), ("extended_l2", "on")];
+        let empty = harness::create("qcow2", TABLE_SPAN, &options, None);
+        let other = std::slice::from_ref(&(5 * WIDE..6 * WIDE));
+        harness::filled("qcow2", empty, other, 1)
+    });
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    // The first entry of the table: its cluster, its bitmap.
+    let table = word(harness::usize_of(word(40))) & !(1 << 63);
+    assert_eq!(word(harness::usize_of(table)), 0, "nothing there yet");
+    explore(100, move || {
+        let memory = Arc::new(MemoryStorage::from_bytes("explored.qcow2", bytes));
+        let is_written = Arc::new(AtomicBool::new(false));
+        let until = Arc::clone(&is_written);
+        let tear = Tear { longer_than_bytes: 4096, at_bytes: table + 8, until };
+        let image = harness::open_torn("qcow2", &[("l2-cache-entry-size", "512")], memory, tear);
+        let threads = [
+            spawn(&image, move |image| {
+                write(image, 0..512, 2);
+                image.flush().expect("flushed");
+                is_written.store(true, Ordering::SeqCst);
+            }),
+            spawn(&image, |image| {
+                // By the layer itself, in one go.
+                let mut extents = Vec::new();
+                image.layers()[0].map_range(0..TABLE_SPAN, &mut extents).expect("a sound table");
+                assert_eq!(extents.iter().map(|extent| extent.len_bytes).sum::<u64>(), TABLE_SPAN);
+            }),
+        ];
+        join(threads);
+        close(image);
+    });
+}
+
+/// The last room for a chunk of a bitmap: of two threads that come for the same chunk neither is refused.
+#[test]
+fn one_chunk_of_a_bitmap_takes_the_room_of_one() {
+    const GRANULE: u64 = 512;
+    /// What a chunk covers.
+    const CHUNK: u64 = 4096 * 8 * GRANULE;
+    const CHUNKS: u64 = MAX_MAP_BYTES / 4096;
+    explore(10, || {
+        let map = Arc::new(DirtyMap::new((CHUNKS + 1) * CHUNK, GRANULE).expect("a map"));
+        (1..CHUNKS).for_each(|chunk| map.set(chunk * CHUNK..chunk * CHUNK + 1).expect("room"));
+        let threads = [0, GRANULE].map(|at| {
+            let map = Arc::clone(&map);
+            shuttle::thread::spawn(move || map.set(at..at + 1).expect("room for the last chunk"))
+        });
+        join(threads);
+        assert!(map.is_dirty(0) && map.is_dirty(GRANULE));
+        map.set(CHUNKS * CHUNK..CHUNKS * CHUNK + 1).expect_err("no room for another one");
     });
 }
 
