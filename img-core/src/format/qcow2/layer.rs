@@ -351,11 +351,21 @@ impl Qcow2Layer {
 
     /// Refuses a write to `host` that would damage a structure of another kind than `own`.
     pub(super) fn check_overlap(&self, host: &Range<u64>, own: Option<Kind>) -> Result<()> {
+        let places = self.places.read().unwrap_or_else(PoisonError::into_inner);
+        self.check_overlap_with(&places, host, own)
+    }
+
+    /// [`Self::check_overlap`] for who looks at the places anyway.
+    pub(super) fn check_overlap_with(
+        &self,
+        places: &Places,
+        host: &Range<u64>,
+        own: Option<Kind>,
+    ) -> Result<()> {
         if host.is_empty() {
             // The table of a disk without a byte: it stands nowhere, whatever place the header gives it.
             return Ok(());
         }
-        let places = self.places.read().unwrap_or_else(PoisonError::into_inner);
         let hit = if host.start < self.geometry.cluster_bytes() && own != Some(Kind::MainHeader) {
             Some("qcow2_header")
         } else {

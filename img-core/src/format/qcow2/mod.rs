@@ -14,6 +14,7 @@ mod bitmap_track;
 mod check;
 mod commit;
 mod compressed;
+mod counted_once;
 mod counts;
 mod create;
 mod create_layout;

@@ -10,7 +10,7 @@ use std::{
     ops::Range,
 };
 
-use super::geometry::Geometry;
+use super::{counted_once::CountedOnce, geometry::Geometry};
 use crate::{Error, Result, format::OptionSet};
 
 /// The kinds of structure, as the `overlap-check` options name them.
@@ -127,12 +127,20 @@ pub(super) struct Places {
     clusters: HashMap<u64, u16>,
     /// Longer ones, for each kind: end by start, in clusters; those of a kind do not overlap.
     runs: [BTreeMap<u64, u64>; KINDS.len()],
+    /// Clusters that guest data may be written over, if no structure stands there. A write in place asks for both.
+    pub(super) counted_once: CountedOnce,
 }
 
 impl Places {
     /// No structure known yet.
     pub(super) fn new(geometry: Geometry, classes: Classes) -> Self {
-        Self { geometry, classes, clusters: HashMap::new(), runs: Default::default() }
+        Self {
+            geometry,
+            classes,
+            clusters: HashMap::new(),
+            runs: Default::default(),
+            counted_once: CountedOnce::default(),
+        }
     }
 
     /// Notes a structure. Takes memory for each structure, not for each of its clusters.

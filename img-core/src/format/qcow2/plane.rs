@@ -1,7 +1,8 @@
 //! Writes that are prepared from memory alone, for threads that must not wait.
 //!
 //! What is in the caches is enough for most writes: over what is there, or to new clusters, where the L2 table is
-//! there, unshared, and cached, and so are the counts around the free index. What is around the bytes of a write in
+//! there, unshared, and cached, and so are the counts around the free index; over what is there once its count has been
+//! looked at. What is around the bytes of a write in
 //! its clusters is filled by whoever moves the bytes, where the map knows in which places it stands. Anything else
 //! (a table to be made, copied or read, a cluster to be decoded, a drain that is due, the dirty bit of lazy refcounts,
 //! a lock that is held) is left to [`Qcow2Layer::prepare`], which may wait. The order of a crash is that of all writes: counts and
@@ -68,7 +69,9 @@ impl Qcow2Layer {
         })?;
         if over == Some(true) {
             for step in &steps[known..] {
-                self.check_data_write(&step.host_bytes())?;
+                if !self.may_overwrite(&step.host_bytes())? {
+                    return Ok(None);
+                }
             }
         }
         Ok(over)
@@ -144,8 +147,11 @@ impl Qcow2Layer {
         };
         if let Way::InPlace(host) = alike.way {
             let at = host + in_first;
-            self.check_data_write(&(at..at + (alike.guest.end - alike.guest.start)))?;
-            return Ok(Some(Piece { step: in_place(host), write: None }));
+            let may_overwrite = self.may_overwrite(&(at..at + (alike.guest.end - alike.guest.start)))?;
+            return Ok(may_overwrite.then(|| Piece { step: in_place(host), write: None }));
+        }
+        if !self.is_counted_once(table >> geometry.cluster_bits) {
+            return Ok(None);
         }
         let Shape { clusters, fill, kind } = self.shape(&alike)?;
         let Some((host, is_filled)) = self.place(state, &alike, &clusters, &fill, below)? else {
@@ -181,10 +187,7 @@ impl Qcow2Layer {
         let length = clusters.end - clusters.start;
         match alike.way {
             // Old bytes stand there, or may.
-            Way::Reuse(host) => {
-                self.check_data_write(&(host..host + length))?;
-                Ok(Some((host, needs_fill)))
-            }
+            Way::Reuse(host) => Ok(self.may_overwrite(&(host..host + length))?.then_some((host, needs_fill))),
             _ if geometry.external_data => Ok(Some((clusters.start, needs_fill))),
             _ => {
                 let known_end = self.end_bytes.load(Ordering::Relaxed);
@@ -232,6 +235,7 @@ impl Qcow2Layer {
         if counted.is_none() {
             return Ok(None);
         }
+        self.note_counted_once(first..first + count);
         state.barrier = true;
         state.free_index = first + count;
         self.note_allocated(host.end);

@@ -168,6 +168,7 @@ impl Qcow2Layer {
                 1 << order
             )));
         }
+        self.forget_counted_once(clusters.clone());
         let per_slice = (self.refcount_blocks.slice_bytes() * 8) >> order;
         let mut next = clusters.start;
         while next < clusters.end {
@@ -194,6 +195,7 @@ impl Qcow2Layer {
             let at = cluster << self.geometry.cluster_bits;
             return Err(self.map.corrupt("refcount of the cluster", at, "at least 1, as it was in use", 0));
         };
+        self.forget_counted_once(cluster..cluster + 1);
         self.set_refcount(block, cluster, left)?;
         Ok(left)
     }

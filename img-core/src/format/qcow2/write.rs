@@ -102,7 +102,7 @@ impl Qcow2Layer {
         self.know_places()?;
         let pin = self.epochs.pin();
         if !self.is_zeroing()
-            && let Some(plan) = self.in_place(&guest)?
+            && let Some(plan) = self.in_place(&guest, false)?
         {
             return Ok((WriteToken(IN_PLACE | pin.into_epoch()), plan));
         }
@@ -110,8 +110,9 @@ impl Qcow2Layer {
         let first = self.geometry.cluster_start(guest.start);
         self.change_map(Some(first..first + self.geometry.cluster_bytes()), true, |state| {
             // Someone else's write may have made it writable meanwhile; what is being zeroed is left alone.
+            let part = self.settle_flags(&state.in_flight.part_before(&guest))?;
             let pin = self.epochs.pin();
-            if let Some(plan) = self.in_place(&state.in_flight.part_before(&guest))? {
+            if let Some(plan) = self.in_place(&part, true)? {
                 return Ok((WriteToken(IN_PLACE | pin.into_epoch()), plan));
             }
             drop(pin);
@@ -145,8 +146,9 @@ impl Qcow2Layer {
         }
     }
 
-    /// The plan of a write over what is there; `None` when the first cluster cannot be written so.
-    fn in_place(&self, guest: &Range<u64>) -> Result<Option<WritePlan>> {
+    /// The plan of a write over what is there; `None` when the first cluster cannot be written so, or not all of them
+    /// are known to be counted once. Where the flags are [settled](Self::settle_flags) that is not asked.
+    fn in_place(&self, guest: &Range<u64>, is_settled: bool) -> Result<Option<WritePlan>> {
         let geometry = self.geometry;
         let root = self.root();
         let mut start = None;
@@ -163,8 +165,9 @@ impl Qcow2Layer {
         }
         let Some(host) = start.filter(|_| at > guest.start) else { return Ok(None) };
         let guest_bytes = guest.start..at;
-        self.check_data_write(&(host..host + (at - guest.start)))?;
-        Ok(Some(WritePlan::in_place(guest_bytes, self.map.data_file(), HostOffset(host))))
+        let may_overwrite = self.may_overwrite(&(host..host + (at - guest.start)))?;
+        let plan = || WritePlan::in_place(guest_bytes, self.map.data_file(), HostOffset(host));
+        Ok((may_overwrite || is_settled).then(plan))
     }
 
     pub(super) fn check_data_write(&self, host: &Range<u64>) -> Result<()> {
@@ -218,7 +221,11 @@ impl Qcow2Layer {
                 host
             }
             _ if geometry.external_data => first,
-            _ => self.allocate_searching(state, count)?,
+            _ => {
+                let host = self.allocate_searching(state, count)?;
+                self.note_counted_once(self.clusters_of(&(host..host + count * cluster)));
+                host
+            }
         };
         let data = if geometry.external_data {
             self.data_file.as_ref().expect("opened for writing")
@@ -337,7 +344,15 @@ impl Qcow2Layer {
         if let Some(table) = old
             && entry.is_copied()
         {
-            return Ok(table);
+            match self.look_at_count(table >> geometry.cluster_bits)? {
+                0 => {
+                    let expected = "a table that is in use by its count, which is 0";
+                    return Err(self.map.corrupt("L1 entry", root.l1_offset + l1_index * 8, expected, table));
+                }
+                1 => return Ok(table),
+                // A snapshot uses it too, whatever the flag says.
+                _ => {}
+            }
         }
         let table = self.allocate_searching(state, 1)?;
         let result = self.fill_table(table, old).and_then(|()| {
@@ -351,7 +366,9 @@ impl Qcow2Layer {
             return Err(error);
         }
         state.new_tables.insert(table);
+        // In this order: a hostile entry that names the table as data is refused before it could be believed.
         self.note_place(Kind::ActiveL2, table..table + cluster);
+        self.note_counted_once(self.clusters_of(&(table..table + cluster)));
         if let Some(old) = old {
             self.forget_place(Kind::ActiveL2, old..old + cluster);
             let freed = Freed::clusters(old..old + cluster, self.runtime.discard_other);
