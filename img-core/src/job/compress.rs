@@ -12,22 +12,15 @@
 //! # Level
 //! `level` counts as in the library behind it: 1 to 12 for deflate, 1 to 22 for Zstandard. Without one, output
 //! is about as large as the reference's own (zlib level 6 with its small window, Zstandard level 3). For deflate
-//! that takes two levels: the fastest one matches the reference on programs and mixed data thanks to the larger
-//! window, but loses up to a tenth on logs and tables, where short matches nearby are what counts. Those give
-//! themselves away by shrinking to less than a third, and are compressed again with more care.
+//! that is the second level: with the larger window it comes within 2 % of the reference on programs, logs, tables
+//! and text, where the first loses up to a tenth.
 
 use libdeflater::CompressionLvl;
 
 use crate::{Error, Result, format::Codec};
 
-/// The level tried first when none is asked for.
-const DEFLATE_FAST: i32 = 1;
-
-/// The level for clusters that shrink well.
-const DEFLATE_CAREFUL: i32 = 5;
-
-/// Clusters that shrink below this share at [`DEFLATE_FAST`], in percent, are worth [`DEFLATE_CAREFUL`].
-const SHRINKS_WELL_PERCENT: usize = 30;
+/// The level when none is asked for.
+const DEFLATE_LEVEL: i32 = 2;
 
 /// What the reference uses.
 const ZSTD_LEVEL: i32 = 3;
@@ -38,9 +31,7 @@ const DOES_NOT_FIT: usize = 70_usize.wrapping_neg();
 /// A thread's own compressor, with the state that is worth keeping between clusters.
 pub(super) enum Compressor {
     Deflate {
-        first: libdeflater::Compressor,
-        /// For what shrinks well, when the level is ours to choose.
-        careful: Option<libdeflater::Compressor>,
+        compressor: libdeflater::Compressor,
         /// Whether the stream gets zlib's header and checksum, and is kept whatever its length: a format with
         /// such streams has no other way to store a cluster.
         zlib: bool,
@@ -57,15 +48,14 @@ impl Compressor {
         let bad_level = |most: i32| Error::Invalid(format!("Compression level must be between 1 and {most}"));
         match how {
             Codec::Deflate | Codec::Zlib => {
-                let at_level = |level: i32| match CompressionLvl::new(level) {
-                    Ok(checked) if level >= 1 => Ok(libdeflater::Compressor::new(checked)),
+                let level = level.unwrap_or(DEFLATE_LEVEL);
+                match CompressionLvl::new(level) {
+                    Ok(checked) if level >= 1 => Ok(Self::Deflate {
+                        compressor: libdeflater::Compressor::new(checked),
+                        zlib: how == Codec::Zlib,
+                    }),
                     _ => Err(bad_level(12)),
-                };
-                Ok(Self::Deflate {
-                    first: at_level(level.unwrap_or(DEFLATE_FAST))?,
-                    careful: if level.is_none() { Some(at_level(DEFLATE_CAREFUL)?) } else { None },
-                    zlib: how == Codec::Zlib,
-                })
+                }
             }
             Codec::Zstd => {
                 let level = level.unwrap_or(ZSTD_LEVEL);
@@ -95,17 +85,8 @@ impl Compressor {
     /// `None` when it does not shrink and is to be stored as it is.
     pub(super) fn compress(&mut self, cluster: &[u8], out: &mut [u8]) -> Result<Option<usize>> {
         let stored = match self {
-            Self::Deflate { first, careful, zlib } => {
-                let Some(stored) = deflate(first, *zlib, cluster, out) else { return Ok(None) };
-                let stored = match careful {
-                    Some(careful) if stored * 100 < cluster.len() * SHRINKS_WELL_PERCENT => {
-                        match deflate(careful, *zlib, cluster, out) {
-                            Some(stored) => stored,
-                            None => return Ok(None),
-                        }
-                    }
-                    _ => stored,
-                };
+            Self::Deflate { compressor, zlib } => {
+                let Some(stored) = deflate(compressor, *zlib, cluster, out) else { return Ok(None) };
                 if *zlib {
                     return Ok(Some(stored));
                 }

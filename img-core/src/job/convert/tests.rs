@@ -391,25 +391,29 @@ fn the_result_is_one_file_at_any_number_of_threads() {
 #[test]
 fn compressed_images_are_as_small_as_the_reference_s() {
     let lab = Lab::new();
-    let path = std::env::current_exe().expect("a large file");
-    let mut bytes = std::fs::read(path).expect("readable");
-    bytes.truncate(8 << 20);
-    std::fs::write(lab.path("program.raw"), bytes).expect("room");
-    // Short matches nearby are what counts in a log.
+    let places = std::env::var_os("PATH").expect("the reference is found in it");
+    let mut program = std::env::split_paths(&places)
+        .find_map(|place| std::fs::read(place.join("qemu-img")).ok())
+        .expect("the reference is a program");
+    program.truncate(program.len() / SECTOR * SECTOR);
+    std::fs::write(lab.path("program.raw"), program).expect("room");
+    // Short matches nearby are what counts in logs and tables.
     let noise = patterned(1 << 20, 8);
-    let line = |pair: &[u8]| {
-        format!(
-            "2026-11-21T12:00:{:02} host app: GET /items/{} bytes={}\n",
-            pair[0] % 60,
-            pair[1],
-            u16::from(pair[0]) * 251 + u16::from(pair[1])
-        )
+    let write = |file: &str, line: fn(usize, &[u8]) -> String| {
+        let lines = noise.chunks_exact(4).take(60_000).enumerate();
+        let mut text: Vec<u8> = lines.flat_map(|(number, noise)| line(number, noise).into_bytes()).collect();
+        text.truncate(text.len() / SECTOR * SECTOR);
+        std::fs::write(lab.path(file), text).expect("room");
     };
-    let mut log: Vec<u8> =
-        noise.chunks_exact(2).take(60_000).flat_map(|pair| line(pair).into_bytes()).collect();
-    log.truncate(log.len() / SECTOR * SECTOR);
-    std::fs::write(lab.path("log.raw"), log).expect("room");
-    for file in ["program.raw", "log.raw"] {
+    write("log.raw", |_, noise| {
+        let bytes = u16::from(noise[0]) * 251 + u16::from(noise[1]);
+        format!("2026-11-21T12:00:{:02} host app: GET /items/{} bytes={bytes}\n", noise[0] % 60, noise[1])
+    });
+    write("table.raw", |number, noise| {
+        let name = ["alpha", "beta", "gamma", "delta"][usize::from(noise[0] % 4)];
+        format!("{number},{name},{}.{:02},{}\n", u16::from(noise[1]) * 4, noise[2] % 100, noise[3] % 10)
+    });
+    for file in ["program.raw", "log.raw", "table.raw"] {
         for how in ["zlib", "zstd"] {
             let option = format!("compression_type={how}");
             lab.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-c", "-o", &option, file, "theirs"]);
