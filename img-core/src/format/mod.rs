@@ -15,6 +15,7 @@ mod measure;
 mod options;
 pub mod registry;
 mod table_cache;
+mod waiters;
 mod write;
 
 pub mod null;

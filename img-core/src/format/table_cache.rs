@@ -21,7 +21,7 @@ use crate::{
     Result,
     storage::Storage,
     sync::{
-        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -449,9 +449,4 @@ impl Drop for Changes<'_> {
 /// Locks a mutex whose data stays sound when a thread panics while holding it.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Waits for a notification, giving the lock up meanwhile.
-pub(super) fn lock_wait<'a, T>(landed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-    landed.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }

@@ -33,11 +33,13 @@ struct TurnState {
     next: u64,
     /// Tickets from this one on have no turn any more.
     end: u64,
+    /// How many threads wait. Telling them when there are none would be a system call for each ticket.
+    waiting: usize,
 }
 
 impl Default for Turns {
     fn default() -> Self {
-        Self { state: Mutex::new(TurnState { next: 0, end: u64::MAX }), passed: Condvar::new() }
+        Self { state: Mutex::new(TurnState { next: 0, end: u64::MAX, waiting: 0 }), passed: Condvar::new() }
     }
 }
 
@@ -50,7 +52,9 @@ impl Turns {
     pub(super) fn wait(&self, ticket: u64) -> Option<Turn<'_>> {
         let mut state = lock(&self.state);
         while ticket < state.end && state.next != ticket {
+            state.waiting += 1;
             state = self.passed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
         if ticket < state.end { Some(Turn(self)) } else { None }
     }
@@ -67,8 +71,12 @@ impl Turns {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        lock(&self.0.state).next += 1;
-        self.0.passed.notify_all();
+        let mut state = lock(&self.0.state);
+        state.next += 1;
+        if state.waiting > 0 {
+            drop(state);
+            self.0.passed.notify_all();
+        }
     }
 }
 

@@ -48,7 +48,7 @@ use crate::{
     Result,
     format::{
         Layer,
-        table_cache::{Changes, SliceCache, lock_wait},
+        table_cache::{Changes, SliceCache},
     },
     storage::Flush,
     sync::MutexGuard,
@@ -207,7 +207,7 @@ impl Qcow2Layer {
     /// Gives the state up until no drain runs.
     pub(super) fn wait_until_quiet<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         while state.draining {
-            state = lock_wait(&self.landed, state);
+            state = self.landed.wait(state);
         }
         state
     }

@@ -28,10 +28,11 @@ use crate::{
         HostUse, Layer, LayerWriter, LeaseToken, OpenContext, OpenMode, Repair, Snapshots,
         table_cache::{SliceCache, lock},
         unwatched,
+        waiters::Waiters,
     },
     storage::{Flush, Storage},
     sync::{
-        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard,
+        Mutex, MutexGuard, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -56,7 +57,7 @@ pub(super) struct Qcow2Layer {
     pub(super) epochs: Epochs,
     state: Mutex<State>,
     /// A prepared write, or a drain, has ended.
-    pub(super) landed: Condvar,
+    pub(super) landed: Waiters,
     pub(super) places: RwLock<Places>,
     /// How many are zeroing a raw data file: see [`super::zero`].
     pub(super) zeroing: AtomicU64,
@@ -147,7 +148,7 @@ impl Qcow2Layer {
             refcount_blocks: SliceCache::new(runtime.slice_bytes, runtime.refcount_cache_bytes),
             epochs: Epochs::default(),
             state: Mutex::default(),
-            landed: Condvar::new(),
+            landed: Waiters::default(),
             places: RwLock::new(Places::new(geometry, runtime.overlap)),
             zeroing: AtomicU64::new(0),
             places_known: AtomicBool::new(false),

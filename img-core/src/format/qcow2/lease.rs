@@ -6,9 +6,9 @@
 //! ([`Epochs::all_gone`]).
 
 use crate::{
-    format::table_cache::{lock, lock_wait},
+    format::{table_cache::lock, waiters::Waiters},
     sync::{
-        Condvar, Mutex,
+        Mutex,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -24,7 +24,7 @@ pub(super) struct Epochs {
     /// How many wait for pins to end: without any, ending one takes no lock.
     waiting: AtomicU64,
     turn: Mutex<()>,
-    ended: Condvar,
+    ended: Waiters,
 }
 
 /// A pin; ends when dropped.
@@ -67,7 +67,7 @@ impl Epochs {
         let mut turn = lock(&self.turn);
         let mut epoch = self.close();
         while !self.all_gone(epoch) {
-            turn = lock_wait(&self.ended, turn);
+            turn = self.ended.wait(turn);
             if self.present.load(Ordering::SeqCst) == epoch {
                 epoch = self.close();
             }

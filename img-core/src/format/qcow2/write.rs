@@ -19,7 +19,7 @@ use crate::{
     Result,
     format::{
         Amended, Attempt, Backing, Below, HostFile, HostOffset, Layer, LayerWriter, OptionSet, PreparedWrite,
-        WritePlan, WriteStep, WriteToken, table_cache::lock_wait,
+        WritePlan, WriteStep, WriteToken,
     },
     storage::Preallocation,
 };
@@ -132,7 +132,7 @@ impl Qcow2Layer {
         let mut state = self.state();
         loop {
             if clusters.as_ref().is_some_and(|clusters| state.in_flight.overlaps(clusters)) {
-                state = lock_wait(&self.landed, state);
+                state = self.landed.wait(state);
             } else if self.is_drain_due(&state, allocates) {
                 self.drain_when(state, |state| self.is_drain_due(state, allocates))?;
                 state = self.state();

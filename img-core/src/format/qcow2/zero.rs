@@ -22,10 +22,7 @@ use super::{
     layer::Qcow2Layer,
     write::{bitmap, mask},
 };
-use crate::{
-    Result,
-    format::{Layer, table_cache::lock_wait},
-};
+use crate::{Result, format::Layer};
 
 /// What is done to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +50,7 @@ impl<'a> Zeroing<'a> {
         // (2)
         let mut state = layer.state();
         while state.in_flight.overlaps(&clusters) {
-            state = lock_wait(&layer.landed, state);
+            state = layer.landed.wait(state);
         }
         state.in_flight.insert(&clusters);
         drop(state);

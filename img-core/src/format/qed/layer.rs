@@ -23,10 +23,11 @@ use crate::{
         OpenMode, OptionSet, Repair,
         table_cache::{SliceCache, lock},
         unwatched,
+        waiters::Waiters,
     },
     storage::{Flush, Storage},
     sync::{
-        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard,
+        Mutex, MutexGuard, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -51,7 +52,7 @@ pub(super) struct QedLayer {
     virtual_size_bytes: AtomicU64,
     state: Mutex<State>,
     /// A prepared write has ended.
-    pub(super) landed: Condvar,
+    pub(super) landed: Waiters,
     /// Where tables stand, once someone wants to write.
     pub(super) tables: RwLock<Option<Tables>>,
     /// The map is changed up to here: the size, or one that is being grown to.
@@ -109,7 +110,7 @@ impl QedLayer {
             reach_bytes: AtomicU64::new(header.virtual_size_bytes),
             header: RwLock::new(header),
             state: Mutex::default(),
-            landed: Condvar::new(),
+            landed: Waiters::default(),
             tables: RwLock::new(None),
             halted: AtomicBool::new(false),
         })

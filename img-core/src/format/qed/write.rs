@@ -17,7 +17,7 @@ use crate::{
     Error, Result,
     format::{
         Attempt, Backing, Below, HostFile, HostOffset, LayerWriter, PreparedWrite, WritePlan, WriteStep,
-        WriteToken, table_cache::lock_wait,
+        WriteToken,
     },
     storage::Preallocation,
 };
@@ -35,7 +35,7 @@ impl QedLayer {
         let mut state = self.state();
         let first = self.map.geometry.cluster_start(guest.start);
         while state.in_flight.overlaps(&(first..guest.start + 1)) {
-            state = lock_wait(&self.landed, state);
+            state = self.landed.wait(state);
         }
         // Someone else's write may have made the cluster meanwhile.
         if let Some(plan) = self.in_place(&guest)? {

@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::{alloc::State, layer::QedLayer, table::Cluster};
 use crate::{
     Result,
-    format::{Extent, HostOffset, Place, table_cache::lock_wait},
+    format::{Extent, HostOffset, Place},
 };
 
 impl QedLayer {
@@ -55,7 +55,7 @@ impl QedLayer {
             let part = at..guest.end.min(geometry.end_of_table(geometry.l1_index(at)));
             let mut state = self.state();
             while state.in_flight.overlaps(&part) {
-                state = lock_wait(&self.landed, state);
+                state = self.landed.wait(state);
             }
             self.make_room(&mut state)?;
             self.say_zero_in_table(&mut state, &part)?;

@@ -9,11 +9,11 @@ use crate::{
     Error, Result,
     format::{
         Backing, CheckReport, CheckWatch, Codec, CompressedWrites, Driver, Extent, Finding, HostFile,
-        HostOffset, Layer, LayerWriter, OpenMode, Place, Repair, table_cache::lock,
+        HostOffset, Layer, LayerWriter, OpenMode, Place, Repair, table_cache::lock, waiters::Waiters,
     },
     storage::Storage,
     sync::{
-        Condvar, Mutex, MutexGuard,
+        Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -89,7 +89,7 @@ pub(super) struct VmdkLayer {
     pub(super) content_renewed: AtomicBool,
     state: Mutex<State>,
     /// A prepared write has ended.
-    pub(super) landed: Condvar,
+    pub(super) landed: Waiters,
     /// Nothing is written any more: see [`Self::or_halt`].
     halted: AtomicBool,
 }
@@ -122,7 +122,7 @@ impl VmdkLayer {
             create_type,
             content: Mutex::new(content),
             content_renewed: AtomicBool::new(false),
-            landed: Condvar::new(),
+            landed: Waiters::default(),
             halted: AtomicBool::new(false),
         }
     }

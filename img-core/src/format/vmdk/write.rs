@@ -21,7 +21,7 @@ use crate::{
     Error, Result,
     format::{
         Attempt, Below, HostOffset, Layer as _, LayerWriter, Place, PreparedWrite, WritePlan, WriteStep,
-        WriteToken, in_flight::GuestRanges, table_cache::lock_wait,
+        WriteToken, in_flight::GuestRanges,
     },
     storage::{Flush, Preallocation},
 };
@@ -180,7 +180,7 @@ impl VmdkLayer {
         let mut state = self.state();
         let first = inside.start / sparse.grain_bytes;
         while state.is_in_flight(&self.guest_of(index, sparse, first..first + 1)) {
-            state = lock_wait(&self.landed, state);
+            state = self.landed.wait(state);
         }
         // Someone else's write may have put it there meanwhile.
         if let Some(plan) = self.in_place(sparse, &guest, &inside)? {
@@ -319,7 +319,7 @@ impl VmdkLayer {
         }
         let range = self.guest_of(index, sparse, grain..grain + 1);
         while state.is_in_flight(&range) {
-            state = lock_wait(&self.landed, state);
+            state = self.landed.wait(state);
         }
         if matches!(sparse.look_up(grain)?, Grain::At(_)) {
             return Err(Error::unsupported(

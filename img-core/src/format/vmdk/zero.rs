@@ -6,10 +6,7 @@ use super::{
     layer::{Kind, VmdkLayer},
     sparse::{EntryForm, Grain, Sparse, ZEROED_GRAIN},
 };
-use crate::{
-    Error, Result,
-    format::{Layer as _, table_cache::lock_wait},
-};
+use crate::{Error, Result, format::Layer as _};
 
 impl VmdkLayer {
     /// The grain, where all extents agree on one and begin on a multiple of it; else any byte.
@@ -69,7 +66,7 @@ impl VmdkLayer {
         while first * sparse.grain_bytes < inside.end {
             let mut state = self.state();
             while state.is_in_flight(&self.guest_of(index, sparse, first..first + 1)) {
-                state = lock_wait(&self.landed, state);
+                state = self.landed.wait(state);
             }
             let start = (first * sparse.grain_bytes).max(inside.start);
             let end = ((first + 1) * sparse.grain_bytes).min(inside.end);

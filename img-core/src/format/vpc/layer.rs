@@ -24,11 +24,11 @@ use crate::{
     Error, Result,
     format::{
         Backing, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer, LayerWriter, OpenMode,
-        Place, Repair, table_cache::lock,
+        Place, Repair, table_cache::lock, waiters::Waiters,
     },
     storage::{Flush, Storage},
     sync::{
-        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard,
+        Mutex, MutexGuard, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -49,7 +49,7 @@ pub(super) struct SparseLayer {
     other_names: Vec<String>,
     state: Mutex<State>,
     /// A prepared write has ended.
-    pub(super) landed: Condvar,
+    pub(super) landed: Waiters,
     /// Nothing is written any more: see [`Self::or_halt`].
     halted: AtomicBool,
 }
@@ -108,7 +108,7 @@ impl SparseLayer {
             backing,
             other_names,
             state: Mutex::default(),
-            landed: Condvar::new(),
+            landed: Waiters::default(),
             halted: AtomicBool::new(false),
             storage,
         };

@@ -11,7 +11,7 @@ use crate::{
     Error, Result,
     format::{
         Attempt, Below, HostFile, HostOffset, Layer, LayerWriter, PreparedWrite, WritePlan, WriteStep,
-        WriteToken, table_cache::lock_wait,
+        WriteToken,
     },
     storage::Preallocation,
 };
@@ -92,7 +92,7 @@ impl SparseLayer {
                 Met::NoBlock => (block_guest.clone(), Mapped::Block, None, guest.clone()),
             };
             if state.in_flight.overlaps(&held) {
-                state = lock_wait(&self.landed, state);
+                state = self.landed.wait(state);
                 continue;
             }
             let is_new = at_bytes.is_none();
