@@ -172,6 +172,40 @@ fn a_flush_holds_nobody_up() {
     }
 }
 
+/// Whoever asks whether a sync of the files would make all of it durable hears no from the first change to the end of
+/// the flush that writes its tables, whatever operation that is at.
+#[test]
+fn a_sync_is_not_enough_before_the_flush_of_the_tables_has_ended() {
+    for stop in 0.. {
+        let gated = Arc::new(Gated::new(new_image("cluster_size=512")));
+        let layer = open_to_write(&(gated.clone() as Arc<dyn Storage>));
+        assert!(layer.files_to_sync().is_some(), "nothing was changed");
+        write(&layer, 0, &[1; 4096]).expect("written");
+        assert!(layer.files_to_sync().is_none(), "tables wait to be written");
+        let passed = AtomicU64::new(0);
+        let gate = gated.close(move |_| passed.fetch_add(1, Ordering::SeqCst) == stop);
+        let reached = std::thread::scope(|scope| {
+            let flush = scope.spawn(|| {
+                let flushed = LayerWriter::flush(&layer);
+                gate.let_pass();
+                flushed
+            });
+            let reached = gate.wait();
+            let is_enough = reached.is_some() && layer.files_to_sync().is_some();
+            gate.let_pass();
+            flush.join().expect("no panic").expect("flushed");
+            assert!(!is_enough, "a sync is taken for enough at {reached:?}");
+            reached
+        });
+        assert!(layer.files_to_sync().is_some(), "all of it is written");
+        LayerWriter::close(&layer).expect("closed");
+        if reached.is_none() {
+            assert!(stop >= 5, "a flush of new tables is at least five operations, not {stop}");
+            return;
+        }
+    }
+}
+
 /// Who comes to flush is content with a drain that began after that, by whomever, and with no earlier one.
 #[test]
 fn flushes_that_wait_share_a_drain() {
