@@ -4,7 +4,7 @@
 //! [`Disk::drained`]: new requests are held back (as values, in their lanes), those under way end, the change is
 //! made, and everybody goes on.
 //!
-//! Lock order: `changing` before that of [`Pauses`] before `lanes`. None is taken by a request, except the second by the
+//! Lock order: `changing` before that of `Pauses` before `lanes`. None is taken by a request, except the second by the
 //! last one that ends while the disk is paused.
 
 use std::{
