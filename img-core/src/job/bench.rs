@@ -178,7 +178,12 @@ impl Run<'_> {
     fn note(&self, result: Result<()>) {
         if let Err(error) = result {
             self.failed.store(true, Ordering::SeqCst);
-            self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            let mut told = self.error.lock().unwrap_or_else(PoisonError::into_inner);
+            // What the host refused to one request comes before what others met because of that.
+            let is_cause = |told: &Error| told.raw_os_error().is_none() && error.raw_os_error().is_some();
+            if told.as_ref().is_none_or(is_cause) {
+                *told = Some(error);
+            }
         }
     }
 }
