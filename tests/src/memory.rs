@@ -157,3 +157,22 @@ pub fn open_beside(
 fn refuse_file(name: &str, _mode: OpenMode) -> Result<Arc<dyn Storage>> {
     Err(Error::Invalid(format!("an image in memory has no other files, and names {name:?}")))
 }
+
+/// The big-endian word at `at` of a host file.
+///
+/// # Panics
+/// Where nothing can be read.
+#[must_use]
+pub fn word(storage: &dyn Storage, at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    storage.read_at(&mut bytes, at).expect("readable");
+    u64::from_be_bytes(bytes)
+}
+
+/// Writes a big-endian word at `at` of a host file.
+///
+/// # Panics
+/// Where nothing can be written.
+pub fn set_word(storage: &dyn Storage, at: u64, word: u64) {
+    storage.write_at(&word.to_be_bytes(), at).expect("written");
+}

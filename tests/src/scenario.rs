@@ -48,6 +48,18 @@ pub struct Qcow2 {
     pub lazy_refcounts: bool,
 }
 
+impl Qcow2 {
+    /// Version 3 with clusters of 4 KiB, and what is default otherwise.
+    pub const PLAIN: Self = Self {
+        version: 3,
+        cluster_bits: 12,
+        refcount_bits: 16,
+        extended_l2: false,
+        zstd: false,
+        lazy_refcounts: false,
+    };
+}
+
 /// Create options of QED.
 #[derive(Clone, Copy, Debug)]
 pub struct Qed {

@@ -10,7 +10,7 @@ use img_core::{
     storage::{MemoryStorage, Storage},
 };
 use img_tests::{
-    memory,
+    memory::{self, set_word, word},
     scenario::{Layout, Qcow2},
 };
 
@@ -18,24 +18,7 @@ const CLUSTER: u64 = 1 << 12;
 const COPIED: u64 = 1 << 63;
 const ZERO: u64 = 1;
 
-const LAYOUT: Layout = Layout::Qcow2(Qcow2 {
-    version: 3,
-    cluster_bits: 12,
-    refcount_bits: 16,
-    extended_l2: false,
-    zstd: false,
-    lazy_refcounts: false,
-});
-
-fn word(storage: &dyn Storage, at: u64) -> u64 {
-    let mut bytes = [0; 8];
-    storage.read_at(&mut bytes, at).expect("readable");
-    u64::from_be_bytes(bytes)
-}
-
-fn set_word(storage: &dyn Storage, at: u64, word: u64) {
-    storage.write_at(&word.to_be_bytes(), at).expect("written");
-}
+const LAYOUT: Layout = Layout::Qcow2(Qcow2::PLAIN);
 
 fn open(storage: &Arc<dyn Storage>) -> Arc<Image> {
     Arc::new(memory::open(Arc::clone(storage), OpenMode::Write).expect("it opens"))

@@ -10,26 +10,13 @@ use img_core::{
     storage::{MemoryStorage, Storage},
 };
 use img_tests::{
-    memory,
+    memory::{self, set_word, word},
     scenario::{Layout, Op, Qcow2, apply},
 };
 
-const LAYOUT: Layout = Layout::Qcow2(Qcow2 {
-    version: 3,
-    cluster_bits: 12,
-    refcount_bits: 16,
-    extended_l2: false,
-    zstd: false,
-    lazy_refcounts: false,
-});
+const LAYOUT: Layout = Layout::Qcow2(Qcow2::PLAIN);
 const CLUSTER: u64 = 1 << 12;
 const COPIED: u64 = 1 << 63;
-
-fn word(storage: &dyn Storage, at: u64) -> u64 {
-    let mut bytes = [0; 8];
-    storage.read_at(&mut bytes, at).expect("readable");
-    u64::from_be_bytes(bytes)
-}
 
 /// An image with three clusters of data, and where its tables are: L1, L2, refcount table and block.
 fn image() -> (Arc<dyn Storage>, [u64; 4]) {
@@ -71,7 +58,7 @@ fn entries_that_name_tables_do_no_harm() {
             for (name, attack) in attacks {
                 let (storage, tables) = image();
                 let target = tables[which];
-                storage.write_at(&(target | flag).to_be_bytes(), tables[1] + 8).expect("written");
+                set_word(&*storage, tables[1] + 8, target | flag);
                 let before = tables.map(|table| {
                     let mut bytes = vec![0; 1 << 12];
                     storage.read_at(&mut bytes, table).expect("readable");
@@ -108,7 +95,7 @@ fn a_table_named_twice_is_not_given_up() {
     image.close().expect("closed");
     let l1 = word(&*storage, 40);
     let first = word(&*storage, l1);
-    storage.write_at(&first.to_be_bytes(), l1 + 16).expect("written");
+    set_word(&*storage, l1 + 16, first);
     let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
     let result = image.resize(2 << 20, img_core::storage::Preallocation::Off);
     assert!(matches!(result, Err(Error::Corrupt { structure: "L1 entry", .. })), "{result:?}");
@@ -136,7 +123,7 @@ fn what_two_entries_share_is_not_given_away_by_one() {
         };
         let plain = word(&*storage, first) & !COPIED;
         for at in [first, second] {
-            storage.write_at(&plain.to_be_bytes(), at).expect("written");
+            set_word(&*storage, at, plain);
         }
         let image = memory::open(Arc::clone(&storage), OpenMode::Write).expect("it opens");
         image.write_at(&[2; 100], 0).expect("written");
@@ -168,7 +155,7 @@ fn a_cluster_that_two_entries_own_does_not_take_a_table_with_it() {
     let table = word(&*storage, word(&*storage, 40)) & !COPIED;
     let shared = word(&*storage, table);
     assert_ne!(shared & COPIED, 0);
-    storage.write_at(&shared.to_be_bytes(), table + 8).expect("written");
+    set_word(&*storage, table + 8, shared);
 
     let image = memory::open(Arc::clone(&storage), OpenMode::Check { repair: false }).expect("it opens");
     let report = image.check(Repair::Nothing, &mut |_| {}).expect("checked");
@@ -194,7 +181,7 @@ fn tables_named_as_l2_tables_do_no_harm() {
     for which in [0, 2, 3] {
         for flag in [0, COPIED] {
             let (storage, tables) = image();
-            storage.write_at(&(tables[which] | flag).to_be_bytes(), tables[0]).expect("written");
+            set_word(&*storage, tables[0], tables[which] | flag);
             let before = word(&*storage, tables[2]);
             for attack in [
                 (|image| image.snapshot_create("s", (1, 2))) as Attack,

@@ -185,6 +185,17 @@ fn what_the_host_held_before_does_not_show() {
     }
 }
 
+/// A disk over a base that holds 8 MiB of data, and what it reads as.
+fn over_a_written_base(dir: &Path) -> (Arc<Disk>, Vec<u8>) {
+    let base = open(dir, "base", &[], None);
+    assert_eq!(Client::new(&base, EngineChoice::Ring).write(0, &vec![5; 8 << 20]), Ok(()));
+    base.close().expect("closed");
+    drop(base);
+    let mut model = vec![0; usize::try_from(DISK_BYTES).expect("small")];
+    model[..8 << 20].fill(5);
+    (open(dir, "disk", &[], Some("base")), model)
+}
+
 /// A file below the top that has ended meanwhile reads as zeroes from there on, also around what is written.
 #[test]
 fn behind_the_end_of_a_file_below_there_are_zeroes() {
@@ -192,13 +203,7 @@ fn behind_the_end_of_a_file_below_there_are_zeroes() {
         return;
     }
     for dir in directories() {
-        let base = open(dir.path(), "base", &[], None);
-        assert_eq!(Client::new(&base, EngineChoice::Ring).write(0, &vec![5; 8 << 20]), Ok(()));
-        base.close().expect("closed");
-        drop(base);
-        let disk = open(dir.path(), "disk", &[], Some("base"));
-        let mut model = vec![0; usize::try_from(DISK_BYTES).expect("small")];
-        model[..8 << 20].fill(5);
+        let (disk, model) = over_a_written_base(dir.path());
         let mut client = Modelled::new(&disk, model).client;
         let file = std::fs::File::options().write(true).open(dir.path().join("base")).expect("it is there");
         let length = file.metadata().expect("a file").len();
@@ -220,13 +225,7 @@ fn a_layer_below_that_fails_costs_those_writes_alone() {
         return;
     }
     for dir in directories() {
-        let base = open(dir.path(), "base", &[], None);
-        assert_eq!(Client::new(&base, EngineChoice::Ring).write(0, &vec![5; 8 << 20]), Ok(()));
-        base.close().expect("closed");
-        drop(base);
-        let disk = open(dir.path(), "disk", &[], Some("base"));
-        let mut model = vec![0; usize::try_from(DISK_BYTES).expect("small")];
-        model[..8 << 20].fill(5);
+        let (disk, model) = over_a_written_base(dir.path());
         // All tables are in memory; the lane that comes next knows no files yet.
         let model = Modelled::new(&disk, model).model;
         let mended = Unreadable::of(&disk);

@@ -16,7 +16,10 @@ use super::{
 use crate::{
     Error,
     format::{Driver, HostFile, Layer, LayerWriter, Lease, OpenContext, OpenMode, OptionSet, Place},
-    storage::{FileOptions, Storage, testing::Gated},
+    storage::{
+        FileOptions, Storage,
+        testing::{Gate, Gated, Request},
+    },
 };
 
 fn open_to_write(storage: &Arc<dyn Storage>) -> Qcow2Layer {
@@ -128,6 +131,22 @@ fn a_lease_keeps_freed_clusters_from_others() {
     audit(&storage);
 }
 
+/// Flushes, and does `meanwhile` when the flush has stopped at the gate: what stopped there, and what came of it; `None`
+/// where the flush ended without coming by.
+fn during_a_flush<T>(layer: &Qcow2Layer, gate: &Gate, meanwhile: impl FnOnce() -> T) -> Option<(Request, T)> {
+    std::thread::scope(|scope| {
+        let flush = scope.spawn(|| {
+            let flushed = LayerWriter::flush(layer);
+            gate.let_pass();
+            flushed
+        });
+        let stopped = gate.wait().map(|reached| (reached, meanwhile()));
+        gate.let_pass();
+        flush.join().expect("no panic").expect("flushed");
+        stopped
+    })
+}
+
 /// While a flush waits for the disk, at each of its operations, others allocate, commit and give up; what they did is
 /// there afterwards, and a flush that began before is not held to it.
 #[test]
@@ -142,21 +161,13 @@ fn a_flush_holds_nobody_up() {
         let gate = gated.close(move |request| {
             request.operation.is_change() && passed.fetch_add(1, Ordering::SeqCst) == stop
         });
-        let reached = std::thread::scope(|scope| {
-            let flush = scope.spawn(|| {
-                let flushed = LayerWriter::flush(&layer);
-                gate.let_pass();
-                flushed
-            });
-            let reached = gate.wait();
-            let done = reached.as_ref().map_or(Ok(()), |_| {
-                // In slices that are being written, in new ones, and in a new table.
-                write(&layer, 16_384, &[2; 16_384])?;
-                write(&layer, 200_100, &[3; 5000])?;
-                LayerWriter::discard(&layer, 0..4096)
-            });
-            gate.let_pass();
-            flush.join().expect("no panic").expect("flushed");
+        let stopped = during_a_flush(&layer, &gate, || {
+            // In slices that are being written, in new ones, and in a new table.
+            write(&layer, 16_384, &[2; 16_384])?;
+            write(&layer, 200_100, &[3; 5000])?;
+            LayerWriter::discard(&layer, 0..4096)
+        });
+        let reached = stopped.map(|(reached, done)| {
             done.expect("changed");
             reached
         });
@@ -184,22 +195,13 @@ fn a_sync_is_not_enough_before_the_flush_of_the_tables_has_ended() {
         assert!(layer.files_to_sync().is_none(), "tables wait to be written");
         let passed = AtomicU64::new(0);
         let gate = gated.close(move |_| passed.fetch_add(1, Ordering::SeqCst) == stop);
-        let reached = std::thread::scope(|scope| {
-            let flush = scope.spawn(|| {
-                let flushed = LayerWriter::flush(&layer);
-                gate.let_pass();
-                flushed
-            });
-            let reached = gate.wait();
-            let is_enough = reached.is_some() && layer.files_to_sync().is_some();
-            gate.let_pass();
-            flush.join().expect("no panic").expect("flushed");
+        let stopped = during_a_flush(&layer, &gate, || layer.files_to_sync().is_some());
+        if let Some((reached, is_enough)) = &stopped {
             assert!(!is_enough, "a sync is taken for enough at {reached:?}");
-            reached
-        });
+        }
         assert!(layer.files_to_sync().is_some(), "all of it is written");
         LayerWriter::close(&layer).expect("closed");
-        if reached.is_none() {
+        if stopped.is_none() {
             assert!(stop >= 5, "a flush of new tables is at least five operations, not {stop}");
             return;
         }
