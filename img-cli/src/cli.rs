@@ -142,6 +142,8 @@ pub(crate) fn command() -> clap::Command {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -151,9 +153,15 @@ mod tests {
 
     /// What the reader of the command line counts on, and what users see.
     #[test]
-    fn every_option_has_a_long_name_and_a_help_text() {
+    fn commands_say_what_they_do_and_options_what_they_mean() {
+        let mut said = HashSet::new();
         for command in command().get_subcommands() {
-            assert!(command.get_about().is_some(), "{}", command.get_name());
+            let about = command.get_about().map(ToString::to_string);
+            assert!(
+                about.as_ref().is_some_and(|about| said.insert(about.clone())),
+                "{}: {about:?}",
+                command.get_name()
+            );
             for arg in command.get_arguments() {
                 let name = format!("{} {}", command.get_name(), arg.get_id());
                 assert!(arg.is_positional() || arg.get_long().is_some(), "{name}");

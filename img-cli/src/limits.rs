@@ -27,7 +27,7 @@ use crate::{
     size,
 };
 
-/// The options.
+// What stands here as documentation would be taken for what the command does.
 #[derive(Debug, clap::Args)]
 pub(crate) struct LimitArgs {
     /// Bounds of this run, with commas between: memory=BYTES, cpu=SECONDS, depth=LAYERS of a chain, output=BYTES
