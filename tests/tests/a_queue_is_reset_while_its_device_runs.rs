@@ -27,9 +27,12 @@ const QUEUE_SIZE: u64 = 24;
 const QUEUE_ENABLE: u64 = 28;
 const QUEUE_ADDRESSES: [u64; 3] = [32, 40, 48];
 const QUEUE_RESET: u64 = 58;
+const INTERRUPT_STATUS: u64 = 0x1000;
 const DOORBELLS: u64 = 0x3000;
 
 const NEEDS_RESET: u8 = 0x40;
+/// Interrupt status: the configuration changed, and the status with it.
+const CHANGED: u8 = 2;
 /// Version 1 and reset of queues, in the upper word of features.
 const WANTED: u32 = 1 | 1 << 8;
 const SECTOR_BYTES: u32 = 512;
@@ -139,6 +142,7 @@ fn a_queue_is_reset_while_its_device_runs() {
     driver.write(QUEUE_ADDRESSES[0], &0xFFFF_0000u64.to_le_bytes());
     driver.write(QUEUE_ENABLE, &1u16.to_le_bytes());
     wait_until("the device wants to be reset", || driver.read(STATUS) == [0xF | NEEDS_RESET]);
+    assert_eq!(driver.read(INTERRUPT_STATUS), [CHANGED], "the driver is told");
 
     // Who did not ask for it cannot do it.
     driver.negotiate(1);

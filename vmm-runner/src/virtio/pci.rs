@@ -181,10 +181,10 @@ impl News {
         *self.event.lock().unwrap_or_else(PoisonError::into_inner) = event;
     }
 
-    /// What a failed call into KVM means to the guest: the device needs a reset.
+    /// What a call that failed means to the guest: the device needs a reset.
     fn told(&self, result: Result<()>) {
         if result.is_err() {
-            self.needs_reset.store(true, Ordering::SeqCst);
+            self.needs_reset();
         }
     }
 }
@@ -459,11 +459,11 @@ impl VirtioPci {
                 state.status &= !STATUS_FEATURES_OK;
             }
         }
-        if news & STATUS_DRIVER_OK != 0 && state.status & STATUS_FEATURES_OK != 0 {
-            self.news.told(self.activate(state));
-        }
         if news & STATUS_DRIVER_OK != 0 {
             self.choose_event(state);
+        }
+        if news & STATUS_DRIVER_OK != 0 && state.status & STATUS_FEATURES_OK != 0 {
+            self.news.told(self.activate(state));
         }
     }
 
