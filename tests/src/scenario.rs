@@ -317,7 +317,8 @@ pub struct Scenario {
     pub ours_alone: bool,
 }
 
-/// Any scenario of up to `steps` steps on an image of one of `layouts`; with a backing file half of the time where `chains` are wanted.
+/// Any scenario of up to `steps` steps on an image of one of `layouts`; with a backing file half of the time where
+/// `chains` are wanted.
 pub fn scenario(
     layouts: impl Strategy<Value = Layout>,
     steps: usize,

@@ -1,8 +1,8 @@
 //! Every command of `img`, with each of its calls that touch an image failing once, by strace's fault injection.
 //!
 //! Either the command does without that call and its work is whole, or it says which file the host failed on, in which
-//! operation and where; then what it was making is gone, what it was changing is sound and reads as before or after, and
-//! what it only reads is as it was. A call that a signal interrupted is made again.
+//! operation and where; then what it was making is gone, what it was changing is sound and reads as before or after,
+//! and what it only reads is as it was. A call that a signal interrupted is made again.
 
 use std::{
     collections::BTreeMap,

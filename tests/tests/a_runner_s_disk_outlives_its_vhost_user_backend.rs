@@ -251,7 +251,8 @@ impl Drop for Reference {
     }
 }
 
-/// It keeps no notes of its requests, or of what is not flushed: whoever waited for an answer when it died must reset the device.
+/// It keeps no notes of its requests, or of what is not flushed: whoever waited for an answer when it died must reset
+/// the device.
 #[test]
 fn the_reference_s_backend_serves_it_and_may_be_replaced_while_idle() {
     let directory = tempfile::tempdir().expect("a directory");

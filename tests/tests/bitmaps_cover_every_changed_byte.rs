@@ -1,7 +1,7 @@
-//! Whatever is written, zeroed, discarded, stored compressed or given up half way, at whatever borders: the bitmaps that
-//! an image keeps name every byte that has changed since they were made, in every granularity, while the image is open
-//! and after it was opened again, through changes of its size, and in a base that an overlay is committed into. What
-//! the reference marks for the same writes and zeroes is marked as well.
+//! Whatever is written, zeroed, discarded, stored compressed or given up half way, at whatever borders: the bitmaps
+//! that an image keeps name every byte that has changed since they were made, in every granularity, while the image is
+//! open and after it was opened again, through changes of its size, and in a base that an overlay is committed into.
+//! What the reference marks for the same writes and zeroes is marked as well.
 
 use std::{fs, ops::Range, path::Path, sync::Arc};
 

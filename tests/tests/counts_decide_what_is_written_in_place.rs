@@ -1,5 +1,5 @@
-//! An entry with the copied flag is overwritten in place only where the count of what it names is one: a cluster that is
-//! free, and may become a table, is not written, and one that a snapshot uses too is copied first.
+//! An entry with the copied flag is overwritten in place only where the count of what it names is one: a cluster that
+//! is free, and may become a table, is not written, and one that a snapshot uses too is copied first.
 
 use std::sync::Arc;
 
@@ -81,8 +81,8 @@ fn a_free_cluster_is_not_written() {
     }
 }
 
-/// A cluster that is counted when its entry is first written through, and is given up through another entry then, is not
-/// written any more.
+/// A cluster that is counted when its entry is first written through, and is given up through another entry then, is
+/// not written any more.
 #[test]
 fn what_is_given_up_elsewhere_is_not_written_any_more() {
     let storage = image();

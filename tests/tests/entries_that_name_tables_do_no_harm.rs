@@ -144,7 +144,8 @@ fn what_two_entries_share_is_not_given_away_by_one() {
 }
 
 /// Two entries that both claim a cluster of data for themselves write over each other, as no look at one of them can
-/// tell; an audit does. When one of them gives the cluster up and it becomes a table, the other is not written any more.
+/// tell; an audit does. When one of them gives the cluster up and it becomes a table, the other is not written any
+/// more.
 #[test]
 fn a_cluster_that_two_entries_own_does_not_take_a_table_with_it() {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("owned.qcow2"));

@@ -1,5 +1,5 @@
-//! `--limits` and `--allow-refs`: each bound ends a run that goes beyond it, on several commands, with exit code 1 and a
-//! message; what was being made is gone, and a run inside its bounds is as without them.
+//! `--limits` and `--allow-refs`: each bound ends a run that goes beyond it, on several commands, with exit code 1 and
+//! a message; what was being made is gone, and a run inside its bounds is as without them.
 
 use std::{fs, path::Path};
 

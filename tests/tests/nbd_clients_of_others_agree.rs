@@ -154,8 +154,8 @@ fn writers_of_all_kinds_leave_the_same_disk() {
     holds(&source, "nbdkit and qemu-img bench");
 }
 
-/// Whichever way the bytes go: through memory of the server, or from the cache to the socket, with requests of both kinds
-/// and bytes of several layers in one connection.
+/// Whichever way the bytes go: through memory of the server, or from the cache to the socket, with requests of both
+/// kinds and bytes of several layers in one connection.
 #[test]
 fn readers_of_all_kinds_get_the_same_bytes() {
     let directory = tempfile::tempdir().unwrap();

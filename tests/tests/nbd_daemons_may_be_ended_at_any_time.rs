@@ -1,5 +1,5 @@
-//! A daemon that is killed under load loses nothing that was flushed and leaves an image that is sound; one that is asked
-//! to end answers what it began, and what it answered is there.
+//! A daemon that is killed under load loses nothing that was flushed and leaves an image that is sound; one that is
+//! asked to end answers what it began, and what it answered is there.
 
 use std::{fs, io::ErrorKind, path::Path};
 

@@ -157,8 +157,8 @@ impl Drop for Reference {
     }
 }
 
-/// A snapshot calls what is below it by the name by which that was opened, as the reference has it. Where that leads nowhere
-/// from the snapshot's directory, as it does for the reference, it names the way from the root.
+/// A snapshot calls what is below it by the name by which that was opened, as the reference has it. Where that leads
+/// nowhere from the snapshot's directory, as it does for the reference, it names the way from the root.
 #[test]
 fn snapshots_name_what_is_below_them_so_that_it_is_found() {
     let mut of_reference_found = 0;
@@ -270,8 +270,8 @@ fn exports_come_and_go_and_events_tell() {
     assert!(!directory.path().join("qmp").exists());
 }
 
-/// A socket for guests comes and goes beside the NBD server, on the same disk; a guest that only reads has one beside the
-/// guest that writes.
+/// A socket for guests comes and goes beside the NBD server, on the same disk; a guest that only reads has one beside
+/// the guest that writes.
 #[test]
 fn sockets_for_guests_come_and_go() {
     let directory = tempfile::tempdir().unwrap();

@@ -59,8 +59,8 @@ pub(crate) struct RunOptions {
     #[arg(long, conflicts_with = "kernel")]
     pub(crate) list_boot: bool,
 
-    /// Boots through this firmware (SeaBIOS, OVMF). SeaBIOS is used without being named for a disk that has a boot sector and
-    /// no kernel that can be found.
+    /// Boots through this firmware (SeaBIOS, OVMF). SeaBIOS is used without being named for a disk that has a boot
+    /// sector and no kernel that can be found.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "append", "boot_entry", "list_boot"])]
     pub(crate) firmware: Option<PathBuf>,
 
@@ -84,8 +84,9 @@ pub(crate) struct RunOptions {
     #[arg(value_name = "DISK")]
     pub(crate) disks: Vec<String>,
 
-    /// A disk with options: path=FILE[,format=..][,read-only][,cache=MODE][,queues=N][,serial=TEXT][,werror=ACTION][,rerror=ACTION], or one that a
-    /// vhost-user-blk backend serves: vhost-user=SOCKET[,queues=N]. A comma in a value is written twice.
+    /// A disk with options:
+    /// path=FILE[,format=..][,read-only][,cache=MODE][,queues=N][,serial=TEXT][,werror=ACTION][,rerror=ACTION], or one
+    /// that a vhost-user-blk backend serves: vhost-user=SOCKET[,queues=N]. A comma in a value is written twice.
     #[arg(long, value_name = "SPEC")]
     pub(crate) disk: Vec<DiskConfig>,
 

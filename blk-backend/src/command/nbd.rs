@@ -14,8 +14,8 @@ use super::{
 
 /// Serve an image to NBD clients
 ///
-/// Serves until SIGTERM, SIGINT or SIGHUP, or QMP's quit; then requests under way are answered, and the image is flushed
-/// and closed.
+/// Serves until SIGTERM, SIGINT or SIGHUP, or QMP's quit; then requests under way are answered, and the image is
+/// flushed and closed.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Where to listen: unix:PATH, or tcp:[HOST:]PORT of 127.0.0.1 where no host is named

@@ -139,8 +139,8 @@ fn accept_all(listener: &OwnedFd, bell: &OwnedFd, accepted: &mut impl FnMut(Owne
     }
 }
 
-/// Listens on a socket that was never open to others: its mode is set before anybody can connect. Takes the place of one
-/// that a dead process left.
+/// Listens on a socket that was never open to others: its mode is set before anybody can connect. Takes the place of
+/// one that a dead process left.
 ///
 /// # Errors
 /// When somebody listens there, something else is there, or the system refuses.

@@ -1,4 +1,5 @@
-//! Counters as Prometheus text (exposition format 0.0.4), over HTTP on a unix or loopback socket, and in short at the end.
+//! Counters as Prometheus text (exposition format 0.0.4), over HTTP on a unix or loopback socket, and in short at the
+//! end.
 
 use std::{
     fmt::Write as _,

@@ -1,5 +1,5 @@
-//! What values look like: declared once for each command, for checking arguments, for the schema, and for the tests that
-//! hold replies against it.
+//! What values look like: declared once for each command, for checking arguments, for the schema, and for the tests
+//! that hold replies against it.
 
 use serde_json::{Map, Value};
 

@@ -404,8 +404,8 @@ fn restrict(ring: &IoUring) -> io::Result<()> {
     ring.submitter().register_restrictions(&mut rules)
 }
 
-/// The kernel takes a ring apart some time after it was closed, the process may be gone by then. Files, and the locks on
-/// them, are not to be kept for so long.
+/// The kernel takes a ring apart some time after it was closed, the process may be gone by then. Files, and the locks
+/// on them, are not to be kept for so long.
 impl Drop for Ring {
     fn drop(&mut self) {
         self.forget_files();

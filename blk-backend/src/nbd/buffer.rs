@@ -91,8 +91,8 @@ impl Lent {
 /// Sizes of buffers: powers of two from a page to the longest payload.
 const CLASSES: usize = (MAX_PAYLOAD_BYTES as usize / PAGE_BYTES).ilog2() as usize + 1;
 
-/// What the requests of one connection hold at once, or one that is longer; requests beyond wait in the socket. It keeps
-/// fast disks busy, and is little enough that data is still in a cache when it is sent on.
+/// What the requests of one connection hold at once, or one that is longer; requests beyond wait in the socket. It
+/// keeps fast disks busy, and is little enough that data is still in a cache when it is sent on.
 const BUSY_BYTES: usize = 4 << 20;
 
 /// The same while the client does not take its replies: one that says everything before it listens gets through.

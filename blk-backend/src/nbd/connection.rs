@@ -333,8 +333,9 @@ impl<'a> Connection<'a> {
 
     /// Answers the block status requests that wait, when nothing else of this connection is under way. Whether it did.
     ///
-    /// It is done on this thread, and may wait for whoever has the image alone. That one waits for the requests that hold
-    /// the map, and a request of this lane would never let go of it while this thread waits: hence none is under way.
+    /// It is done on this thread, and may wait for whoever has the image alone. That one waits for the requests that
+    /// hold the map, and a request of this lane would never let go of it while this thread waits: hence none is under
+    /// way.
     fn answer_statuses(&mut self) -> bool {
         if self.statuses.is_empty() || self.lane.depth() > 0 || !self.backlog.is_empty() {
             return false;

@@ -1,11 +1,11 @@
 //! Long reads that go from the page cache to the socket when their turn to be sent has come, and by no lane: through a
 //! pipe, whose pages are those of the cache. What is read is copied once, by the client.
 //!
-//! A reply that was sent so is the page until the client takes it, and a write to the same bytes meanwhile shows. To the
-//! client both were under way at once, so it may see either. A place that comes to hold something else must not show:
-//! where an image reuses places, reads are copied, under a lease, to a buffer that is never out of the processor's cache
-//! for long. The long way is for all others, and when anything of a read is not in memory: nothing waits for a disk
-//! here, the lane waits better.
+//! A reply that was sent so is the page until the client takes it, and a write to the same bytes meanwhile shows. To
+//! the client both were under way at once, so it may see either. A place that comes to hold something else must not
+//! show: where an image reuses places, reads are copied, under a lease, to a buffer that is never out of the
+//! processor's cache for long. The long way is for all others, and when anything of a read is not in memory: nothing
+//! waits for a disk here, the lane waits better.
 #![allow(unsafe_code)]
 
 use std::{

@@ -1,9 +1,10 @@
 //! What a process that serves images to others gives up once it is set up.
 //!
-//! Three fences, each for what gets past the one before: the rings of the lanes take reads, writes, syncs and polls of files
-//! in their own tables and nothing else (`engine::ring`); `seccomp` leaves the process the system calls that serving
-//! an image takes, and kills it for those that only an intruder makes; Landlock leaves it the directories of its images
-//! and sockets. None can be opened again. A thread that deals with a guest gives up more: [`restrict_thread`].
+//! Three fences, each for what gets past the one before: the rings of the lanes take reads, writes, syncs and polls of
+//! files in their own tables and nothing else (`engine::ring`); `seccomp` leaves the process the system calls that
+//! serving an image takes, and kills it for those that only an intruder makes; Landlock leaves it the directories of
+//! its images and sockets. None can be opened again. A thread that deals with a guest gives up more:
+//! [`restrict_thread`].
 //!
 //! Landlock holds for the calling thread and those it starts later: [`enter`] comes before the threads.
 
@@ -56,8 +57,8 @@ pub fn enter(sandbox: &Sandbox) -> io::Result<Fences> {
 }
 
 /// Leaves the calling thread, and those it starts later, no way to a file or a peer that is not open: opening a file
-/// fails, and a call that makes or takes a connection kills the process. For threads that run a guest or serve its queues,
-/// in a process that has [entered](enter) its sandbox.
+/// fails, and a call that makes or takes a connection kills the process. For threads that run a guest or serve its
+/// queues, in a process that has [entered](enter) its sandbox.
 ///
 /// # Errors
 /// When the kernel refuses the filter.

@@ -173,8 +173,8 @@ const HOSTILE: &[i64] = &[
     libc::SYS_keyctl,
 ];
 
-/// What gives files that are not open yet, or takes them away. (A panic looks for a program's symbols in this way: it is
-/// to be told all the same, so that these fail and do not kill.)
+/// What gives files that are not open yet, or takes them away. (A panic looks for a program's symbols in this way: it
+/// is to be told all the same, so that these fail and do not kill.)
 const OPENING: &[i64] = &[
     libc::SYS_openat,
     libc::SYS_openat2,
@@ -193,8 +193,8 @@ const OPENING: &[i64] = &[
 const CONNECTING: &[i64] =
     &[libc::SYS_socket, libc::SYS_bind, libc::SYS_listen, libc::SYS_accept4, libc::SYS_connect];
 
-/// Filters the system calls of all threads of the process; `more` are allowed beside those of serving. False where there
-/// is no list for the processor.
+/// Filters the system calls of all threads of the process; `more` are allowed beside those of serving. False where
+/// there is no list for the processor.
 ///
 /// # Errors
 /// When the kernel refuses the filter.

@@ -48,8 +48,8 @@ pub struct DeviceOptions {
     pub engine: EngineChoice,
     /// What becomes of reads that fail.
     pub on_read_error: OnError,
-    /// What becomes of writes, discards, zeroes and flushes that fail. One that is [kept](Action::Stop) is lost when its
-    /// queue is stopped: this is for devices whose queues belong to one process.
+    /// What becomes of writes, discards, zeroes and flushes that fail. One that is [kept](Action::Stop) is lost when
+    /// its queue is stopped: this is for devices whose queues belong to one process.
     pub on_write_error: OnError,
 }
 

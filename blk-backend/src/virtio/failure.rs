@@ -1,5 +1,5 @@
-//! What becomes of a request that the host failed: the guest is told, or is not told, or waits until somebody has seen to
-//! it.
+//! What becomes of a request that the host failed: the guest is told, or is not told, or waits until somebody has seen
+//! to it.
 
 use crate::request::Errno;
 

@@ -4,7 +4,8 @@
 //! understands it; [`ring`] gives chains back; [`worker`] is the loop of one queue on one
 //! [`Lane`](crate::engine::Lane), made of a [`setup`] and reached by [`orders`], and `requests` are what it has under
 //! way; [`device`] is what queues share, [`failure`] what becomes of requests that the host failed. [`inflight`],
-//! [`redo`] and [`dirty_log`] are what a device remembers for others. [`driver`] is the other side of a ring, for load generators and tests.
+//! [`redo`] and [`dirty_log`] are what a device remembers for others. [`driver`] is the other side of a ring, for load
+//! generators and tests.
 //!
 //! Everything that a guest wrote is hostile: copied out of its memory once, checked, then used. What can be
 //! answered is answered with the status of section 5.2.6; what cannot breaks the queue, and the device asks for a

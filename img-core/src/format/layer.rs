@@ -376,7 +376,8 @@ pub trait Layer: Send + Sync + fmt::Debug {
 
     /// [`Self::map_range`] from memory alone: no I/O, no lock that somebody holds across I/O. The caller holds a
     /// [`Lease`], unless nobody writes to the layer. False where memory is not enough; what `found` was told is then
-    /// good for nothing. Extents that continue each other may come apart. An error is one that [`Self::map_range`] will meet again, and is not acted upon here.
+    /// good for nothing. Extents that continue each other may come apart. An error is one that [`Self::map_range`] will
+    /// meet again, and is not acted upon here.
     fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
         let (_, _) = (guest_bytes, found);
         Ok(false)

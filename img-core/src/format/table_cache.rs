@@ -175,8 +175,8 @@ impl SliceCache {
         Some(Arc::clone(slice))
     }
 
-    /// Shows `look` the slice that holds host byte `at`, when it is here, and where in it that byte stands. Nobody can put
-    /// slices into its shard, or change it, meanwhile.
+    /// Shows `look` the slice that holds host byte `at`, when it is here, and where in it that byte stands. Nobody can
+    /// put slices into its shard, or change it, meanwhile.
     pub(super) fn look_at<T>(&self, at: u64, look: impl FnOnce(&[u8], usize) -> T) -> Option<T> {
         let start = at & !(self.slice_bytes - 1);
         let within = usize::try_from(at - start).expect("inside a slice");

@@ -39,9 +39,9 @@ impl Image {
         Ok(Self { writes_through: self.writes_through, ..Self::over(layers, names) })
     }
 
-    /// What a new image at the path `overlay` calls this one as its backing file: the name by which this one was opened, as
-    /// the reference has it, where that leads here from the directory of `overlay` too. Elsewhere the reference's overlay
-    /// would stand on nothing, or on another image; there it is the path from the root.
+    /// What a new image at the path `overlay` calls this one as its backing file: the name by which this one was
+    /// opened, as the reference has it, where that leads here from the directory of `overlay` too. Elsewhere the
+    /// reference's overlay would stand on nothing, or on another image; there it is the path from the root.
     ///
     /// # Errors
     /// When this image's file is no longer at its name.

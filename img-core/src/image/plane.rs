@@ -1,10 +1,10 @@
 //! The image for threads that must not wait: a queue of a guest, an event loop.
 //!
-//! [`Image::try_map`] and [`Image::try_prepare_write`] answer from memory, at once, or say why not. They do no I/O, wait
-//! for no lock that somebody holds across I/O, and take no memory once everything is warm. The bytes are moved by
+//! [`Image::try_map`] and [`Image::try_prepare_write`] answer from memory, at once, or say why not. They do no I/O,
+//! wait for no lock that somebody holds across I/O, and take no memory once everything is warm. The bytes are moved by
 //! the caller, who holds a ticket meanwhile. The ticket is the request's pass and lease: the image is not resized,
-//! snapshotted or closed before it ends, and no place that was named for it is given to anyone else. Tickets may
-//! go to other threads, and must not be kept for longer than the request takes.
+//! snapshotted or closed before it ends, and no place that was named for it is given to anyone else. Tickets may go to
+//! other threads, and must not be kept for longer than the request takes.
 //!
 //! | answer | then |
 //! | --- | --- |

@@ -19,8 +19,8 @@ pub enum Subject<'a> {
 /// Measures an image that `driver` would make with `options` (without `size`), over a backing file or not.
 ///
 /// # Errors
-/// [`Error::Cancelled`]; [`Error::Invalid`] for formats that cannot be measured and options that they refuse; [`Error::Job`] when the
-/// source's map cannot be read.
+/// [`Error::Cancelled`]; [`Error::Invalid`] for formats that cannot be measured and options that they refuse;
+/// [`Error::Job`] when the source's map cannot be read.
 pub fn measure(
     driver: &dyn Driver,
     options: &OptionSet,

@@ -206,8 +206,8 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Whether a [flush](Self::flush) of data is now one `fdatasync` of the descriptor, which a data plane may do instead.
-    /// It tells [`Self::sync_failed`] when that failed.
+    /// Whether a [flush](Self::flush) of data is now one `fdatasync` of the descriptor, which a data plane may do
+    /// instead. It tells [`Self::sync_failed`] when that failed.
     fn flushes_by_sync(&self) -> bool {
         false
     }

@@ -1,5 +1,5 @@
-//! What the bytes of a row cost by themselves: read, or read and written elsewhere, in long pieces on all cores, with no
-//! format, no look for zeroes and no order. What goes through the page cache does not take less.
+//! What the bytes of a row cost by themselves: read, or read and written elsewhere, in long pieces on all cores, with
+//! no format, no look for zeroes and no order. What goes through the page cache does not take less.
 
 use std::{
     ffi::OsStr,

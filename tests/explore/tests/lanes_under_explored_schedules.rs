@@ -1,9 +1,9 @@
 //! Lanes, workers and those who wake them, in schedules that are chosen: at each lock and each atomic of what they hand
-//! to each other another one may go on. A wake-up that is lost is a deadlock, which the explorer tells; a request is ended
-//! once, no two changes that touch each other are under way, and none is while the disk is paused.
+//! to each other another one may go on. A wake-up that is lost is a deadlock, which the explorer tells; a request is
+//! ended once, no two changes that touch each other are under way, and none is while the disk is paused.
 //!
-//! These are the sources of `blk-backend`, with locks of the explorer and a bell that is one of its condition variables.
-//! The lane is a loop of the same steps as `blk-backend`'s.
+//! These are the sources of `blk-backend`, with locks of the explorer and a bell that is one of its condition
+//! variables. The lane is a loop of the same steps as `blk-backend`'s.
 //!
 //! Schedules are drawn as in the tests of images: half of them at random, half mostly in order with few preemptions.
 //! `IMG_TEST_CASES` says how many are tried, and `IMG_TEST_SEED` which.
@@ -383,8 +383,8 @@ fn every_change_has_its_turn_alone() {
     });
 }
 
-/// A lane gives up its parked changes while others let them in: each of them is taken back or has begun, never both, and
-/// whoever stood behind it goes on.
+/// A lane gives up its parked changes while others let them in: each of them is taken back or has begun, never both,
+/// and whoever stood behind it goes on.
 #[test]
 fn a_change_is_taken_back_or_has_begun() {
     explore(3_000, || {

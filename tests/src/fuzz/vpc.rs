@@ -1,5 +1,5 @@
-//! The VHD target: a small fixed or dynamic disk, its descriptors patched; what was opened is written, resized and opened
-//! again beside a model.
+//! The VHD target: a small fixed or dynamic disk, its descriptors patched; what was opened is written, resized and
+//! opened again beside a model.
 
 use std::{ops::Range, sync::Arc};
 

@@ -82,8 +82,8 @@ impl Vm {
         Self::spawn_by(command, directory, arguments).with_guest()
     }
 
-    /// Like [`Self::start`], in a mount name space of its own where `full` is a file system of 4 MiB with a copy of `disk`
-    /// and a file `ballast` that leaves half a MiB.
+    /// Like [`Self::start`], in a mount name space of its own where `full` is a file system of 4 MiB with a copy of
+    /// `disk` and a file `ballast` that leaves half a MiB.
     ///
     /// # Panics
     /// When it does not get so far.

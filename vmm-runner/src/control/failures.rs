@@ -1,7 +1,7 @@
 //! Requests that the host failed, on their way from the queues to those who are told.
 //!
-//! Queues never wait here. What comes too fast for clients is counted and not told; that the guest has to be held is never
-//! lost.
+//! Queues never wait here. What comes too fast for clients is counted and not told; that the guest has to be held is
+//! never lost.
 
 use std::{
     collections::VecDeque,

@@ -13,8 +13,8 @@ const HYPERVISOR: u32 = 1 << 31;
 const MONITOR: u32 = 1 << 3;
 /// Leaf 1, EDX: several logical processors in a package.
 const MULTI_THREADING: u32 = 1 << 28;
-/// Leaf 0x80000007, EDX: the time stamp counter never stops. Linux would take its time from there rather than from KVM's
-/// clock, and would see it jump by as long as the machine was held.
+/// Leaf 0x80000007, EDX: the time stamp counter never stops. Linux would take its time from there rather than from
+/// KVM's clock, and would see it jump by as long as the machine was held.
 const INVARIANT_TSC: u32 = 1 << 8;
 /// KVM's leaf of features.
 const KVM_FEATURES: u32 = 0x4000_0001;

@@ -21,8 +21,8 @@ pub const PCI_WINDOW_END: u64 = 0xFEC0_0000;
 
 /// I/O interrupt controller.
 pub const IOAPIC_ADDRESS: u32 = 0xFEC0_0000;
-/// A write here tells that the guest's init runs, and costs one exit: `--stats` tells when that was. No guest has to, and
-/// there is nothing to read.
+/// A write here tells that the guest's init runs, and costs one exit: `--stats` tells when that was. No guest has to,
+/// and there is nothing to read.
 pub const INIT_REGISTER: u64 = 0xFECF_F000;
 /// Local interrupt controllers.
 pub const LOCAL_APIC_ADDRESS: u32 = 0xFEE0_0000;

@@ -1,6 +1,6 @@
-//! Where the file ends: a storage past the page cache writes whole blocks, and cuts the file off behind a write that ends
-//! inside one. Its own writers wait for that. A data plane that writes to the descriptor does not, so there must be
-//! nothing to cut off while it has places behind the end.
+//! Where the file ends: a storage past the page cache writes whole blocks, and cuts the file off behind a write that
+//! ends inside one. Its own writers wait for that. A data plane that writes to the descriptor does not, so there must
+//! be nothing to cut off while it has places behind the end.
 
 use std::{
     ops::Range,

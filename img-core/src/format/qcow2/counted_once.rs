@@ -2,8 +2,8 @@
 //!
 //! An entry says by its copied flag that nobody else uses what it names. A damaged or hostile one says so of a cluster
 //! that is free, which the allocator gives to somebody else, or of one that a snapshot shares. The count decides: it is
-//! looked at before the first write in place, and what it said is kept until the count changes. So a write in place asks
-//! memory alone, and what was allocated here is known from the start.
+//! looked at before the first write in place, and what it said is kept until the count changes. So a write in place
+//! asks memory alone, and what was allocated here is known from the start.
 //!
 //! Whoever changes a count, or learns of it, holds the state lock: a cluster is in the set only while its count is one.
 
@@ -92,9 +92,10 @@ impl Qcow2Layer {
         self.places.write().unwrap_or_else(PoisonError::into_inner).counted_once.remove(clusters);
     }
 
-    /// Holds the copied flags of a part of `guest`, which no write is in flight to, against the counts, and returns that
-    /// part: what one L2 table covers. For whoever holds the state, and while it is held the flags of that part may be
-    /// trusted. Where a count says that others use the cluster too, the flag goes, and with it the way to overwrite.
+    /// Holds the copied flags of a part of `guest`, which no write is in flight to, against the counts, and returns
+    /// that part: what one L2 table covers. For whoever holds the state, and while it is held the flags of that part
+    /// may be trusted. Where a count says that others use the cluster too, the flag goes, and with it the way to
+    /// overwrite.
     ///
     /// # Errors
     /// [`Error::Corrupt`](crate::Error::Corrupt) where an entry that would be written over names a free cluster.

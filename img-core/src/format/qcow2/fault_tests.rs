@@ -131,8 +131,8 @@ fn a_lease_keeps_freed_clusters_from_others() {
     audit(&storage);
 }
 
-/// Flushes, and does `meanwhile` when the flush has stopped at the gate: what stopped there, and what came of it; `None`
-/// where the flush ended without coming by.
+/// Flushes, and does `meanwhile` when the flush has stopped at the gate: what stopped there, and what came of it;
+/// `None` where the flush ended without coming by.
 fn during_a_flush<T>(layer: &Qcow2Layer, gate: &Gate, meanwhile: impl FnOnce() -> T) -> Option<(Request, T)> {
     std::thread::scope(|scope| {
         let flush = scope.spawn(|| {

@@ -39,8 +39,8 @@ use crate::{
 
 /// An opened image.
 ///
-/// Lock order: `state`, `tracking`, `header_turn`, `header`, `places`, then those inside the caches. Readers of the map take none of
-/// the first.
+/// Lock order: `state`, `tracking`, `header_turn`, `header`, `places`, then those inside the caches. Readers of the map
+/// take none of the first.
 pub(super) struct Qcow2Layer {
     pub(super) mode: OpenMode,
     pub(super) geometry: Geometry,

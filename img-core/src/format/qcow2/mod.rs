@@ -1,9 +1,9 @@
 //! qcow2: QEMU's copy-on-write format, versions 2 and 3 (QEMU `docs/interop/qcow2.rst`).
 //!
-//! Guest clusters are found through two levels of tables (L1, L2); host clusters are counted in refcount
-//! blocks found through the refcount table. Rooms: `header` and `entry` are the bytes on disk, `geometry`
-//! the sizes that follow, `map` the question where a byte lives, `alloc` and `refcount` where new bytes
-//! go, `flush` the order that keeps every crash harmless, `front` and `front_reader` images in pipes, `snapshot`, `bitmap`, `create`, `check` the rest.
+//! Guest clusters are found through two levels of tables (L1, L2); host clusters are counted in refcount blocks found
+//! through the refcount table. Rooms: `header` and `entry` are the bytes on disk, `geometry` the sizes that follow,
+//! `map` the question where a byte lives, `alloc` and `refcount` where new bytes go, `flush` the order that keeps every
+//! crash harmless, `front` and `front_reader` images in pipes, `snapshot`, `bitmap`, `create`, `check` the rest.
 
 mod alloc;
 mod amend;

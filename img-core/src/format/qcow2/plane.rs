@@ -2,11 +2,11 @@
 //!
 //! What is in the caches is enough for most writes: over what is there, or to new clusters, where the L2 table is
 //! there, unshared, and cached, and so are the counts around the free index; over what is there once its count has been
-//! looked at. What is around the bytes of a write in
-//! its clusters is filled by whoever moves the bytes, where the map knows in which places it stands. Anything else
-//! (a table to be made, copied or read, a cluster to be decoded, a drain that is due, the dirty bit of lazy refcounts,
-//! a lock that is held) is left to [`Qcow2Layer::prepare`], which may wait. The order of a crash is that of all writes: counts and
-//! entries change in memory here, and a drain makes them durable one before the other.
+//! looked at. What is around the bytes of a write in its clusters is filled by whoever moves the bytes, where the map
+//! knows in which places it stands. Anything else (a table to be made, copied or read, a cluster to be decoded, a drain
+//! that is due, the dirty bit of lazy refcounts, a lock that is held) is left to [`Qcow2Layer::prepare`], which may
+//! wait. The order of a crash is that of all writes: counts and entries change in memory here, and a drain makes them
+//! durable one before the other.
 
 use std::{ops::Range, sync::atomic::Ordering};
 

@@ -203,8 +203,8 @@ impl<'a> Counts<'a> {
         Ok(())
     }
 
-    /// Gives the space of freed clusters back to the host, where that is wanted. Whatever referred to them is durably gone already;
-    /// the counts need not be durable, since a cluster counted too high is only a leak.
+    /// Gives the space of freed clusters back to the host, where that is wanted. Whatever referred to them is durably
+    /// gone already; the counts need not be durable, since a cluster counted too high is only a leak.
     pub(super) fn punch_freed(&mut self) -> Result<()> {
         if !self.punches || !self.storage.limits().can_punch {
             self.freed.clear();

@@ -121,8 +121,9 @@ impl Qcow2Layer {
     }
 
     /// Makes a change that concerns `clusters` (guest bytes; `None` where the caller has them in flight) with the state
-    /// held: none of them in flight, and no drain due. `change` undoes itself when it fails, and may be called again when it failed because of a drain.
-    /// With `allocates` a drain is due as well when much space waits to be used again.
+    /// held: none of them in flight, and no drain due. `change` undoes itself when it fails, and may be called again
+    /// when it failed because of a drain. With `allocates` a drain is due as well when much space waits to be used
+    /// again.
     pub(super) fn change_map<T>(
         &self,
         clusters: Option<Range<u64>>,

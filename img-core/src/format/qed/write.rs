@@ -179,7 +179,8 @@ impl QedLayer {
         }
         let host = self.take_place(state, geometry.table_clusters())?;
         let table = host.start;
-        // Before the map reaches it: whoever finds that an entry may name the place finds, behind that, what stands there.
+        // Before the map reaches it: whoever finds that an entry may name the place finds, behind that, what stands
+        // there.
         self.note_table(table);
         self.map.reach(host.end);
         let made = self.empty_table(&host).and_then(|()| {

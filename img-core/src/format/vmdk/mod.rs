@@ -1,9 +1,10 @@
 //! VMDK: VMware's disks, from one file to many ("Virtual Disk Format 5.0", VMware's technical note).
 //!
-//! A text, the `descriptor`, names extents: files of plain bytes, or sparse ones, whose two levels of tables
-//! (`sparse`; headers in `header`, `cowd`, `sesparse`) say where each grain is. `open` decides which files are
-//! opened, `layer` answers, `write`, `alloc` and `zero` change and hold the crash order, as does `resize`, `stream` reads and
-//! writes the kind that is made front to back (`front` into pipes, `front_reader` from them), `create`, `check`, `repair` and `details` do the rest.
+//! A text, the `descriptor`, names extents: files of plain bytes, or sparse ones, whose two levels of tables (`sparse`;
+//! headers in `header`, `cowd`, `sesparse`) say where each grain is. `open` decides which files are opened, `layer`
+//! answers, `write`, `alloc` and `zero` change and hold the crash order, as does `resize`, `stream` reads and writes
+//! the kind that is made front to back (`front` into pipes, `front_reader` from them), `create`, `check`, `repair` and
+//! `details` do the rest.
 
 mod alloc;
 mod check;

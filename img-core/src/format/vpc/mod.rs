@@ -1,12 +1,12 @@
 //! vpc: Virtual PC's and Hyper-V's VHD ("Virtual Hard Disk Image Format Specification", version 1.0, Microsoft
 //! 2006).
 //!
-//! A footer describes the disk. Fixed disks are their data and the footer; in dynamic ones a table names the
-//! blocks that are there, each with a bitmap of its sectors in front; a differencing disk is a dynamic one whose
-//! other sectors are its parent's. Rooms: `footer`, `header`, `locator` are the bytes on disk, `geometry` the
-//! size that follows, `map` and `bitmap` the question where a byte lives, `alloc`, `write` and `flush` what
-//! changes and in which order, `front` and `front_reader` disks in pipes, `parent` the identity of the disk below, `fixed`, `resize`, `create`, `check`
-//! the rest.
+//! A footer describes the disk. Fixed disks are their data and the footer; in dynamic ones a table names the blocks
+//! that are there, each with a bitmap of its sectors in front; a differencing disk is a dynamic one whose other sectors
+//! are its parent's. Rooms: `footer`, `header`, `locator` are the bytes on disk, `geometry` the size that follows,
+//! `map` and `bitmap` the question where a byte lives, `alloc`, `write` and `flush` what changes and in which order,
+//! `front` and `front_reader` disks in pipes, `parent` the identity of the disk below, `fixed`, `resize`, `create`,
+//! `check` the rest.
 
 mod alloc;
 mod bitmap;

@@ -3,8 +3,8 @@
 //!
 //! Each row serves the same image with both daemons by turns, several times, and puts the load of `blk-backend bench`
 //! on each; what counts is requests a second of the daemon's CPU time. `images` makes what is served, `servers` starts
-//! the daemons, `rows` are the loads on virtio devices, `nbd` those of other programs' NBD clients; `fio` is what is there
-//! to be had.
+//! the daemons, `rows` are the loads on virtio devices, `nbd` those of other programs' NBD clients; `fio` is what is
+//! there to be had.
 
 mod fio;
 mod images;

@@ -182,8 +182,8 @@ impl Model {
     }
 }
 
-/// Prepares a write that comes to nothing, and puts other bytes where its own would have been. Nobody who waits is told:
-/// that is for the image, which the caller makes do something.
+/// Prepares a write that comes to nothing, and puts other bytes where its own would have been. Nobody who waits is
+/// told: that is for the image, which the caller makes do something.
 fn give_up(image: &Image, guest: Range<u64>, writes: bool) {
     let writer = image.layers()[0].writer().expect("opened for writing");
     let prepared = writer.prepare_write(guest).expect("prepared");

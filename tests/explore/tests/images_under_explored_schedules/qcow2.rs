@@ -42,8 +42,8 @@ fn audited(bytes: &[u8], leaks: bool) -> Result<Vec<u8>, String> {
     Audited::new("qcow2", bytes, None, false, leaks)?.read(0..DISK_BYTES)
 }
 
-/// Reservations of the allocator: writes that meet in a cluster, whole ones beside it, tables that are made, and flushes.
-/// Every byte is where it was put, each cluster has one owner, and nothing is leaked.
+/// Reservations of the allocator: writes that meet in a cluster, whole ones beside it, tables that are made, and
+/// flushes. Every byte is where it was put, each cluster has one owner, and nothing is leaked.
 #[test]
 fn allocations_have_their_clusters_to_themselves() {
     explore(150, || {
@@ -109,8 +109,8 @@ fn readers_see_writes_once_and_for_all() {
     });
 }
 
-/// Whole tables that are read past the cache: an entry of two words that is changed and written during the read is as it
-/// was before or after, and never half of each.
+/// Whole tables that are read past the cache: an entry of two words that is changed and written during the read is as
+/// it was before or after, and never half of each.
 #[test]
 fn a_table_that_is_read_whole_has_no_torn_entry() {
     const WIDE: u64 = 16 << 10;
@@ -170,8 +170,8 @@ fn one_chunk_of_a_bitmap_takes_the_room_of_one() {
     });
 }
 
-/// Leases: while a reader may still be at a cluster, a discard does not make it somebody else's, whatever is flushed and
-/// allocated meanwhile.
+/// Leases: while a reader may still be at a cluster, a discard does not make it somebody else's, whatever is flushed
+/// and allocated meanwhile.
 #[test]
 fn a_reader_never_sees_what_was_written_for_another_place() {
     explore(150, || {
@@ -229,8 +229,8 @@ fn snapshots_and_parked_writes_wait_for_each_other_and_end() {
     });
 }
 
-/// Generations of flushes: what a thread wrote before its flush began is there after a power cut at any moment after the
-/// flush returned, also when it met the flush of another.
+/// Generations of flushes: what a thread wrote before its flush began is there after a power cut at any moment after
+/// the flush returned, also when it met the flush of another.
 #[test]
 fn a_flush_answers_for_what_came_before_it() {
     explore(40, || {

@@ -221,8 +221,9 @@ impl Link {
             .map_err(during("SET_CONFIG"))
     }
 
-    /// Starts the queues, whose errors are told through `error`. They go on where the used rings are; with `inflight` memory of an earlier backend,
-    /// what that one had under way is done as well. Where there is none and the backend has such memory, it is made.
+    /// Starts the queues, whose errors are told through `error`. They go on where the used rings are; with `inflight`
+    /// memory of an earlier backend, what that one had under way is done as well. Where there is none and the backend
+    /// has such memory, it is made.
     pub(super) fn start(
         &mut self,
         active: &Active,
