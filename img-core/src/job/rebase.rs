@@ -281,7 +281,10 @@ impl Rebase<'_> {
         };
         let compressor = match compressor {
             Some(compressor) => compressor,
-            None => compressor.insert(Compressor::new(codec, None)?),
+            None => {
+                let unit_bytes = usize::try_from(self.unit).expect("at most 2 MiB");
+                compressor.insert(Compressor::new(codec, None, unit_bytes)?)
+            }
         };
         let size = self.image.virtual_size_bytes();
         for unit in windows(range.clone(), self.unit) {

@@ -107,7 +107,7 @@ impl<'a> Copy<'a> {
     ) -> Result<Self> {
         if let Some(how) = compression {
             // A level that does not exist is refused before anything is written.
-            Compressor::new(how, options.level)?;
+            Compressor::check_level(how, options.level)?;
         }
         let compress = compression.map(|how| (how, options.level));
         let zeroes = target.image().detect_zeroes();
@@ -394,11 +394,11 @@ impl<'a> Copy<'a> {
     /// Compresses what was read, cluster by cluster, one behind the other into `stored`.
     fn compress_clusters(&self, hands: &mut Hands<'_>) -> Result<Vec<Cluster>> {
         let Some((how, level)) = self.compress else { return Ok(Vec::new()) };
+        let cluster_bytes = usize::try_from(self.target.cluster_bytes).expect("at most 2 MiB");
         let compressor = match &mut hands.compressor {
             Some(compressor) => compressor,
-            none => none.insert(Compressor::new(how, level)?),
+            none => none.insert(Compressor::new(how, level, cluster_bytes)?),
         };
-        let cluster_bytes = usize::try_from(self.target.cluster_bytes).expect("at most 2 MiB");
         // The last cluster of a disk is compressed as a whole too, filled up with zeroes.
         let len = hands.read.len();
         hands.read.resize(len.next_multiple_of(cluster_bytes), 0);

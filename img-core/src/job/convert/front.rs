@@ -67,7 +67,7 @@ pub fn convert_to_pipe(
     let compress = writer.codec().map(|how| (how, options.level));
     if let Some((how, level)) = compress {
         // A level that does not exist is refused before anything is written.
-        Compressor::new(how, level)?;
+        Compressor::check_level(how, level)?;
     }
     let look_ahead = writer.look_ahead();
     let table_bytes = match look_ahead {

@@ -85,7 +85,7 @@ impl Packed {
         let Some((how, level)) = how else { return Ok(None) };
         let compressor = match &mut self.compressor {
             Some(compressor) => compressor,
-            none => none.insert(Compressor::new(how, level)?),
+            none => none.insert(Compressor::new(how, level, unit.len())?),
         };
         compressor.compress(unit, &mut self.compressed[room])
     }

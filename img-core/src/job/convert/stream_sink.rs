@@ -83,7 +83,7 @@ impl<'a> Sink<'a> {
         };
         if let Some(how) = how {
             // A level that does not exist is refused before anything is written.
-            Compressor::new(how, options.level)?;
+            Compressor::check_level(how, options.level)?;
         }
         let packing = Packing {
             unit_bytes: usize::try_from(unit_bytes).expect("at most 64 MiB"),
