@@ -35,6 +35,8 @@ pub struct Count {
     pub busy: u64,
     /// By the calls that may block.
     pub blocked: u64,
+    /// Pieces of tables that the queue has read itself.
+    pub tables: u64,
 }
 
 /// Unparks a thread.
@@ -75,6 +77,9 @@ impl Queue {
                     continue;
                 }
                 Attempt::Blocks => {
+                    if self.read_table(range.clone())? {
+                        continue;
+                    }
                     self.count.blocked += 1;
                     return self.image.read_vectored_at(&mut [IoSliceMut::new(buf)], at);
                 }
@@ -97,6 +102,16 @@ impl Queue {
             assert!(rest.is_empty(), "{} bytes of {range:?} are not covered", rest.len());
             return Ok(());
         }
+    }
+
+    /// Reads a piece of a table that memory lacks for a range. False where it is not that, or it is not kept.
+    fn read_table(&mut self, range: Range<u64>) -> Result<bool> {
+        let Some(ticket) = self.image.missing_table(range) else { return Ok(false) };
+        let mut bytes = vec![0xee; to_usize(ticket.len_bytes())].into_boxed_slice();
+        let storage = self.image.storage(ticket.depth(), ticket.file()).expect("tables are in open files");
+        storage.read_at(&mut bytes, ticket.at().0)?;
+        self.count.tables += 1;
+        Ok(ticket.offer(bytes))
     }
 
     /// Writes guest bytes.

@@ -267,7 +267,7 @@ fn compressed_grains_are_for_who_may_wait() {
         queue.read(&mut guest, 0).expect("read");
         assert_eq!(guest, [5; 4096]);
     }
-    assert_eq!(queue.count, Count { done: 0, busy: 0, blocked: 2 });
+    assert_eq!(queue.count, Count { done: 0, busy: 0, blocked: 2, tables: 0 });
     let mut extents = Vec::new();
     image.map_range(0..4096, &mut extents).expect("mapped");
     assert!(matches!(extents[0].place, Place::Encoded { .. }));

@@ -77,7 +77,7 @@ fn what_is_warm_does_not_block() {
     write(&mut queue, CLUSTER * 20, 1 << 20, 4); // whole clusters
     write(&mut queue, CLUSTER * 19 + 100, 1 << 20, 5); // new in part, in place
     write(&mut queue, CLUSTER * 600, 300_000, 6); // in another slice of the table
-    assert_eq!(queue.count, Count { done: 5, busy: 0, blocked: 0 });
+    assert_eq!(queue.count, Count { done: 5, busy: 0, blocked: 0, tables: 0 });
     let mut guest = vec![0xff; 1 << 20];
     for at in (0..64 << 20).step_by(1 << 20) {
         queue.read(&mut guest, at).expect("read");
@@ -203,6 +203,46 @@ fn a_ticket_keeps_what_its_answer_named() {
     image.flush().expect("flushed");
     image.write_at(&[3; 65_536], CLUSTER * 2).expect("written");
     assert_eq!(place(CLUSTER * 2), held, "free again");
+    close(image).expect("closed");
+    audit(&storage);
+}
+
+/// A piece of a table that is changed, written and dropped to make room between its reading and its offer: what is
+/// offered is old, and hides no write.
+#[test]
+fn a_table_that_is_offered_late_hides_no_write() {
+    const SPAN: u64 = 64 * 512;
+    const TABLES: u64 = 64;
+    let Layout::Qcow2(shape) = layout() else { unreachable!("see above") };
+    let layout = Layout::Qcow2(Qcow2 { cluster_bits: 9, ..shape });
+    let (storage, image) = new_image(&layout, TABLES * SPAN);
+    for table in 0..TABLES {
+        image.write_at(&[1; 512], table * SPAN + 512).expect("written");
+    }
+    close(image).expect("closed");
+    let options = layout.smallest_caches();
+    let open = memory::open_with(Arc::clone(&storage), OpenMode::Write, &options);
+    let image = Arc::new(open.expect("it opens"));
+    let missing = || {
+        let ticket = image.missing_table(0..512).expect("it is not in memory");
+        let mut bytes = vec![0; 512].into_boxed_slice();
+        storage.read_at(&mut bytes, ticket.at().0).expect("read");
+        (ticket, bytes)
+    };
+    let (ticket, l1) = missing();
+    assert!(ticket.offer(l1), "nothing has become of it");
+    let (ticket, l2) = missing();
+    image.write_at(&[2; 512], 0).expect("written");
+    image.flush().expect("flushed");
+    for table in 1..TABLES {
+        image.read_at(&mut [0; 512], table * SPAN + 512).expect("read");
+    }
+    let (_, new) = missing();
+    assert_ne!(new, l2);
+    assert!(!ticket.offer(l2));
+    let mut guest = [0; 512];
+    Queue::new(&image).read(&mut guest, 0).expect("read");
+    assert_eq!(guest, [2; 512]);
     close(image).expect("closed");
     audit(&storage);
 }

@@ -137,13 +137,16 @@ fn text(daemon: &Daemon) -> String {
     operations(&mut page, &disks);
     latencies(&mut page, &disks);
     type Number = (&'static str, &'static str, &'static str, fn(&LaneSnapshot) -> u64);
-    let numbers: [Number; 8] = [
+    let numbers: [Number; 9] = [
         ("blk_queue_depth", "gauge", "Requests under way.", |of| of.depth),
         ("blk_queue_depth_max", "gauge", "The most requests that were under way in one lane.", |of| {
             of.depth_max
         }),
         ("blk_worker_handovers_total", "counter", "Requests given to a worker.", |of| of.handed_over),
         ("blk_map_misses_total", "counter", "Of them, because tables were not in memory.", |of| of.misses),
+        ("blk_table_reads_total", "counter", "Pieces of tables that lanes have read themselves.", |of| {
+            of.table_reads
+        }),
         ("blk_parked_total", "counter", "Requests that waited for the clusters of another.", |of| of.parked),
         ("blk_sleeps_total", "counter", "Times that a lane slept.", |of| of.sleeps),
         ("blk_poll_hits_total", "counter", "Times that polling found work before a sleep.", |of| {

@@ -5,7 +5,7 @@
 //! | held | the end of a pause | [`Lane::begin`] |
 //! | parked | its clusters | [`Lane::begin`] |
 //! | busy | somebody who is in the way for a short time | [`Lane::begin`] |
-//! | moving | the ring | [`Lane::end_moving`] |
+//! | moving | the ring, for its bytes or a table that names them | [`Lane::end_moving`] |
 //! | working | a worker | [`Lane::end`] |
 
 use std::{ops::Range, sync::Arc, time::Instant};
@@ -88,10 +88,20 @@ impl Lane {
         match way {
             Way::Pushed => self.begin_moving(index),
             Way::Busy => self.wait_for_progress(index),
-            Way::Blocks => {
-                self.mailbox.stats.misses.add(1);
-                self.hand_over(index, Task::All(Op::Read));
-            }
+            Way::Blocks => self.read_lacking(index),
+        }
+    }
+
+    /// A read that memory does not answer: where it is a table that is lacking, the ring reads it.
+    fn read_lacking(&mut self, index: u32) {
+        let ring = self.backend.ring().expect("it is in use");
+        let slot = self.slots.get(index);
+        if self.transfers.read_table(ring, &self.image, index, slot) == Way::Pushed {
+            self.mailbox.stats.table_reads.add(1);
+            self.begin_moving(index);
+        } else {
+            self.mailbox.stats.misses.add(1);
+            self.hand_over(index, Task::All(Op::Read));
         }
     }
 
@@ -230,6 +240,10 @@ impl Lane {
             (None, Some(Hold::Flush(ticket))) => {
                 ticket.synced();
                 self.end(index, Ok(()));
+            }
+            (None, Some(Hold::Table(ticket, buffer))) => {
+                buffer.offer(ticket);
+                self.begin(index);
             }
             (None, Some(Hold::Fill(ticket, buffer))) => {
                 let ring = self.backend.ring().expect("it has moved bytes");

@@ -67,7 +67,7 @@ pub(super) struct Content {
 
 impl Buffers {
     /// A buffer of that size; `None` where too much is taken.
-    fn take(&self, length: usize) -> Option<Buffer> {
+    pub(super) fn take(&self, length: usize) -> Option<Buffer> {
         let Self(shared) = self;
         if shared.taken_bytes.get() + OwnMemory::ALIGNMENT_BYTES + length > MOST_BYTES {
             return None;
@@ -78,6 +78,13 @@ impl Buffers {
         content.writes.clear();
         shared.taken_bytes.set(shared.taken_bytes.get() + content.memory.taken_bytes());
         Some(Buffer { content: Some(content), shared: Rc::clone(shared) })
+    }
+}
+
+impl Buffer {
+    /// At least as long as was asked for.
+    pub(super) fn memory(&self) -> &OwnMemory {
+        &self.memory
     }
 }
 

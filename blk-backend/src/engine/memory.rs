@@ -221,6 +221,17 @@ impl OwnMemory {
         }
     }
 
+    /// A copy of its first bytes, which nobody writes just now.
+    ///
+    /// # Panics
+    /// As [`Self::address`].
+    pub(super) fn copied(&self, length: usize) -> Box<[u8]> {
+        let mut copy = vec![0; length].into_boxed_slice();
+        // SAFETY: so many bytes of `bytes`, which are initialised, and to which nobody has a reference.
+        unsafe { std::ptr::copy_nonoverlapping(self.address(0, length), copy.as_mut_ptr(), length) };
+        copy
+    }
+
     /// Where a part of it stands.
     ///
     /// # Panics

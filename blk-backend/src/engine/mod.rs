@@ -5,7 +5,8 @@
 //! - `transfer`: the fast way: extents become transfers of the ring, one countdown for each request. `fill`: writes to a
 //!   part of a new cluster go it twice.
 //! - `ring`: the kernel's ring, and what it may do; `epoll`: how a lane sleeps where there is none; `backend`: which.
-//! - `worker`: threads for what may wait: tables that are not in memory, decoders, flushes that write tables, discards.
+//! - `table`: pieces of tables that a read lacks in memory, on the same way.
+//! - `worker`: threads for what may wait: decoders, writes that lack tables, flushes that write tables, discards.
 //! - `flight`: changes under way, by guest cluster; who would run into one is parked there as a value.
 //! - `pause`: how all lanes of a disk are held back.
 //! - `mailbox`: how workers, and everybody else, reach a lane that may be asleep; `bell`: what wakes it.
@@ -28,6 +29,7 @@ mod poll;
 mod ring;
 mod slot;
 mod stats;
+mod table;
 #[cfg(test)]
 pub(crate) mod tests;
 mod transfer;

@@ -43,6 +43,8 @@ pub(super) struct Slot {
     pub(super) began: Instant,
     /// Its clusters are its own in the [`Flight`](super::Flight).
     pub(super) entered: bool,
+    /// Pieces of tables that were read for it.
+    pub(super) tables_read: u8,
     /// See [`Self::fail`].
     pub(super) failure: Option<Errno>,
 }
@@ -82,6 +84,7 @@ impl Slots {
             hold: None,
             began: now,
             entered: false,
+            tables_read: 0,
             failure: None,
         };
         Self { slots: (0..depth).map(slot).collect(), free: (0..depth).rev().collect() }
@@ -98,6 +101,7 @@ impl Slots {
         debug_assert_ne!(slot.stage, Stage::Free, "given back once");
         slot.stage = Stage::Free;
         slot.entered = false;
+        slot.tables_read = 0;
         slot.failure = None;
         debug_assert_eq!(slot.pending, 0, "the kernel may still write its memory");
         slot.hold = None;

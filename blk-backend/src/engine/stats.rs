@@ -88,6 +88,8 @@ pub(crate) struct LaneStats {
     pub(super) handed_over: Counter,
     /// Of them, because a table was not in memory.
     pub(super) misses: Counter,
+    /// Pieces of tables that the ring has read.
+    pub(super) table_reads: Counter,
     /// Waited for the clusters of another change.
     pub(super) parked: Counter,
     /// Times that the lane slept.
@@ -151,6 +153,7 @@ impl LaneStats {
             depth_max: self.depth_max.read(),
             handed_over: self.handed_over.read(),
             misses: self.misses.read(),
+            table_reads: self.table_reads.read(),
             parked: self.parked.read(),
             sleeps: self.sleeps.read(),
             poll_hits: self.poll_hits.read(),
@@ -184,6 +187,8 @@ pub struct LaneSnapshot {
     pub handed_over: u64,
     /// Of them, because tables were not in memory or somebody held them.
     pub misses: u64,
+    /// Pieces of tables that were not in memory, and that lanes have read themselves.
+    pub table_reads: u64,
     /// Requests that waited for the clusters of another change.
     pub parked: u64,
     /// Times that a lane slept.
@@ -223,6 +228,7 @@ impl LaneSnapshot {
         self.depth_max = self.depth_max.max(other.depth_max);
         self.handed_over += other.handed_over;
         self.misses += other.misses;
+        self.table_reads += other.table_reads;
         self.parked += other.parked;
         self.sleeps += other.sleeps;
         self.poll_hits += other.poll_hits;

@@ -9,7 +9,7 @@ use std::{ops::Range, sync::Arc};
 
 use img_core::{
     format::{Attempt, HostFile, HostOffset, Place, WriteStep},
-    image::{FlushTicket, Image, ImageExtent, Ticket, WriteTicket},
+    image::{FlushTicket, Image, ImageExtent, TableTicket, Ticket, WriteTicket},
 };
 
 use super::{
@@ -24,6 +24,8 @@ use crate::request::Errno;
 #[derive(Debug)]
 pub(super) enum Hold {
     Read(#[expect(dead_code, reason = "held for its drop")] Ticket),
+    /// For a read: a piece of a table that it lacks is on its way to the buffer.
+    Table(TableTicket, Buffer),
     /// With the buffer of what is written around the guest's bytes.
     Write(WriteTicket, #[expect(dead_code, reason = "held for its drop")] Option<Buffer>),
     /// For a write: what stands around the guest's bytes is on its way to the buffer.

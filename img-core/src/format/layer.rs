@@ -265,6 +265,21 @@ impl Drop for Lease<'_> {
     }
 }
 
+/// A piece of a table that a layer lacks in memory; see [`Layer::missing_table`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MissingTable {
+    /// The file it stands in.
+    pub file: HostFile,
+    /// Where.
+    pub at: HostOffset,
+    /// How long it is.
+    pub len_bytes: u32,
+    /// Which of the layer's caches lacks it.
+    pub(super) level: u8,
+    /// Tells whether anything may have become of it since.
+    pub(super) age: u64,
+}
+
 /// One opened image file. All methods may do blocking I/O on tables unless they say otherwise; none moves
 /// guest data. Shared by many threads.
 pub trait Layer: Send + Sync + fmt::Debug {
@@ -381,6 +396,22 @@ pub trait Layer: Send + Sync + fmt::Debug {
     fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
         let (_, _) = (guest_bytes, found);
         Ok(false)
+    }
+
+    /// The first piece of a table for lack of which [`Self::try_map_range`] cannot answer, so that somebody who must not
+    /// wait for it can read it himself, and [offer](Self::offer_table) it, and ask again. As [`Self::try_map_range`] in
+    /// all else. `None` where something else is the matter, or the layer takes no offers.
+    fn missing_table(&self, guest_bytes: Range<u64>) -> Option<MissingTable> {
+        let _ = guest_bytes;
+        None
+    }
+
+    /// Takes the bytes of a missing piece as the caller read them, all of them after it was told missing and under the
+    /// same [`Lease`]. No I/O, and no lock that somebody holds across I/O. Whether they are kept: not where they may be
+    /// old by now.
+    fn offer_table(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
+        let (_, _) = (missing, bytes);
+        false
     }
 
     /// The space that is kept behind guest bytes of which the layer says nothing (subclusters of a cluster that others

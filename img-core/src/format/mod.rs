@@ -15,6 +15,8 @@ mod measure;
 mod options;
 pub mod registry;
 mod table_cache;
+#[cfg(test)]
+mod table_cache_tests;
 mod waiters;
 mod write;
 
@@ -31,8 +33,8 @@ pub use front::{FrontReader, FrontRequest, FrontRun, FrontWriter, LookAhead};
 use host_file::{file_preallocation, first_block, refuse_file_options};
 pub use layer::{
     Backing, Beyond, CheckReport, CheckWatch, CompressedWrites, CreateRequest, Driver, Finding, HostUse,
-    Layer, Lease, LeaseToken, OpenContext, OpenFile, OpenMode, Outline, Reference, ReferenceKind, Repair,
-    SnapshotInfo, Snapshots,
+    Layer, Lease, LeaseToken, MissingTable, OpenContext, OpenFile, OpenMode, Outline, Reference,
+    ReferenceKind, Repair, SnapshotInfo, Snapshots,
 };
 use layer::{look_alone, unwatched};
 pub use measure::{MeasureRequest, MeasureSource, Measured};

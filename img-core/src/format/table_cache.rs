@@ -5,6 +5,9 @@
 //! changed only by whoever holds the layer's writer lock; changed slices stay until they were written, clean
 //! ones make room for others by the clock rule.
 //!
+//! Who must not wait for a miss reads the slice himself, without that lock, and offers it
+//! ([`SliceCache::missing`], [`SliceCache::offer`]). It is kept only where nothing can have become of the slice meanwhile.
+//!
 //! What waits to be written is taken as it is at one moment ([`SliceCache::take_changes`], under the writer lock)
 //! and written without that lock. Until then its slices are frozen: whoever changes one meanwhile changes a copy,
 //! which takes its place in the cache and waits for the next time.
@@ -17,6 +20,7 @@ use std::{
     sync::{Arc, PoisonError},
 };
 
+use super::{HostFile, HostOffset, MissingTable};
 use crate::{
     Result,
     storage::Storage,
@@ -129,8 +133,9 @@ pub(super) struct SliceCache {
     slices_per_shard: usize,
     /// Host offsets of the slices that differ from the file.
     dirty: Mutex<BTreeSet<u64>>,
-    /// Writes of slices to the file that have begun.
-    written: AtomicU64,
+    /// Counts what makes bytes old that somebody has read from the file: writes of slices that have begun, and slices
+    /// that were forgotten.
+    age: AtomicU64,
 }
 
 impl SliceCache {
@@ -142,7 +147,7 @@ impl SliceCache {
             slice_bytes,
             slices_per_shard: usize::try_from(per_shard).unwrap_or(usize::MAX),
             dirty: Mutex::default(),
-            written: AtomicU64::new(0),
+            age: AtomicU64::new(0),
         }
     }
 
@@ -197,7 +202,7 @@ impl SliceCache {
     /// that are here, and may be newer, are laid. Keeps none, unless slices are written meanwhile.
     pub(super) fn read_past(&self, storage: &dyn Storage, start: u64, bytes: &mut [u8]) -> Result<()> {
         let slice_len = usize::try_from(self.slice_bytes).expect("a slice is small");
-        let written = self.written.load(Ordering::SeqCst);
+        let age = self.age();
         // Taken before the read: a slice that is changed, written and dropped meanwhile is kept here.
         let starts = (start..start + bytes.len() as u64).step_by(slice_len);
         let cached: Vec<_> = starts.map(|start| (start, self.peek(start))).collect();
@@ -206,7 +211,7 @@ impl SliceCache {
         }
         // What was not here was not being written either. Where a write has begun since, the read may have met it half
         // done: such slices are read again in a way that no write gets in between.
-        let may_be_torn = self.written.load(Ordering::SeqCst) != written;
+        let may_be_torn = self.age() != age;
         for ((start, slice), bytes) in cached.into_iter().zip(bytes.chunks_exact_mut(slice_len)) {
             let slice = match slice {
                 None if may_be_torn => Some(self.get(storage, start)?.0),
@@ -217,6 +222,35 @@ impl SliceCache {
             }
         }
         Ok(())
+    }
+
+    /// Grows with all that may make bytes old that were read from the file before.
+    pub(super) fn age(&self) -> u64 {
+        self.age.load(Ordering::SeqCst)
+    }
+
+    /// The first slice that holds a part of `range` and is not here. `age` is the cache's from before the caller learnt
+    /// that there are tables in `range`; `level` is the caller's name for this cache.
+    pub(super) fn missing(&self, level: u8, range: Range<u64>, age: u64) -> Option<MissingTable> {
+        let first = range.start & !(self.slice_bytes - 1);
+        let start = (first..range.end).step_by(self.slice_len()).find(|start| self.peek(*start).is_none())?;
+        let len_bytes = u32::try_from(self.slice_bytes).expect("slices are at most a cluster");
+        Some(MissingTable { file: HostFile::IMAGE, at: HostOffset(start), len_bytes, level, age })
+    }
+
+    /// Keeps `bytes`, which somebody has read from the file since the slice was found [missing](Self::missing). Whether it
+    /// does: not where the slice is here by now, where it may have been here, changed, written and dropped meanwhile,
+    /// and where somebody reads a slice into its shard just now. No I/O, and no wait for any.
+    pub(super) fn offer(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
+        let start = missing.at.0;
+        let shard = self.shard(start);
+        // From here on nobody puts the slice in, so nobody changes it, and no write of it begins.
+        let Ok(_load) = shard.load.try_lock() else { return false };
+        if self.age() != missing.age || bytes.len() != self.slice_len() || self.peek(start).is_some() {
+            return false;
+        }
+        self.keep(shard, start, bytes);
+        true
     }
 
     /// Changes the slice that holds host byte `at` and remembers that it must be written. `change` gets the
@@ -287,6 +321,7 @@ impl SliceCache {
 
     /// Forgets the slices of `range`, changed ones too.
     pub(super) fn forget(&self, range: Range<u64>) {
+        self.age.fetch_add(1, Ordering::SeqCst);
         let mut start = range.start;
         while start < range.end {
             let shard = self.shard(start);
@@ -299,6 +334,7 @@ impl SliceCache {
 
     /// Forgets everything.
     pub(super) fn clear(&self) {
+        self.age.fetch_add(1, Ordering::SeqCst);
         for shard in &self.shards {
             let _load = lock(&shard.load);
             shard.slices.write().unwrap_or_else(PoisonError::into_inner).clear();
@@ -361,13 +397,18 @@ impl SliceCache {
     fn load(&self, storage: &dyn Storage, shard: &Shard, start: u64) -> Result<Arc<Slice>> {
         let mut bytes = vec![0; self.slice_len()].into_boxed_slice();
         storage.read_at(&mut bytes, start)?;
+        Ok(self.keep(shard, start, bytes))
+    }
+
+    /// Puts a slice in as the file has it; the caller holds the shard's load lock, and it is not here.
+    fn keep(&self, shard: &Shard, start: u64, bytes: Box<[u8]>) -> Arc<Slice> {
         let slice = Slice::new(bytes);
         let mut slices = shard.slices.write().unwrap_or_else(PoisonError::into_inner);
         if slices.len() >= self.slices_per_shard {
             self.evict(&mut slices);
         }
         slices.insert(start, Arc::clone(&slice));
-        Ok(slice)
+        slice
     }
 
     /// Drops a quarter of a full shard: clean slices not looked at since the last time first.
@@ -419,7 +460,7 @@ impl Changes<'_> {
             let in_a_row = |(index, (start, _)): &(u64, &(u64, _))| *start == first + index * slice_bytes;
             let run = (0..limit).zip(&self.slices).take_while(in_a_row).count();
             allow(first..first + run as u64 * slice_bytes)?;
-            self.cache.written.fetch_add(1, Ordering::SeqCst);
+            self.cache.age.fetch_add(1, Ordering::SeqCst);
             {
                 let guards: Vec<_> = self.slices.iter().take(run).map(|(_, slice)| slice.read()).collect();
                 let bufs: Vec<IoSlice<'_>> = guards.iter().map(|bytes| IoSlice::new(bytes)).collect();

@@ -14,7 +14,7 @@ use std::{
 use super::ImageExtent;
 use crate::{
     Result,
-    format::{Extent, Layer, Place},
+    format::{Extent, Layer, MissingTable, Place},
     sync::{
         RwLock,
         atomic::{AtomicU64, Ordering},
@@ -121,6 +121,17 @@ impl MergedMap {
             found(end - start.max(size), Place::Zero { reserved: None });
         }
         Ok(true)
+    }
+
+    /// What [`Self::map_cached`] lacks first, and at which depth. Windows that are not there are for who may wait: they
+    /// take whole tables.
+    pub(super) fn missing_table(&self, guest_bytes: Range<u64>) -> Option<(usize, MissingTable)> {
+        let [layer] = &self.layers[..] else { return None };
+        let inside = guest_bytes.start..guest_bytes.end.min(layer.virtual_size_bytes());
+        if inside.is_empty() {
+            return None;
+        }
+        layer.missing_table(inside).map(|missing| (self.first_depth, missing))
     }
 
     /// The kept windows' part of [`Self::map_cached`].

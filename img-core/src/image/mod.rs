@@ -36,7 +36,7 @@ pub use name::ImageName;
 pub(crate) use open::probe;
 pub use open::{CacheMode, OpenOptions, Warning};
 pub use path::{full_backing_name, protocol};
-pub use plane::{Commit, FlushTicket, Ticket, WriteTicket};
+pub use plane::{Commit, FlushTicket, TableTicket, Ticket, WriteTicket};
 pub(crate) use read::decode as decode_unit;
 
 use std::{ops::Range, sync::Arc};

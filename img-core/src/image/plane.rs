@@ -12,6 +12,9 @@
 //! | [`Attempt::Busy`] | park the request, [ask to be woken](Image::wake_on_progress), try again |
 //! | [`Attempt::Blocks`] | hand the request to a thread that may block, which calls [`Image::read_vectored_at`] or [`Image::write_vectored_at`] |
 //!
+//! Where a read blocks for lack of a piece of a table, [`Image::missing_table`] names it: the caller may move those bytes as
+//! any others, offer them, and try again.
+//!
 //! [`Image::try_flush`] answers alike where a flush is nothing but syncs of files, which the caller does.
 //!
 //! A thread that holds a ticket must not call what waits for requests to end ([`Image::resize`],
@@ -24,7 +27,10 @@ use rustix::io::Errno;
 use super::{Change, Image, ImageExtent, NoteId};
 use crate::{
     Result,
-    format::{Attempt, Below, Extent, HostFile, LeaseToken, Mapping, Place, WriteStep, WriteToken},
+    format::{
+        Attempt, Below, Extent, HostFile, HostOffset, LeaseToken, Mapping, MissingTable, Place, WriteStep,
+        WriteToken,
+    },
     storage::{DetectZeroes, Storage},
 };
 
@@ -57,6 +63,16 @@ pub struct FlushTicket {
     files: &'static [HostFile],
     /// Its name in the log, where somebody is told.
     begun: Option<u64>,
+    ticket: Ticket,
+}
+
+/// A piece of a table that memory lacks, which its holder reads and offers. The ticket is taken before the piece was
+/// found missing, so that its place becomes nothing else before it is offered.
+#[must_use = "the piece is still missing"]
+#[derive(Debug)]
+pub struct TableTicket {
+    depth: usize,
+    missing: MissingTable,
     ticket: Ticket,
 }
 
@@ -95,6 +111,15 @@ impl Image {
         }
         extents.clear();
         Ok(Attempt::Blocks)
+    }
+
+    /// The first piece of a table for lack of which [`Self::try_map`] answers [`Attempt::Blocks`]. `None` where that has
+    /// another reason, and while someone has, or wants, the image alone.
+    pub fn missing_table(self: &Arc<Self>, guest_bytes: Range<u64>) -> Option<TableTicket> {
+        let ticket = self.try_enter()?;
+        self.check_inside(&guest_bytes).ok()?;
+        let (depth, missing) = self.first_missing(guest_bytes)?;
+        Some(TableTicket { depth, missing, ticket })
     }
 
     /// Finds or reserves places for all of `guest_bytes` and puts the steps of the write into `steps`, in place of what
@@ -196,6 +221,27 @@ impl Image {
         top.unwrap_or(false) && is_known
     }
 
+    /// What [`Self::map_cached`] lacks first, and at which depth.
+    fn first_missing(&self, guest_bytes: Range<u64>) -> Option<(usize, MissingTable)> {
+        let top = &self.layers[0];
+        if top.writer().is_none() {
+            return self.frozen.missing_table(guest_bytes);
+        }
+        let mut guest_offset = guest_bytes.start;
+        let mut below = None;
+        let is_known = top.try_map_range(guest_bytes.clone(), &mut |Extent { len_bytes, place }| {
+            let end = guest_offset + len_bytes;
+            if place == Place::Unallocated && below.is_none() {
+                below = self.frozen.missing_table(guest_offset..end);
+            }
+            guest_offset = end;
+        });
+        match is_known {
+            Ok(true) => below,
+            _ => top.missing_table(guest_bytes).map(|missing| (0, missing)),
+        }
+    }
+
     /// What memory knows of the layers below the top.
     fn below(&self, guest_bytes: Range<u64>) -> Below {
         let (mut is_zero, mut is_plain) = (true, true);
@@ -216,6 +262,38 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         self.image.layers[0].end_lease(self.lease);
         self.image.gate.leave();
+    }
+}
+
+impl TableTicket {
+    /// The depth of the layer whose table it is, as [`Image::storage`] takes it.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// The file of that layer in which it stands.
+    #[must_use]
+    pub fn file(&self) -> HostFile {
+        self.missing.file
+    }
+
+    /// Where in the file.
+    #[must_use]
+    pub fn at(&self) -> HostOffset {
+        self.missing.at
+    }
+
+    /// How long it is. Bytes behind the end of the file are zeroes.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.missing.len_bytes.into()
+    }
+
+    /// Gives the bytes, all of them read after the ticket was given out. Whether they are kept: not where they may be
+    /// old by now.
+    pub fn offer(self, bytes: Box<[u8]>) -> bool {
+        self.ticket.image.layers[self.depth].offer_table(&self.missing, bytes)
     }
 }
 

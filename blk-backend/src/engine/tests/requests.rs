@@ -86,6 +86,42 @@ fn warm_requests_are_given_to_no_worker() {
     }
 }
 
+/// Tables that are not in memory are read by the lane itself, those of a layer below too.
+#[test]
+fn cold_reads_are_given_to_no_worker() {
+    if ring_support().is_err() {
+        return;
+    }
+    // In a piece of an L2 table each.
+    let places = [0, 40, 80, 120].map(|mib| mib * MIB + 12_345);
+    for dir in directories() {
+        for (name, format, backing) in
+            [("one", "qcow2", None), ("two", "qed", None), ("three", "qcow2", Some("one"))]
+        {
+            let name = image(dir.path(), name, format, &[], 128 * MIB, backing);
+            let options = DiskOptions { format: Some(format.to_owned()), ..DiskOptions::default() };
+            let open = || Disk::open(&name, &options).expect("it was just made");
+            if backing.is_none() {
+                let disk = open();
+                let mut client = Client::new(&disk, EngineChoice::Ring);
+                places.iter().for_each(|at| assert_eq!(client.write(*at, &[7; 5000]), Ok(())));
+                drop(client);
+                disk.close().expect("closed");
+            }
+            let disk = open();
+            let mut client = Client::new(&disk, EngineChoice::Ring);
+            let tags = places.map(|at| client.submit_read(at, 5000));
+            for tag in tags {
+                let (result, bytes) = client.wait(tag);
+                assert_eq!((result, &bytes[..]), (Ok(()), &[7; 5000][..]), "{format}");
+            }
+            let stats = disk.stats();
+            assert_eq!((stats.handed_over, stats.misses), (0, 0), "{format}");
+            assert!(stats.table_reads >= places.len() as u64, "{format}: {}", stats.table_reads);
+        }
+    }
+}
+
 #[test]
 fn wrong_numbers_are_refused_and_touch_nothing() {
     for engine in engines() {

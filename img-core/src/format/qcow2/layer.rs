@@ -25,7 +25,7 @@ use crate::{
     Error, Result,
     format::{
         Backing, Bitmaps, CheckReport, CheckWatch, Codec, Driver, Extent, Finding, HostFile, HostOffset,
-        HostUse, Layer, LayerWriter, LeaseToken, OpenContext, OpenMode, Repair, Snapshots,
+        HostUse, Layer, LayerWriter, LeaseToken, MissingTable, OpenContext, OpenMode, Repair, Snapshots,
         table_cache::{SliceCache, lock},
         unwatched,
         waiters::Waiters,
@@ -459,6 +459,15 @@ impl Layer for Qcow2Layer {
 
     fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
         self.map.map_cached(self.root(), guest_bytes, found)
+    }
+
+    fn missing_table(&self, guest_bytes: Range<u64>) -> Option<MissingTable> {
+        // What is wrong is met and told by who may wait.
+        self.map.missing(self.root(), guest_bytes).ok().flatten()
+    }
+
+    fn offer_table(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
+        self.map.offer(missing, bytes)
     }
 
     fn kept_behind(&self, guest_bytes: Range<u64>) -> Result<(u64, Option<(HostFile, HostOffset)>)> {

@@ -19,8 +19,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer, LayerWriter, OpenContext,
-        OpenMode, OptionSet, Repair,
+        Backing, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer, LayerWriter,
+        MissingTable, OpenContext, OpenMode, OptionSet, Repair,
         table_cache::{SliceCache, lock},
         unwatched,
         waiters::Waiters,
@@ -252,6 +252,15 @@ impl Layer for QedLayer {
 
     fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
         self.map.map_cached(guest_bytes, found)
+    }
+
+    fn missing_table(&self, guest_bytes: Range<u64>) -> Option<MissingTable> {
+        // What is wrong is met and told by who may wait.
+        self.map.missing(guest_bytes).ok().flatten()
+    }
+
+    fn offer_table(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
+        self.map.offer(missing, bytes)
     }
 
     fn check_watched(

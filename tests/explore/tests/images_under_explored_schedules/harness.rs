@@ -16,6 +16,7 @@ use img_core_explored::{
 };
 use shuttle::{
     Config, Runner,
+    rand::{Rng, thread_rng},
     scheduler::{PctScheduler, RandomScheduler},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread::{self, Thread},
@@ -366,13 +367,28 @@ fn around(image: &Arc<Image>, ticket: &WriteTicket, guest: Range<u64>) -> Option
 pub(crate) fn read(image: &Arc<Image>, guest: Range<u64>) -> Vec<u8> {
     let mut bytes = vec![0xee; usize_of(guest.end - guest.start)];
     let mut extents = Vec::new();
-    let attempt = when_free(image, || image.try_map(guest.clone(), &mut extents).expect("inside"));
-    let Attempt::Done(_ticket) = attempt else {
-        image.read_at(&mut bytes, guest.start).expect("read");
-        return bytes;
-    };
-    fill(image, &extents, guest.start, &mut bytes);
-    bytes
+    loop {
+        let attempt = when_free(image, || image.try_map(guest.clone(), &mut extents).expect("inside"));
+        if let Attempt::Done(_ticket) = attempt {
+            fill(image, &extents, guest.start, &mut bytes);
+            return bytes;
+        }
+        // Whoever may wait has his turn, too.
+        if thread_rng().gen_bool(0.3) || !read_table(image, guest.clone()) {
+            image.read_at(&mut bytes, guest.start).expect("read");
+            return bytes;
+        }
+    }
+}
+
+/// Reads a piece of a table that memory lacks, as a queue does. Whether there was one.
+fn read_table(image: &Arc<Image>, guest: Range<u64>) -> bool {
+    let Some(ticket) = image.missing_table(guest) else { return false };
+    let mut bytes = vec![0xee; usize_of(ticket.len_bytes())].into_boxed_slice();
+    let storage = image.storage(ticket.depth(), ticket.file()).expect("open");
+    storage.read_at(&mut bytes, ticket.at().0).expect("read");
+    ticket.offer(bytes);
+    true
 }
 
 /// Fills `bytes`, which start at `start` of the guest's disk, from where the map says.
