@@ -1,24 +1,20 @@
 //! The user's end of the serial port.
 
+mod pty;
+
 use std::{
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixListener,
-    },
-    path::{Path, PathBuf},
+    os::{fd::AsFd, unix::net::UnixListener},
+    path::PathBuf,
     str::FromStr,
     sync::{Arc, Mutex, PoisonError},
     thread,
 };
 
 use blk_backend::control::listen_unix;
-use rustix::{
-    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
-    termios::{OptionalActions, Termios, tcgetattr, tcsetattr},
-};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use crate::{
     Error, Result,
@@ -35,7 +31,7 @@ pub enum ConsoleConfig {
     /// The terminal.
     #[default]
     Stdio,
-    /// A new pseudo terminal, whose name is printed.
+    /// A new pseudo terminal, whose name is printed. While nobody has it open, output is lost.
     Pty,
     /// A socket that listens; one client at a time.
     Unix(PathBuf),
@@ -105,11 +101,10 @@ impl OpenConsole {
                 (Box::new(File::from(stdout)), Some(input), raw)
             }
             ConsoleConfig::Pty => {
-                let (pty, name) = open_pty()?;
+                let (screen, mut keyboard, name) = pty::open()?;
                 announce(&format!("serial port on {}", name.display()));
-                let mut reader = pty.try_clone().map_err(Error::file(&name))?;
-                let input: Input = Box::new(move |port| read_all(&mut reader, &port, false));
-                (Box::new(pty), Some(input), None)
+                let input: Input = Box::new(move |port| read_all(&mut keyboard, &port, false));
+                (Box::new(screen), Some(input), None)
             }
             ConsoleConfig::Unix(path) => {
                 let listener = listen_unix(path).map_err(Error::file(path))?;
@@ -294,21 +289,6 @@ impl Drop for RawTerminal {
     }
 }
 
-/// A pseudo terminal, raw, and the name of the user's side.
-fn open_pty() -> Result<(File, PathBuf)> {
-    let what = "a pseudo terminal";
-    let controller: OwnedFd =
-        openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).map_err(Error::host(what))?;
-    grantpt(&controller).map_err(Error::host(what))?;
-    unlockpt(&controller).map_err(Error::host(what))?;
-    let name = ptsname(&controller, Vec::new()).map_err(Error::host(what))?;
-    let mut modes = tcgetattr(controller.as_fd()).map_err(Error::host(what))?;
-    modes.make_raw();
-    tcsetattr(controller.as_fd(), OptionalActions::Now, &modes).map_err(Error::host(what))?;
-    let name = Path::new(std::ffi::OsStr::new(&*name.to_string_lossy())).to_owned();
-    Ok((controller.into(), name))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -322,15 +302,5 @@ mod tests {
         for bad in ["", "tty", "unix", "unix:", "file:"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_pseudo_terminal_can_be_opened_by_its_name() {
-        let (mut controller, name) = open_pty().expect("a pseudo terminal");
-        let mut user = OpenOptions::new().read(true).write(true).open(name).expect("it exists");
-        controller.write_all(b"login: ").expect("room");
-        let mut seen = [0; 7];
-        user.read_exact(&mut seen).expect("what was written");
-        assert_eq!(&seen, b"login: ");
     }
 }
