@@ -74,7 +74,8 @@ fn main() {
         let mut steps = Vec::new();
         image.write_at(&[1; 512], base).expect("written");
         for at in (base..base + DISK_BYTES).step_by(1 << 16) {
-            image.map_range(at..at + 512, &mut Vec::new()).expect("mapped");
+            // Over what is there: the tables are read, and the counts looked at.
+            image.write_at(&[1; 512], at).expect("written");
         }
         report(&format!("{format}: try_map"), |at| {
             let attempt = image.try_map(base + at..base + at + BLOCK_BYTES, &mut extents).expect("inside");
