@@ -11,7 +11,7 @@ use super::{Change, Image, ImageExtent};
 use crate::{
     Error, Result,
     format::{HostFile, LayerWriter, Lease, PreparedWrite, registry},
-    storage::{Storage, transfer},
+    storage::{DetectZeroes, Storage, transfer},
 };
 
 /// A disk whose format was guessed to be raw is guarded over this much at either end.
@@ -155,6 +155,12 @@ impl Image {
         self.check_first_sector(bufs, guest_offset)?;
         self.check_last_sector(bufs, guest_offset)?;
         self.write_unguarded(bufs, guest_offset)
+    }
+
+    /// Whether a write is more than preparing it, moving its bytes and committing: what it holds or where it goes is
+    /// looked at, or it is flushed.
+    pub(crate) fn looks_at_writes(&self) -> bool {
+        self.guards_ends || self.writes_through || self.zeroes != DetectZeroes::Off
     }
 
     /// Whether a write to that range has to be looked at: see [`Self::check_first_sector`].

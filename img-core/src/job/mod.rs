@@ -1,7 +1,7 @@
 //! Whole-image work: convert, compare, commit, rebase, map, bitmaps; with progress and cancellation.
 //!
 //! Each job is one walk over an image's map (`status`) whose pieces are shared out to plain threads. What must
-//! come out the same at any number of threads goes through `ordered`. `zeroes` finds zeroes in memory,
+//! come out the same at any number of threads goes through `ordered`. `target` moves many prepared writes at once,
 //! `compress` makes compressed clusters, `throttle` slows down. Nothing here knows a format or a command line.
 
 pub mod amend;
@@ -23,6 +23,7 @@ mod chain_tests;
 mod compress;
 mod ordered;
 mod status;
+mod target;
 #[cfg(test)]
 mod testing;
 mod throttle;

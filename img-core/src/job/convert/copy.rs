@@ -13,7 +13,6 @@ use super::{
     pieces::{self, Sparseness},
     plan::{Class, Cut, Piece, Pieces, Plan},
     source::{OnSalvaged, Sources},
-    target::{Reserved, Target, write_error},
 };
 use crate::{
     Error, Result,
@@ -23,6 +22,7 @@ use crate::{
         compress::Compressor,
         cores,
         ordered::{First, StopOnPanic, Turn, Turns, lock},
+        target::{Reserved, Target, write_error},
         throttle::Throttle,
     },
     storage::DetectZeroes,

@@ -1,7 +1,7 @@
 //! Copying whole disks: sources, one behind the other, into a target.
 //!
 //! One walk over the sources' maps makes a `plan`; threads take pieces of it, read (`source`), find zeroes
-//! (`pieces`), compress, wait for their turn to reserve places in the `target` in guest order, and move their
+//! (`pieces`), compress, wait for their turn to reserve places in the target in guest order, and move their
 //! bytes and commit beside each other. The result is the same file at any number of threads; with
 //! `out_of_order` nobody waits. `offload` lets the host copy; `front` writes into pipes, `stream` reads
 //! out of them into a `stream_sink`; `packed` is what both compress. Start at [`convert`].
@@ -15,7 +15,6 @@ mod plan;
 mod source;
 mod stream;
 mod stream_sink;
-mod target;
 
 #[cfg(test)]
 mod front_tests;
@@ -31,9 +30,11 @@ use self::{
     copy::Copy,
     plan::{Class, Cut, Plan, Rules},
     source::Sources,
-    target::Target,
 };
-use super::Progress;
+use super::{
+    Progress,
+    target::{Target, write_error},
+};
 use crate::{Error, JobStep, Result, format::DirtyMap, image::Image};
 
 /// How to copy.
@@ -185,7 +186,7 @@ fn copy_sources(
     let on_salvaged: source::OnSalvaged<'_> = if options.salvage { Some(salvaged) } else { None };
     Copy::new(sources, target, &plan, options, compression, is_local, on_salvaged)?.run(progress, to_copy)?;
     if compression.is_some() {
-        target.pad_to_sector().map_err(|error| target::write_error(sources.len_bytes(), error))?;
+        target.pad_to_sector().map_err(|error| write_error(sources.len_bytes(), error))?;
     }
     image.flush()
 }

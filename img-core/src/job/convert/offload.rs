@@ -2,14 +2,12 @@
 
 use std::ops::Range;
 
-use super::{
-    source::{Source, Sources},
-    target::{Reserved, Target},
-};
+use super::source::{Source, Sources};
 use crate::{
     Result,
     format::{HostOffset, Place},
     image::ImageExtent,
+    job::target::{Reserved, Target},
     storage::Storage,
 };
 

@@ -9,13 +9,16 @@ use super::{
     packed::{Packed, Packing, Stored},
     pieces::{self, Sparseness},
     stream::{Piece, StreamOptions, StreamTarget},
-    target::{Reserved, Target, write_error},
 };
 use crate::{
     Error, Result,
     format::{FrontWriter, LookAhead},
     image::Image,
-    job::{compress::Compressor, ordered::lock},
+    job::{
+        compress::Compressor,
+        ordered::lock,
+        target::{Reserved, Target, write_error},
+    },
     storage::{Pipe, Preallocation},
 };
 

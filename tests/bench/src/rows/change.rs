@@ -1,6 +1,7 @@
 //! What makes images, and changes them in place.
 
 use super::{ROW, Row};
+use crate::bare::Bare;
 
 pub(super) const ROWS: &[Row] = &[
     Row {
@@ -108,6 +109,7 @@ pub(super) const ROWS: &[Row] = &[
             r#"json:{"driver":"qcow2","file.driver":"file","file.filename":"overlay.qcow2","#,
             r#""backing":{"driver":"qcow2","file":{"driver":"file","filename":"plain.qcow2"}}}"#,
         )),
+        bare: Some(Bare::Copy("overlay.qcow2")),
         target: (0.4, 0.4),
         ..ROW
     },

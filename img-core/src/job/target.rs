@@ -1,4 +1,4 @@
-//! The target: reserving in order, moving bytes in parallel, committing.
+//! The target of a job: reserving in order, moving bytes in parallel, committing.
 
 use std::{io::IoSlice, ops::Range};
 
@@ -19,6 +19,8 @@ pub(super) struct Target<'a> {
     pub(super) cluster_bytes: u64,
     /// What is written as a whole or not at all.
     pub(super) unit_bytes: u64,
+    /// Whether the host may take the space of what is written at once.
+    takes_space_ahead: bool,
 }
 
 /// Reserved, and where in the buffer its bytes are.
@@ -40,7 +42,12 @@ impl<'a> Target<'a> {
             None => (1, 1),
             Some(cluster) => (u64::from(cluster), writer.zero_granularity_bytes()),
         };
-        Ok(Self { image, layer, writer, cluster_bytes, unit_bytes })
+        Ok(Self { image, layer, writer, cluster_bytes, unit_bytes, takes_space_ahead: true })
+    }
+
+    /// The same for short pieces from all over the disk: taking space ahead for each costs more than it saves.
+    pub(super) fn scattered(self) -> Self {
+        Self { takes_space_ahead: false, ..self }
     }
 
     /// Whether reserving takes new places, so that the order in which it happens can be seen in the file.
@@ -132,7 +139,9 @@ impl<'a> Target<'a> {
         let after = self.fill(last.step().guest_bytes.end, last.step().fill_after_bytes, false)?;
         let start = first.host().start - before.len() as u64;
         let file = self.file(first.step().file)?;
-        file.will_write(start..last.host().end + after.len() as u64);
+        if self.takes_space_ahead {
+            file.will_write(start..last.host().end + after.len() as u64);
+        }
         if run.iter().all(|reserved| *reserved.write.frame() == Frame::default()) {
             let bytes = &buf[first.bytes.start..last.bytes.end];
             return file.write_vectored_at(
