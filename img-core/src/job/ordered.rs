@@ -59,6 +59,26 @@ impl Turns {
         if ticket < state.end { Some(Turn(self)) } else { None }
     }
 
+    /// Does `step` when all tickets before `ticket` had their turn; `None`, and it is not done, when the work was
+    /// stopped before it. When it fails, `stop` is called before the turn is passed on, so that it can keep others
+    /// from having theirs.
+    ///
+    /// # Errors
+    /// Of `step`.
+    pub(super) fn in_turn<T>(
+        &self,
+        ticket: u64,
+        step: impl FnOnce() -> Result<T>,
+        stop: impl FnOnce(),
+    ) -> Result<Option<T>> {
+        let Some(_turn) = self.wait(ticket) else { return Ok(None) };
+        let outcome = step();
+        if outcome.is_err() {
+            stop();
+        }
+        outcome.map(Some)
+    }
+
     /// Lets `ticket` and those behind it have no turn any more. Those before it still have theirs: what fails
     /// first in order is told, whatever failed first.
     pub(super) fn stop_from(&self, ticket: u64) {
@@ -140,12 +160,7 @@ impl<const STAGES: usize> Ticket<'_, STAGES> {
     /// # Errors
     /// Of `step`: nobody has a turn behind it.
     pub(super) fn in_turn<T>(&self, stage: usize, step: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
-        let Some(_turn) = self.crew.stages[stage].wait(self.number) else { return Ok(None) };
-        let outcome = step();
-        if outcome.is_err() {
-            self.crew.stop_from(self.number); // before the turn is passed on
-        }
-        outcome.map(Some)
+        self.crew.stages[stage].in_turn(self.number, step, || self.crew.stop_from(self.number))
     }
 
     /// Whether a piece before this one failed.
@@ -277,6 +292,25 @@ mod tests {
         });
         assert!(turns.wait(0).is_some(), "the one before still has its turn");
         assert!(turns.wait(1).is_none());
+    }
+
+    /// Those who wait for their turn behind a step that fails have been stopped when it ends.
+    #[test]
+    fn a_step_that_fails_stops_others_in_its_own_turn() {
+        let turns = Turns::default();
+        let passed = turns.in_turn(0, || Ok(7), || panic!("nothing fails"));
+        assert_eq!(passed.expect("nothing fails"), Some(7));
+        let failed = turns.in_turn(
+            1,
+            || Err::<(), _>(Error::Invalid("no".to_owned())),
+            || {
+                assert_eq!(lock(&turns.state).next, 1, "it still has its turn");
+                turns.stop_from(1);
+            },
+        );
+        assert_eq!(failed.expect_err("it fails").to_string(), "no");
+        let behind = turns.in_turn(2, || -> Result<()> { panic!("it has no turn") }, || ());
+        assert!(behind.expect("nothing fails").is_none());
     }
 
     /// Two stages, each in order, for pieces that `next` put into the hands; and what fails first in order is told,

@@ -21,7 +21,7 @@ use crate::{
         MAX_THREADS, Progress,
         compress::Compressor,
         cores,
-        ordered::{First, StopOnPanic, Turn, Turns, lock},
+        ordered::{First, StopOnPanic, Turns, lock},
         target::{Reserved, Target, write_error},
         throttle::Throttle,
     },
@@ -226,9 +226,13 @@ impl<'a> Copy<'a> {
         class == Class::Data || (class == Class::Zero && self.sparseness.is_none())
     }
 
-    /// Waits for the turn of `ticket`, where there are turns.
-    fn turn(&self, ticket: u64) -> Result<Option<Turn<'_>>, Stopped> {
-        if self.in_order { self.turns.wait(ticket).map(Some).ok_or(Stopped) } else { Ok(None) }
+    /// Does `step` in the turn of `ticket`, where there are turns; nobody has one behind a step that fails.
+    fn in_turn<T>(&self, ticket: u64, step: impl FnOnce() -> Result<T>) -> Result<Result<T, Stopped>> {
+        if !self.in_order {
+            return step().map(Ok);
+        }
+        let done = self.turns.in_turn(ticket, step, || self.turns.stop_from(ticket))?;
+        Ok(done.ok_or(Stopped))
     }
 
     fn copy<'s>(&'s self, ticket: u64, piece: Piece, hands: &mut Hands<'s>) -> Result<Result<(), Stopped>> {
@@ -238,28 +242,26 @@ impl<'a> Copy<'a> {
             throttle.pass(piece.len, || self.failed.is_before(ticket));
         }
         if !self.is_copied(piece.class) {
-            let Ok(_turn) = self.turn(ticket) else { return Ok(Err(Stopped)) };
-            return self.write_zeroes(piece.start, piece.len).map(Ok);
+            return self.in_turn(ticket, || self.write_zeroes(piece.start, piece.len));
         }
         if piece.class == Class::Data && self.compress.is_none() && self.offload.load(Ordering::Relaxed) {
-            let Ok(turn) = self.turn(ticket) else { return Ok(Err(Stopped)) };
-            if self.copy_offloaded(piece, hands)? {
-                return Ok(Ok(()));
-            }
-            // From here on everything is read and written, this piece in its turn.
-            self.offload.store(false, Ordering::Relaxed);
-            let result = self.copy_in_parts(piece, hands);
-            drop(turn);
-            return result.map(Ok);
+            return self.in_turn(ticket, || {
+                if self.copy_offloaded(piece, hands)? {
+                    return Ok(());
+                }
+                // From here on everything is read and written, this piece in its turn.
+                self.offload.store(false, Ordering::Relaxed);
+                self.copy_in_parts(piece, hands)
+            });
         }
         self.read(piece, hands)?;
         match self.compress {
             Some(_) => self.copy_compressed(ticket, piece, hands),
             None => {
                 self.find_parts(piece, hands);
-                let Ok(turn) = self.turn(ticket) else { return Ok(Err(Stopped)) };
-                self.reserve_parts(piece, hands)?;
-                drop(turn);
+                if let Err(Stopped) = self.in_turn(ticket, || self.reserve_parts(piece, hands))? {
+                    return Ok(Err(Stopped));
+                }
                 self.target.write(&hands.read, &mut hands.reserved).map(Ok)
             }
         }
@@ -361,18 +363,35 @@ impl<'a> Copy<'a> {
         hands: &mut Hands<'s>,
     ) -> Result<Result<(), Stopped>> {
         let clusters = self.compress_clusters(hands)?;
-        let Ok(turn) = self.turn(ticket) else { return Ok(Err(Stopped)) };
         // Those stored as they are stand in another buffer, so they are written on their own.
         let mut plain = Vec::new();
-        for cluster in &clusters {
+        let reserve = || self.reserve_clusters(piece, &clusters, &mut hands.reserved, &mut plain);
+        if let Err(Stopped) = self.in_turn(ticket, reserve)? {
+            return Ok(Err(Stopped));
+        }
+        self.target.write(&hands.stored, &mut hands.reserved)?;
+        self.target.write(&hands.read, &mut plain)?;
+        Ok(Ok(()))
+    }
+
+    /// Reserves the places of compressed clusters, and of those stored as they are, and makes the others zero where
+    /// they are not.
+    fn reserve_clusters<'s>(
+        &'s self,
+        piece: Piece,
+        clusters: &[Cluster],
+        compressed: &mut Vec<Reserved<'s>>,
+        plain: &mut Vec<Reserved<'s>>,
+    ) -> Result<()> {
+        for cluster in clusters {
             let guest = piece.start + cluster.at as u64;
             match &cluster.stored {
                 Stored::Compressed(bytes) => {
-                    hands.reserved.push(self.target.reserve_compressed(guest, bytes.clone())?);
+                    compressed.push(self.target.reserve_compressed(guest, bytes.clone())?);
                 }
                 Stored::Plain => {
                     let end = (guest + self.target.cluster_bytes).min(piece.start + piece.len);
-                    self.target.reserve(guest..end, cluster.at, &mut plain)?;
+                    self.target.reserve(guest..end, cluster.at, plain)?;
                 }
                 Stored::Zero if self.target_is_zero => {}
                 Stored::Zero => {
@@ -385,10 +404,7 @@ impl<'a> Copy<'a> {
                 }
             }
         }
-        drop(turn);
-        self.target.write(&hands.stored, &mut hands.reserved)?;
-        self.target.write(&hands.read, &mut plain)?;
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// Compresses what was read, cluster by cluster, one behind the other into `stored`.
