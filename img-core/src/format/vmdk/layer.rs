@@ -25,6 +25,8 @@ pub(super) struct GuestExtent {
     pub(super) start_bytes: u64,
     /// The guest byte behind it. That of the last extent changes when the disk grows.
     end_bytes: AtomicU64,
+    /// The guest byte behind the last one that the map answers for: its end, or further while the disk grows.
+    reach_bytes: AtomicU64,
     pub(super) kind: Kind,
     /// The type in the descriptor; empty when the image file is the extent.
     pub(super) type_name: String,
@@ -37,6 +39,7 @@ impl GuestExtent {
         Self {
             start_bytes: guest_bytes.start,
             end_bytes: AtomicU64::new(guest_bytes.end),
+            reach_bytes: AtomicU64::new(guest_bytes.end),
             kind,
             type_name,
             read_only,
@@ -48,9 +51,20 @@ impl GuestExtent {
         self.end_bytes.load(Ordering::Relaxed)
     }
 
+    /// The guest byte behind the last one that the map answers for.
+    pub(super) fn reach_bytes(&self) -> u64 {
+        self.reach_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Nothing is in flight, and it is the last one.
+    pub(super) fn set_reach_bytes(&self, reach_bytes: u64) {
+        self.reach_bytes.store(reach_bytes, Ordering::Relaxed);
+    }
+
     /// Nothing is in flight, and it is the last one.
     pub(super) fn set_end_bytes(&self, end_bytes: u64) {
         self.end_bytes.store(end_bytes, Ordering::Relaxed);
+        self.set_reach_bytes(end_bytes);
     }
 }
 
@@ -167,9 +181,9 @@ impl VmdkLayer {
         &self.files[file.0 as usize]
     }
 
-    /// The extent that holds a guest byte, which is inside the disk.
+    /// The extent that holds a guest byte, for which the map answers.
     pub(super) fn extent_index(&self, guest: u64) -> usize {
-        self.extents.partition_point(|extent| extent.end_bytes() <= guest)
+        self.extents.partition_point(|extent| extent.reach_bytes() <= guest)
     }
 
     /// The sparse extents.

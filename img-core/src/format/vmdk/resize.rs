@@ -6,17 +6,20 @@
 //!    last one, or what a plain file has behind the extent's end. A plain file gets its new length.
 //! 2. Where the grain directories have no entries for what is new, longer copies of them stand at the end of the
 //!    file, with a table behind each new entry: the reference takes a missing table for one at the start of the file.
-//! 3. The sector of the header that has the size and names the directories: a sparse extent has its new size.
-//! 4. The extent's line in the descriptor, inside one sector: a plain extent has its new size.
+//! 3. The sector of the header names them, and has the old size still.
+//! 4. What a longer parent would show is made zero by the image above, through these tables, in the order of guest
+//!    writes.
+//! 5. The sector of the header has the new size: so has a sparse extent.
+//! 6. The extent's line in the descriptor, inside one sector: a plain extent has its new size.
 //!
-//! So a power cut leaves the old disk, or the new one; between 3 and 4 the line is behind the header, which counts.
+//! So a power cut leaves the old disk, or the new one; between 5 and 6 the line is behind the header, which counts.
 //! The content id stays: what a child was made on has not changed.
 
 use zerocopy::IntoBytes as _;
 
 use super::{
     descriptor::{self, Descriptor, LineEdit},
-    header::{Header, MAX_CAPACITY_SECTORS, MAX_DIRECTORY_ENTRIES, SECTOR_BYTES},
+    header::{Header, MAX_CAPACITY_SECTORS, MAX_DIRECTORY_ENTRIES, RawHeader, SECTOR_BYTES},
     layer::{GuestExtent, Kind, VmdkLayer},
     open,
     sparse::{Grain, Sparse, usize_of},
@@ -38,7 +41,35 @@ const COPY_BYTES: u64 = 1 << 20;
 /// Entries of extents that can be written.
 const ENTRY_BYTES: u64 = 4;
 
+/// A larger size that the disk can have.
+struct Larger<'a> {
+    /// That size.
+    bytes: u64,
+    /// The extent that grows, the last one, and its number.
+    extent: &'a GuestExtent,
+    index: usize,
+    /// The change of its line in the descriptor.
+    edit: Option<LineEdit>,
+}
+
 impl VmdkLayer {
+    /// What precedes growing over a parent: the map answers up to `virtual_size_bytes` and the end of that grain. False
+    /// where it does not, as nothing of a parent shows.
+    ///
+    /// # Errors
+    /// As [`Self::grow`].
+    pub(super) fn reach_behind(&self, virtual_size_bytes: u64) -> Result<bool> {
+        if !self.has_backing() {
+            return Ok(false);
+        }
+        let Some(Larger { bytes, index, extent, .. }) = self.larger(virtual_size_bytes)? else {
+            return Ok(false);
+        };
+        let Kind::Sparse(sparse) = &extent.kind else { return Ok(false) };
+        self.reach(&mut self.state(), index, sparse, bytes)?;
+        Ok(true)
+    }
+
     /// Makes the disk larger. Nothing is in flight.
     ///
     /// # Errors
@@ -46,30 +77,11 @@ impl VmdkLayer {
     /// part of a split disk, and where the descriptor cannot be changed in one step; [`Error::Invalid`] for a size
     /// that the format does not have.
     pub(super) fn grow(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
-        let refuse = |what: &str| Err(Error::unsupported(self.path(), what));
-        let bytes = virtual_size_bytes
-            .checked_next_multiple_of(SECTOR_BYTES)
-            .filter(|bytes| bytes / SECTOR_BYTES <= MAX_CAPACITY_SECTORS)
-            .ok_or_else(|| Error::Invalid("The image size is too large".to_owned()))?;
-        let old_bytes = self.virtual_size_bytes();
-        if bytes < old_bytes {
-            return refuse("shrinking a VMDK");
-        }
-        if bytes == old_bytes {
+        let Some(Larger { bytes, index, extent, edit }) = self.larger(virtual_size_bytes)? else {
             return Ok(());
-        }
-        let Some(index) = self.extents.len().checked_sub(1) else {
-            return refuse("resizing a VMDK without extents");
         };
-        let extent = self.writable_extent(index)?;
+        let refuse = |what: &str| Err(Error::unsupported(self.path(), what));
         let len_bytes = bytes - extent.start_bytes;
-        if self.create_type.starts_with("twoGbMaxExtent") && len_bytes > SPLIT_BYTES {
-            return refuse(
-                "growing a split VMDK past the 2 GiB of its last extent, which takes another file,",
-            );
-        }
-        // Looked at before anything is changed.
-        let edit = self.line_of_last_extent(len_bytes / SECTOR_BYTES)?;
         let mut state = self.state();
         self.drain(&mut state)?;
         match &extent.kind {
@@ -80,18 +92,49 @@ impl VmdkLayer {
             Kind::Flat { file, at_bytes } => {
                 self.grow_flat(extent, *file, *at_bytes, len_bytes, preallocation)?;
             }
-            Kind::Sparse(sparse) if sparse.compressed => {
-                return refuse("resizing a streamOptimized VMDK, which is complete,");
-            }
             Kind::Sparse(_) if preallocation != Preallocation::Off => {
                 return refuse("preallocation in a sparse VMDK");
             }
-            Kind::Sparse(sparse) => self.grow_sparse(&mut state, index, sparse, len_bytes)?,
+            Kind::Sparse(sparse) => {
+                self.reach(&mut state, index, sparse, bytes)?;
+                self.write_capacity(sparse, len_bytes)?;
+            }
         }
         let written = edit.map_or(Ok(()), |edit| self.write_line(&edit));
         self.or_halt(written)?;
         extent.set_end_bytes(bytes);
         Ok(())
+    }
+
+    /// What a larger size means for the last extent, without changing anything; `None` for the size that the disk has.
+    fn larger(&self, virtual_size_bytes: u64) -> Result<Option<Larger<'_>>> {
+        let refuse = |what: &str| Err(Error::unsupported(self.path(), what));
+        let bytes = virtual_size_bytes
+            .checked_next_multiple_of(SECTOR_BYTES)
+            .filter(|bytes| bytes / SECTOR_BYTES <= MAX_CAPACITY_SECTORS)
+            .ok_or_else(|| Error::Invalid("The image size is too large".to_owned()))?;
+        let old_bytes = self.virtual_size_bytes();
+        if bytes < old_bytes {
+            return refuse("shrinking a VMDK");
+        }
+        if bytes == old_bytes {
+            return Ok(None);
+        }
+        let Some(index) = self.extents.len().checked_sub(1) else {
+            return refuse("resizing a VMDK without extents");
+        };
+        let extent = self.writable_extent(index)?;
+        let len_bytes = bytes - extent.start_bytes;
+        if matches!(&extent.kind, Kind::Sparse(sparse) if sparse.compressed) {
+            return refuse("resizing a streamOptimized VMDK, which is complete,");
+        }
+        if self.create_type.starts_with("twoGbMaxExtent") && len_bytes > SPLIT_BYTES {
+            return refuse(
+                "growing a split VMDK past the 2 GiB of its last extent, which takes another file,",
+            );
+        }
+        let edit = self.line_of_last_extent(len_bytes / SECTOR_BYTES)?;
+        Ok(Some(Larger { bytes, index, extent, edit }))
     }
 
     /// Step 1 for a plain extent.
@@ -124,11 +167,16 @@ impl VmdkLayer {
         storage.flush(Flush::All)
     }
 
-    /// Steps 1 to 3 for grains.
-    fn grow_sparse(&self, state: &mut State, index: usize, sparse: &Sparse, len_bytes: u64) -> Result<()> {
+    /// Steps 1 to 3 for grains, unless the map answers up to the guest byte `end` and the end of its grain already.
+    fn reach(&self, state: &mut State, index: usize, sparse: &Sparse, end: u64) -> Result<()> {
+        let extent = &self.extents[index];
+        let len_bytes = (end - extent.start_bytes).next_multiple_of(sparse.grain_bytes);
+        let reach_bytes = extent.start_bytes + len_bytes;
+        if extent.reach_bytes() >= reach_bytes {
+            return Ok(());
+        }
         let storage = &*sparse.storage;
-        let (mut raw, header) = Header::read(storage)?;
-        let entries = (len_bytes.div_ceil(sparse.grain_bytes)).div_ceil(sparse.table_entries);
+        let entries = (len_bytes / sparse.grain_bytes).div_ceil(sparse.table_entries);
         if entries > MAX_DIRECTORY_ENTRIES {
             return Err(Error::Invalid(format!(
                 "{}: grains of {} bytes make a disk of at most {} bytes",
@@ -137,10 +185,11 @@ impl VmdkLayer {
                 u128::from(sparse.grain_bytes * sparse.table_entries) * u128::from(MAX_DIRECTORY_ENTRIES)
             )));
         }
+        let (mut raw, header) = Header::read(storage)?;
         self.clear_behind_end(sparse)?;
         self.drain(state)?; // 1.
-        let mut directories = [header.directory_at, header.redundant_at];
         if entries > sparse.directory_entries() {
+            let mut directories = [header.directory_at, header.redundant_at];
             for directory in directories.iter_mut().flatten() {
                 *directory = self.copy_directory(state, index, sparse, *directory, entries)?;
             }
@@ -152,13 +201,27 @@ impl VmdkLayer {
             if let Some(sector) = redundant {
                 raw.redundant_directory_sector = sector.into();
             }
+            self.write_header(sparse, &raw)?; // 3.
+            sparse.take_shape(sparse.capacity_bytes(), entries, directories);
         }
-        raw.capacity_sectors = (len_bytes / SECTOR_BYTES).into();
-        raw.check(storage.path(), 0)?;
-        let written = storage.write_at(raw.as_bytes(), 0).and_then(|()| storage.flush(Flush::Data)); // 3.
-        self.or_halt(written)?;
-        sparse.take_shape(len_bytes, entries, directories);
+        extent.set_reach_bytes(reach_bytes);
         Ok(())
+    }
+
+    /// Step 5.
+    fn write_capacity(&self, sparse: &Sparse, len_bytes: u64) -> Result<()> {
+        let (mut raw, _) = Header::read(&*sparse.storage)?;
+        raw.capacity_sectors = (len_bytes / SECTOR_BYTES).into();
+        self.write_header(sparse, &raw)?;
+        let entries = (len_bytes.div_ceil(sparse.grain_bytes)).div_ceil(sparse.table_entries);
+        sparse.take_shape(len_bytes, entries, [None, None]);
+        Ok(())
+    }
+
+    fn write_header(&self, sparse: &Sparse, raw: &RawHeader) -> Result<()> {
+        let storage = &*sparse.storage;
+        raw.check(storage.path(), 0)?;
+        self.or_halt(storage.write_at(raw.as_bytes(), 0).and_then(|()| storage.flush(Flush::Data)))
     }
 
     /// Makes zero what other programs left behind the end of the extent, in its last grain and its last table.
@@ -260,7 +323,7 @@ impl VmdkLayer {
         Ok((text, at, room_bytes))
     }
 
-    /// Step 4.
+    /// Step 6.
     pub(super) fn write_line(&self, edit: &LineEdit) -> Result<()> {
         let storage = &*self.files[0];
         storage.write_at(&edit.bytes, edit.at_bytes)?;

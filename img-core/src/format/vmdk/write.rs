@@ -112,10 +112,11 @@ impl State {
 }
 
 impl VmdkLayer {
-    /// Crash order 1. Called before every change of guest bytes.
-    pub(super) fn before_guest_change(&self) -> Result<()> {
+    /// Crash order 1. Called before every change of guest bytes up to `end`. What reaches behind the end of the disk is
+    /// done while it grows, and changes nothing that a child was made on.
+    pub(super) fn before_guest_change(&self, end: u64) -> Result<()> {
         self.check_not_halted()?;
-        if self.is_content_renewed() {
+        if self.is_content_renewed() || end > self.virtual_size_bytes() {
             return Ok(());
         }
         let mut content = self.content();
@@ -139,19 +140,19 @@ impl VmdkLayer {
     fn prepare(&self, guest: Range<u64>) -> Result<(WriteToken, WritePlan)> {
         let index = self.extent_index(guest.start);
         let extent = self.writable_extent(index)?;
-        let guest = guest.start..guest.end.min(extent.end_bytes());
+        let guest = guest.start..guest.end.min(extent.reach_bytes());
         let inside = guest.start - extent.start_bytes..guest.end - extent.start_bytes;
         match &extent.kind {
             Kind::Zero => Err(Error::unsupported(self.path(), "writing to a ZERO extent")),
             Kind::Flat { file, at_bytes } => {
-                self.before_guest_change()?;
+                self.before_guest_change(guest.end)?;
                 Ok((IN_PLACE, WritePlan::in_place(guest, *file, HostOffset(at_bytes + inside.start))))
             }
             Kind::Sparse(sparse) if sparse.compressed => {
                 Err(Error::unsupported(self.path(), "writing uncompressed data to a streamOptimized image"))
             }
             Kind::Sparse(sparse) => {
-                self.before_guest_change()?;
+                self.before_guest_change(guest.end)?;
                 self.prepare_sparse(index, sparse, guest, inside)
             }
         }
@@ -221,11 +222,11 @@ impl VmdkLayer {
         Ok((state.begin(write), plan))
     }
 
-    /// Guest bytes of grains of an extent, cut at its end.
+    /// Guest bytes of grains of an extent, cut where its map ends.
     pub(super) fn guest_of(&self, index: usize, sparse: &Sparse, grains: Range<u64>) -> Range<u64> {
         let extent = &self.extents[index];
-        let end = (grains.end * sparse.grain_bytes).min(sparse.capacity_bytes());
-        extent.start_bytes + grains.start * sparse.grain_bytes..extent.start_bytes + end
+        let end = extent.start_bytes + grains.end * sparse.grain_bytes;
+        extent.start_bytes + grains.start * sparse.grain_bytes..end.min(extent.reach_bytes())
     }
 
     /// The plan of a write over grains that have their places; `None` when the first has none.
@@ -327,7 +328,7 @@ impl VmdkLayer {
                 format_args!("overwriting the compressed grain at {guest:#x}"),
             ));
         }
-        self.before_guest_change()?;
+        self.before_guest_change(range.end)?;
         if matches!(state.growth, Growth::Fresh) {
             state.growth = Growth::Streaming(self.begin_stream(sparse)?);
         }
@@ -443,6 +444,10 @@ impl LayerWriter for VmdkLayer {
     fn flush(&self) -> Result<()> {
         let mut state = self.state();
         self.drain(&mut state)
+    }
+
+    fn prepare_growth(&self, virtual_size_bytes: u64) -> Result<bool> {
+        self.reach_behind(virtual_size_bytes)
     }
 
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {

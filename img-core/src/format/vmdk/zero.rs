@@ -23,7 +23,7 @@ impl VmdkLayer {
         if !self.can_zero(&guest)? {
             return Ok(false);
         }
-        self.before_guest_change()?;
+        self.before_guest_change(guest.end)?;
         self.each_part(&guest, |index, inside| {
             let extent = &self.extents[index];
             match &extent.kind {
@@ -92,7 +92,7 @@ impl VmdkLayer {
 
     /// Gives host space back where the host can. Grains keep their places and read as zeroes.
     pub(super) fn punch(&self, guest: Range<u64>) -> Result<()> {
-        self.before_guest_change()?;
+        self.before_guest_change(guest.end)?;
         self.each_part(&guest, |index, inside| {
             let extent = &self.extents[index];
             if extent.read_only {
@@ -133,7 +133,7 @@ impl VmdkLayer {
         while at < guest.end {
             let index = self.extent_index(at);
             let extent = &self.extents[index];
-            let end = guest.end.min(extent.end_bytes());
+            let end = guest.end.min(extent.reach_bytes());
             part(index, at - extent.start_bytes..end - extent.start_bytes)?;
             at = end;
         }

@@ -3,8 +3,11 @@
 use std::sync::Arc;
 
 use super::{
-    super::{header::RawHeader, open::described_text},
-    Craft, Folder, read_all,
+    super::{
+        header::RawHeader,
+        open::{content_id, described_text},
+    },
+    Craft, Folder, raw_layer, read_all,
 };
 use crate::{
     Result,
@@ -36,6 +39,26 @@ fn crafts() -> impl Iterator<Item = Craft> {
             has_parent: false,
         },
     )
+}
+
+/// The same as children of a longer disk, which stands on no table.
+fn children() -> impl Iterator<Item = Craft> {
+    let zeroed_grains = [true, false].into_iter();
+    zeroed_grains.flat_map(|zeroed_grains| {
+        crafts().map(move |craft| Craft { zeroed_grains, has_parent: true, ..craft })
+    })
+}
+
+/// The bytes of a parent that ends inside a grain, behind the tables that its children have.
+fn parent() -> Vec<u8> {
+    (0..(5 << 20) / 2 + 512).map(|at: usize| (at / 300 % 250 + 1).to_le_bytes()[0]).collect()
+}
+
+/// The image over a parent of these bytes, or over none.
+fn over(folder: &Folder, mode: OpenMode, parent: &[u8]) -> Image {
+    let layer = folder.open("d.vmdk", mode).unwrap_or_else(|error| panic!("{error}"));
+    let below = (!parent.is_empty()).then(|| raw_layer(parent));
+    Image::from_layers([layer].into_iter().chain(below).collect()).expect("a layer")
 }
 
 fn of_craft(craft: Craft) -> Folder {
@@ -153,24 +176,69 @@ fn what_cannot_grow_is_refused_by_name() {
     assert_eq!(check(&folder, Repair::All).expect("an audit").0, 0);
 }
 
-/// Crash order of `resize`, 1 to 4: the old disk or the new one.
+/// What a child shows of a parent that is longer than itself ends where the child does, also when it grows, over
+/// another grain, a missing table and the directory's end; what it holds stays as it was.
+#[test]
+fn a_grown_child_shows_no_more_of_its_parent() {
+    let parent = parent();
+    for craft in children() {
+        let folder = of_craft(craft);
+        let id = || content_id(&*folder.file("d.vmdk").expect("there")).expect("one");
+        let mut model = parent[..usize_of(CRAFT_BYTES)].to_vec();
+        let mut image = over(&folder, OpenMode::Write, &parent);
+        for (round, size) in (1_u8..).zip([CRAFT_BYTES + 512, (2 << 20) - 1024, 3 << 20, 100 << 20]) {
+            let before = id();
+            image.resize(size, Preallocation::Off).unwrap_or_else(|error| panic!("{error}"));
+            model.resize(usize_of(size), 0);
+            assert!(read_all(&image) == model, "{craft:?}, {round}");
+            image.close().expect("closed");
+            assert_eq!(id(), before, "{craft:?}, {round}: children stay children");
+            image = over(&folder, OpenMode::Write, &parent);
+            assert!(read_all(&image) == model, "{craft:?}, {round}: opened again");
+            write(&image, &mut model, size - 3000, 3000, round + 100);
+            write(&image, &mut model, 5000 * u64::from(round), 9000, round);
+        }
+        image.close().expect("closed");
+        assert!(read_all(&over(&folder, OpenMode::Read, &parent)) == model, "{craft:?}");
+        assert_eq!(check(&folder, Repair::All).expect("an audit"), (0, Vec::new()), "all is in step");
+    }
+}
+
+/// A disk that grows.
+struct Growing {
+    folder: Folder,
+    files: &'static [&'static str],
+    /// What its parent holds; nothing for none.
+    parent: Vec<u8>,
+    new_bytes: u64,
+}
+
+/// Every kind, and children of a longer parent.
+fn all_that_grows() -> impl Iterator<Item = Growing> {
+    let grown = |folder, files, new_bytes| Growing { folder, files, parent: Vec::new(), new_bytes };
+    let child = move |craft| Growing { parent: parent(), ..grown(of_craft(craft), &["d.vmdk"], 6 << 20) };
+    let crafted = crafts().map(move |craft| grown(of_craft(craft), &["d.vmdk"], 6 << 20));
+    let kinds = KINDS.map(move |(kind, files)| grown(of_kind(kind), files, 40 << 20));
+    crafted.chain(kinds).chain(children().map(child))
+}
+
+/// Crash order of `resize`, 1 to 6: the old disk or the new one.
 #[test]
 fn a_power_cut_leaves_the_old_disk_or_the_new_one() {
-    let crafted = crafts().map(|craft| (of_craft(craft), &["d.vmdk"][..]));
-    for (folder, files) in crafted.chain(KINDS.map(|(kind, files)| (of_kind(kind), files))) {
+    for Growing { folder, files, parent, new_bytes } in all_that_grows() {
         let recorder = CrashRecorder::new();
         for name in files {
             folder.put(name, recorder.record(folder.file(name).expect("there")).expect("recorded"));
         }
-        let mut old = vec![0; usize_of(CRAFT_BYTES)];
-        let image = folder.image("d.vmdk", OpenMode::Write);
+        let image = over(&folder, OpenMode::Write, &parent);
+        let mut old = read_all(&image);
         write(&image, &mut old, CRAFT_BYTES - 9000, 9000, 7);
         image.flush().expect("flushed");
         recorder.mark(1);
-        image.resize(40 << 20, Preallocation::Off).expect("grown");
+        image.resize(new_bytes, Preallocation::Off).expect("grown");
         recorder.mark(2);
         let mut new = old.clone();
-        new.resize(40 << 20, 0);
+        new.resize(usize_of(new_bytes), 0);
         let mut sizes = [0, 0];
         for state in recorder.states(5, 300).filter(|state| state.mark.is_some()) {
             let folder = Folder::default();
@@ -178,13 +246,19 @@ fn a_power_cut_leaves_the_old_disk_or_the_new_one() {
                 folder.put(name, Arc::new(file.snapshot()));
             }
             check(&folder, Repair::Nothing).unwrap_or_else(|error| panic!("{state:?}: {error}"));
-            let now = read_all(&folder.image("d.vmdk", OpenMode::Read));
+            let now = read_all(&over(&folder, OpenMode::Read, &parent));
             assert!(now == new || now == old && state.mark == Some(1), "{files:?}, {state:?}: {}", now.len());
             sizes[usize::from(now == new)] += 1;
             // Mending brings what is left behind in step.
             check(&folder, Repair::All).expect("mended");
             assert_eq!(check(&folder, Repair::All).expect("an audit"), (0, Vec::new()));
-            assert!(read_all(&folder.image("d.vmdk", OpenMode::Read)) == now);
+            assert!(read_all(&over(&folder, OpenMode::Read, &parent)) == now);
+            if now == old {
+                // A second try shows nothing of the first.
+                let image = over(&folder, OpenMode::Write, &parent);
+                image.resize(new_bytes, Preallocation::Off).expect("grown");
+                assert!(read_all(&image) == new, "{files:?}, {state:?}");
+            }
         }
         assert!(sizes.iter().all(|count| *count > 0), "{files:?}: both sizes were met: {sizes:?}");
     }
@@ -194,26 +268,32 @@ fn a_power_cut_leaves_the_old_disk_or_the_new_one() {
 /// the old disk or the new one.
 #[test]
 fn a_failure_leaves_the_old_disk_or_the_new_one() {
-    for (kind, files) in KINDS {
-        let failing = files.last().expect("one");
+    for number in 0..all_that_grows().count() {
         for nth in 0.. {
-            let folder = of_kind(kind);
+            let growing = all_that_grows().nth(number).expect("counted");
+            let Growing { folder, files, parent, new_bytes } = growing;
+            let failing = files.last().expect("one");
             let plain = folder.file(failing).expect("there");
             let changes = |operation| !matches!(operation, Operation::Read);
             let storage = Arc::new(FailAt::once(Arc::clone(&plain), changes, nth));
             folder.put(failing, Arc::clone(&storage) as _);
-            let image = folder.image("d.vmdk", OpenMode::Write);
-            let grown = image.resize(40 << 20, Preallocation::Off);
+            let image = over(&folder, OpenMode::Write, &parent);
+            let mut old = read_all(&image);
+            let grown = image.resize(new_bytes, Preallocation::Off);
             // What is written after a failure is there, or was refused.
             let written = image.write_at(&[9; 512], 0).and_then(|()| image.flush());
             drop(image);
             folder.put(failing, plain);
-            check(&folder, Repair::Nothing).unwrap_or_else(|error| panic!("{kind}, {nth}: {error}"));
-            let now = folder.image("d.vmdk", OpenMode::Read);
-            let size = now.virtual_size_bytes();
-            assert!(size == 40 << 20 || size == CRAFT_BYTES && grown.is_err(), "{kind}, {nth}: {size}");
+            check(&folder, Repair::Nothing).unwrap_or_else(|error| panic!("{number}, {nth}: {error}"));
+            let now = read_all(&over(&folder, OpenMode::Read, &parent));
+            assert!(
+                now.len() == usize_of(new_bytes) || now.len() == old.len() && grown.is_err(),
+                "{number}, {nth}"
+            );
+            old.resize(now.len(), 0);
+            assert!(now[512..] == old[512..], "{number}, {nth}");
             if written.is_ok() {
-                assert_eq!(read_all(&now)[..512], [9; 512], "{kind}, {nth}");
+                assert_eq!(now[..512], [9; 512], "{number}, {nth}");
             }
             if storage.seen() <= nth {
                 assert!(grown.is_ok() && written.is_ok());
