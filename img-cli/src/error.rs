@@ -49,6 +49,18 @@ impl Failure {
         }
     }
 
+    /// A job had to stop. Where the host refused something, the reference has no words but the system's for it.
+    pub(crate) fn of_job(error: &Error, context: &Context) -> Self {
+        let told = words(error);
+        match error {
+            Error::Job { source, .. } if context.is_reference() && error.raw_os_error().is_some() => {
+                let step = told.strip_suffix(&source.to_string()).unwrap_or(&told);
+                Self::new(format!("{step}{}", system_reason(error)))
+            }
+            _ => Self::new(told),
+        }
+    }
+
     /// The image called `name` could not be opened.
     pub(crate) fn open(name: &str, error: &Error) -> Self {
         match error {
@@ -85,6 +97,9 @@ pub(crate) fn words(error: &Error) -> String {
         }
         Error::Io { operation: "preallocate", source, .. } => {
             format!("Could not preallocate new data: {}", os_text(source))
+        }
+        Error::Io { operation: "write zeros for preallocation", source, .. } => {
+            format!("Could not write zeros for preallocation: {}", os_text(source))
         }
         Error::WrongFormat { format: "vmdk", .. } => "invalid VMDK image descriptor".to_owned(),
         Error::WrongFormat { format, .. } => format!("Image is not in {format} format"),

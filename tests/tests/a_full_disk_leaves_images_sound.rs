@@ -27,6 +27,8 @@ fn run(lines: &str) -> Option<Output> {
     fs::create_dir(folder.path().join("small")).expect("a directory");
     fs::create_dir(folder.path().join("bin")).expect("a directory");
     symlink(img_binary(), folder.path().join("bin/img")).expect("a link");
+    fs::create_dir(folder.path().join("as")).expect("a directory");
+    symlink(img_binary(), folder.path().join("as/qemu-img")).expect("a link");
     assert_eq!(oracle("qemu-img"), "qemu-img", "found by its name");
     let script = format!("PATH=$PWD/bin:$PATH\n{HEAD}{lines}");
     let output = Run::new("unshare", folder.path()).args(["-rm", "sh", "-c", &script]).output();
@@ -161,7 +163,7 @@ fn changes_of_a_full_image_are_refused_whole() {
             "Could not create snapshot 's': No space left on device (small/full: ",
             "small/full: write at byte 0x",
             "small/full: write at byte 0x",
-            "small/full: write at byte 0x",
+            "small/full: write zeros for preallocation at byte 0x",
             "Failed request: No space left on device (small/full: write at byte 0x",
             "small/new: write at byte 0x",
             "small/picture.svg",
@@ -202,4 +204,29 @@ fn a_disk_that_cannot_be_filled_does_not_grow() {
             assert!(output.stdout.starts_with("code 1: "), "{output}");
         }
     }
+}
+
+/// Under the reference's name it is told in its words.
+#[test]
+fn a_full_disk_is_told_as_the_reference_tells_it() {
+    let tells = "tells() { rm -f small/*; small=$1; shift; \
+                 [ $small = none ] || qemu-img create -q -f $small small/new 1M; \"$@\" 2>&1 | sed 's/byte [0-9]*/byte N/'; }\n\
+                 same() { small=$1; shift; theirs=$(tells $small qemu-img \"$@\"); ours=$(tells $small as/qemu-img \"$@\"); \
+                 if [ \"$theirs\" = \"$ours\" ]; then echo \"$ours\"; else echo \"DIFFER: $theirs | $ours\"; fi; }\n";
+    let Some(output) = run(&format!(
+        "{tells}\
+         for format in raw qcow2 qed vmdk vpc; do same none convert -O $format source small/new; done\n\
+         for how in full falloc; do\n\
+         same none create -q -f raw -o preallocation=$how small/new 8M\n\
+         same raw resize -f raw --preallocation=$how small/new 16M\n\
+         same none convert -O raw -o preallocation=$how source small/new\n\
+         done"
+    )) else {
+        return;
+    };
+    let mut expected = vec!["qemu-img: error while writing at byte N: No space left on device"; 5];
+    expected.extend(["Could not write zeros for preallocation: No space left on device"; 3]);
+    expected.extend(["Could not preallocate new data: No space left on device"; 3]);
+    expect(&output, &expected);
+    assert!(!output.stdout.contains("DIFFER"), "{output}");
 }

@@ -442,7 +442,7 @@ impl Job<'_> {
             Error::Unsupported { .. } if self.args.compress => {
                 Failure::new("error while writing at byte 0: Operation not supported")
             }
-            other => Failure::from(other),
+            other => Failure::of_job(&other, self.context),
         })
     }
 }

@@ -150,6 +150,16 @@ impl FileStorage {
         transfer::write_zeroes_by(range_bytes, |bufs, at| self.write_vectored_at(bufs, at))
     }
 
+    /// Writes zeroes to have their space.
+    fn fill(&self, range_bytes: Range<u64>) -> Result<()> {
+        self.write_zeroes_plainly(range_bytes).map_err(|error| match error {
+            Error::Io { file, at_bytes, source, .. } => {
+                Error::Io { file, operation: "write zeros for preallocation", at_bytes, source }
+            }
+            other => other,
+        })
+    }
+
     /// Lets a file end no earlier than `end_bytes`. Unlike `ftruncate` it can never cut off what
     /// another thread has just appended.
     fn grow_to(&self, end_bytes: u64) -> Result<()> {
@@ -178,7 +188,7 @@ impl FileStorage {
                 // Without `fallocate` only writing takes space.
                 if reserved { Ok(()) } else { self.write_zeroes_plainly(old..len) }
             }
-            Preallocation::Full => self.write_zeroes_plainly(old..len),
+            Preallocation::Full => self.fill(old..len),
         }
     }
 }
@@ -338,7 +348,7 @@ impl Storage for FileStorage {
                 return Err(self.failed("preallocate", range_bytes.start)(Errno::OPNOTSUPP));
             }
         }
-        self.write_zeroes_plainly(range_bytes.start.max(old)..range_bytes.end)
+        self.fill(range_bytes.start.max(old)..range_bytes.end)
     }
 
     fn will_write(&self, range_bytes: Range<u64>) {
