@@ -15,7 +15,7 @@ use crate::demo::DemoOptions;
 
 /// Boots a Linux guest from disk images, with KVM.
 #[derive(Debug, Parser)]
-#[command(name = "vmm-runner", version, max_term_width = 100, args_conflicts_with_subcommands = true)]
+#[command(name = "vmm-runner", version, max_term_width = 100, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
@@ -107,7 +107,7 @@ pub(crate) struct RunOptions {
     pub(crate) stats: Option<String>,
 
     /// Answers QMP on this socket: unix:PATH.
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = ControlAddress::of_qmp)]
     pub(crate) qmp: Option<ControlAddress>,
 
     /// Gives up all files and system calls that running the guest does not take: on, off.
@@ -126,3 +126,11 @@ pub(crate) struct RunOptions {
     #[arg(long)]
     pub(crate) no_reboot: bool,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  vmm-runner demo
+  vmm-runner disk.qcow2 --memory 2G --cpus 2
+  vmm-runner disk.qcow2 --list-boot
+  vmm-runner --overlay try.qcow2 disk.qcow2
+  vmm-runner --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' disk.qcow2";

@@ -14,7 +14,7 @@ use super::Failure;
 #[derive(Debug, clap::Args)]
 pub(crate) struct ControlArgs {
     /// Answer QMP on this socket: unix:PATH
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = ControlAddress::of_qmp)]
     qmp: Option<ControlAddress>,
     /// Answer Prometheus on this socket (HTTP): unix:PATH, or tcp:[HOST:]PORT of this host
     #[arg(long, value_name = "ADDR")]

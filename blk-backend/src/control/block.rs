@@ -1,11 +1,13 @@
 //! Commands about disks.
 
 use std::{
+    io::ErrorKind,
     marker::PhantomData,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use img_core::{
+    Error,
     format::{HostFile, Layer, SnapshotInfo},
     image::{CacheMode, Image, ImageName, full_backing_name},
     text,
@@ -317,9 +319,21 @@ fn snapshot_sync<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome 
     let overlay = ImageName::parse(arguments.text("snapshot-file"))?;
     let format = arguments.maybe_text("format").unwrap_or("qcow2");
     let existing = arguments.maybe_text("mode") == Some("existing");
-    node.disk.snapshot_external(&overlay, format, existing)?;
+    node.disk.snapshot_external(&overlay, format, existing).map_err(where_allowed)?;
     service.nodes().put_on_top(&node.name, layer_name);
     Ok(json!({}))
+}
+
+/// What is told where an image could not be made: the sandbox's refusal looks like any other.
+fn where_allowed(error: Error) -> CommandError {
+    match &error {
+        Error::CreateFile { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
+            CommandError::new(format!(
+                "{error} (a sandbox lets images be made only in the directories of --allow-dir)"
+            ))
+        }
+        _ => error.into(),
+    }
 }
 
 fn snapshot_create<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {

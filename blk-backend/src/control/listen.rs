@@ -31,6 +31,17 @@ const BREATH: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 pub struct ControlAddress(ListenAddress);
 
 impl ControlAddress {
+    /// Reads the address of a QMP socket, `unix:PATH`: any user's programs can connect to a port of the host.
+    ///
+    /// # Errors
+    /// What is wrong with it, for the user.
+    pub fn of_qmp(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("unix:") {
+            Some(_) => text.parse(),
+            None => Err("QMP is answered on a unix socket: unix:PATH".to_owned()),
+        }
+    }
+
     /// The socket in the file system, if it is one.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
@@ -170,4 +181,17 @@ pub fn remove_stale_socket(path: &Path) -> io::Result<()> {
         fs::remove_file(path)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qmp_is_answered_on_unix_sockets_only() {
+        assert_eq!(ControlAddress::of_qmp("unix:a").expect("a path").to_string(), "unix:a");
+        for refused in ["tcp:127.0.0.1:4444", "a", "unix:", ""] {
+            assert!(ControlAddress::of_qmp(refused).is_err(), "{refused}");
+        }
+    }
 }
