@@ -12,6 +12,14 @@ use img_tests::command::{Output, Run, img, img_binary, qemu_img};
 /// What the tables stand behind.
 const TABLES_BEGIN: &str = "<!-- What follows is written by a test. -->\n";
 
+/// In front of the formats that are not there.
+const REFUSED: &str = "Refused by name: ";
+
+/// What stands between backticks.
+fn names_in(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
 /// An option as a help text shows it.
 #[derive(Clone, Debug)]
 struct Opt {
@@ -295,10 +303,18 @@ fn every_option_of_the_reference_is_accepted_or_named() {
         .collect();
     writeln!(tables, "\nCommands that only `img` has: {}.", added.join(", ")).expect("a string");
 
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/QEMU_IMG.md");
+    let page = fs::read_to_string(&path).expect("the page");
+    let (text, written) = page.split_once(TABLES_BEGIN).expect("the page has its tables");
+
     tables += "\n## Formats and protocols\n\n";
-    let formats: Vec<&str> =
+    let mut formats: BTreeSet<&str> =
         listed(&help, "Supported image formats").iter().flat_map(|line| line.split_whitespace()).collect();
     assert!(formats.len() > 20, "{formats:?}");
+    // Which protocols a build of the reference has depends on the libraries that it was built with.
+    formats.extend(
+        written.lines().find_map(|line| line.strip_prefix(REFUSED)).iter().flat_map(|names| names_in(names)),
+    );
     let support: Vec<(&str, Support)> =
         formats.iter().map(|format| (*format, support(&workplace, format, &mut problems))).collect();
     let with = |wanted: Support| {
@@ -312,8 +328,7 @@ fn every_option_of_the_reference_is_accepted_or_named() {
         with(Support::Opened).join("`, `")
     )
     .expect("a string");
-    writeln!(tables, "\nRefused by name: `{}`.", with(Support::RefusedByName).join("`, `"))
-        .expect("a string");
+    writeln!(tables, "\n{REFUSED}`{}`.", with(Support::RefusedByName).join("`, `")).expect("a string");
 
     tables += "\n## Options of new images (`create -o`)\n\n\
         | format | accepted | refused by name | only in `img` |\n| --- | --- | --- | --- |\n";
@@ -322,9 +337,6 @@ fn every_option_of_the_reference_is_accepted_or_named() {
     }
     assert!(problems.is_empty(), "{problems}");
 
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/QEMU_IMG.md");
-    let page = fs::read_to_string(&path).expect("the page");
-    let (text, written) = page.split_once(TABLES_BEGIN).expect("the page has its tables");
     if env::var_os("IMG_TEST_WRITE").is_some() {
         fs::write(&path, format!("{text}{TABLES_BEGIN}{tables}")).expect("the page is written");
     } else {
