@@ -5,7 +5,7 @@
 //! the next client.
 
 use std::{
-    io::{ErrorKind, Read, Write},
+    io::Write,
     os::unix::net::UnixStream,
     sync::{Arc, OnceLock},
     time::Duration,
@@ -13,7 +13,10 @@ use std::{
 
 use blk_backend::nbd::{Export, ExportOptions, ListenAddress, Server, ServerOptions};
 
-use super::{script::Script, served::Served};
+use super::{
+    script::Script,
+    served::{Served, hear_out},
+};
 use crate::nbd::{Client, Framing, command, info_request, meta_request, option, option_bytes};
 
 /// Far more than any script can ask for: a disk of some clusters, read a few dozen times.
@@ -49,19 +52,7 @@ pub fn nbd(input: &[u8]) {
     if stream.write_all(&said).is_ok() {
         stream.shutdown(std::net::Shutdown::Write).ok();
     }
-    let mut heard = 0;
-    let mut some = vec![0; 64 << 10];
-    loop {
-        match stream.read(&mut some) {
-            Ok(0) => break,
-            Ok(len) => heard += len,
-            // The fuzzer's own clock.
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
-            Err(error) => panic!("the server neither answers nor hangs up: {error}"),
-        }
-        assert!(heard < MOST_BYTES, "the server does not stop talking");
-    }
+    hear_out(&mut stream, MOST_BYTES);
     let mut honest = Client::connect(path, "", Framing::Structured, &["base:allocation"]).expect("served");
     let read = honest.call(command::READ, 0, 0, 512, &[]).expect("a reply");
     assert_eq!(read.error, 0, "{read:?}");

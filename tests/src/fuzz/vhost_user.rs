@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    io::{IoSlice, Read},
+    io::IoSlice,
     mem::MaybeUninit,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -25,7 +25,10 @@ use rustix::{
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
 };
 
-use super::{script::Script, served::Served};
+use super::{
+    script::Script,
+    served::{Served, hear_out},
+};
 use crate::guest::{
     Ask, GuestQueue, SharedRam,
     vhost::{FrontEnd, Wishes},
@@ -76,15 +79,7 @@ pub fn vhost_user(input: &[u8]) {
         }
     }
     stream.shutdown(std::net::Shutdown::Write).ok();
-    let mut some = vec![0; 64 << 10];
-    loop {
-        match stream.read(&mut some) {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
-            Err(error) => panic!("the back end neither answers nor hangs up: {error}"),
-        }
-    }
+    hear_out(&mut stream, usize::MAX);
     drop(stream);
     let ram = SharedRam::for_queues(1, 4);
     let mut queues = [GuestQueue::new(&ram, 0, 16, 4, true)];
