@@ -282,9 +282,14 @@ fn every_option_of_the_reference_is_accepted_or_named() {
     let help = workplace.theirs(&["--help"]).success();
     let mut problems = String::new();
 
-    let mut tables = "\n## Commands and their options\n\n\
+    let version = workplace.theirs(&["--version"]).success();
+    let version = version.split_whitespace().nth(2).expect("qemu-img version NUMBER");
+    let made_with = format!("\nMade with qemu-img {version}.\n");
+
+    let mut tables = format!(
+        "{made_with}\n## Commands and their options\n\n\
         | command | accepted | refused by name | only in `img` |\n| --- | --- | --- | --- |\n"
-        .to_owned();
+    );
     let commands: Vec<&str> = listed(&help, "Recognized commands")
         .iter()
         .filter_map(|line| line.split_whitespace().next())
@@ -337,9 +342,10 @@ fn every_option_of_the_reference_is_accepted_or_named() {
     }
     assert!(problems.is_empty(), "{problems}");
 
+    // The help of another release has other words: there, what it offers is accepted or named, and no more is said.
     if env::var_os("IMG_TEST_WRITE").is_some() {
         fs::write(&path, format!("{text}{TABLES_BEGIN}{tables}")).expect("the page is written");
-    } else {
+    } else if written.starts_with(&made_with) {
         for (in_page, now) in written.lines().zip(tables.lines()) {
             assert_eq!(
                 in_page, now,
