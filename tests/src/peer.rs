@@ -1,7 +1,9 @@
-//! Running a daemon of the reference beside a test.
+//! Running a daemon of the reference beside a test, and waiting for any server.
 
 use std::{
     fs,
+    io::{ErrorKind, Read},
+    os::unix::net::UnixStream,
     path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -65,5 +67,25 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(Instant::now() < until, "{what}: not after {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Hears a server out, until it hangs up; it has said at most so many bytes then.
+///
+/// # Panics
+/// When it goes on for longer, or falls silent.
+pub fn hear_out(stream: &mut UnixStream, most_bytes: usize) {
+    let mut heard = 0;
+    let mut some = vec![0; 64 << 10];
+    loop {
+        match stream.read(&mut some) {
+            Ok(0) => return,
+            Ok(len) => heard += len,
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return,
+            // The fuzzer's own clock.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => panic!("the server neither answers nor hangs up: {error}"),
+        }
+        assert!(heard <= most_bytes, "the server does not stop talking");
     }
 }

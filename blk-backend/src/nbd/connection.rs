@@ -134,6 +134,11 @@ impl<'a> Connection<'a> {
         let result = self.serve();
         // Whatever is under way ends before its memory goes.
         self.lane.reset();
+        // SAFETY: it was just reset.
+        #[allow(unsafe_code, reason = "the lane gives the memory back")]
+        unsafe {
+            self.flights.free();
+        }
         result
     }
 

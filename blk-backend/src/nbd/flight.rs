@@ -1,5 +1,7 @@
 //! The requests of a connection, each at one place from its header to the last byte of its reply.
 
+#![allow(unsafe_code, reason = "memory comes back from the lane")]
+
 use std::ops::Range;
 
 use super::{
@@ -69,6 +71,19 @@ impl Flights {
         let flight = self.slots[index as usize].take().expect("a request under way");
         self.free.push(index);
         flight
+    }
+
+    /// Ends with all of them, and frees their memory.
+    ///
+    /// # Safety
+    /// The lane that they were submitted to was reset.
+    pub(super) unsafe fn free(self) {
+        for flight in self.slots.into_iter().flatten() {
+            if let Memory::Lent(lent) = flight.memory {
+                // SAFETY: as the caller says.
+                drop(unsafe { lent.take_back() });
+            }
+        }
     }
 }
 

@@ -13,11 +13,11 @@ use std::{
 
 use blk_backend::nbd::{Export, ExportOptions, ListenAddress, Server, ServerOptions};
 
-use super::{
-    script::Script,
-    served::{Served, hear_out},
+use super::{script::Script, served::Served};
+use crate::{
+    nbd::{Client, Framing, command, info_request, meta_request, option, option_bytes},
+    peer::hear_out,
 };
-use crate::nbd::{Client, Framing, command, info_request, meta_request, option, option_bytes};
 
 /// Far more than any script can ask for: a disk of some clusters, read a few dozen times.
 const MOST_BYTES: usize = 64 << 20;

@@ -1,11 +1,7 @@
 //! Servers that all scripts of a target talk to.
 
 use std::{
-    io::{ErrorKind, Read},
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -39,25 +35,5 @@ impl<S> Served<S> {
         let socket = open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).expect("it is there");
         let path = format!("/proc/self/fd/{}", socket.as_raw_fd()).into();
         Self { _server: server, _socket: socket, path }
-    }
-}
-
-/// Hears a server out, until it hangs up; it has said at most so many bytes then.
-///
-/// # Panics
-/// When it goes on for longer, or falls silent.
-pub(super) fn hear_out(stream: &mut UnixStream, most_bytes: usize) {
-    let mut heard = 0;
-    let mut some = vec![0; 64 << 10];
-    loop {
-        match stream.read(&mut some) {
-            Ok(0) => return,
-            Ok(len) => heard += len,
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => return,
-            // The fuzzer's own clock.
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => panic!("the server neither answers nor hangs up: {error}"),
-        }
-        assert!(heard <= most_bytes, "the server does not stop talking");
     }
 }

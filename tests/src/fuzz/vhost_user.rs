@@ -25,13 +25,13 @@ use rustix::{
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
 };
 
-use super::{
-    script::Script,
-    served::{Served, hear_out},
-};
-use crate::guest::{
-    Ask, GuestQueue, SharedRam,
-    vhost::{FrontEnd, Wishes},
+use super::{script::Script, served::Served};
+use crate::{
+    guest::{
+        Ask, GuestQueue, SharedRam,
+        vhost::{FrontEnd, Wishes},
+    },
+    peer::hear_out,
 };
 
 /// Guest memory: the rings of a queue, and requests.
