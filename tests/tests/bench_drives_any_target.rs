@@ -140,7 +140,8 @@ fn every_job_on_every_target() {
                 assert!(reads > 100 && writes > 100 && flushes > 3, "{what}");
             }
             let cpu = &result["backend-cpu-seconds"];
-            let is_right = if name == "our nbd, tcp" { cpu.is_null() } else { cpu.as_f64() > Some(0.0) };
+            // So little work may end before the kernel has accounted for any of it.
+            let is_right = if name == "our nbd, tcp" { cpu.is_null() } else { cpu.as_f64() >= Some(0.0) };
             assert!(is_right, "{what}");
         }
     }
