@@ -17,6 +17,7 @@ pub mod registry;
 mod table_cache;
 #[cfg(test)]
 mod table_cache_tests;
+mod two_levels;
 mod waiters;
 mod write;
 

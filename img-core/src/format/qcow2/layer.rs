@@ -467,7 +467,7 @@ impl Layer for Qcow2Layer {
     }
 
     fn offer_table(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
-        self.map.offer(missing, bytes)
+        self.map.levels().offer(missing, bytes)
     }
 
     fn kept_behind(&self, guest_bytes: Range<u64>) -> Result<(u64, Option<(HostFile, HostOffset)>)> {

@@ -13,17 +13,17 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{Codec, Extent, HostFile, HostOffset, MissingTable, Place, table_cache::SliceCache},
+    format::{
+        Codec, Extent, HostFile, HostOffset, MissingTable, Place,
+        table_cache::SliceCache,
+        two_levels::{Entries, TwoLevels},
+    },
     storage::Storage,
     sync::atomic::{AtomicU64, Ordering},
 };
 
 /// The external data file among a layer's files.
 pub(super) const DATA_FILE: HostFile = HostFile(1);
-
-/// The caches by the name that [`MissingTable`] knows them by.
-const L1: u8 = 1;
-const L2: u8 = 2;
 
 /// Where a walk begins: an L1 table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,31 +207,23 @@ impl TableMap {
     /// The first slice of a table that [`Self::map_cached`] lacks.
     pub(super) fn missing(&self, root: Root, guest: Range<u64>) -> Result<Option<MissingTable>> {
         let geometry = self.geometry;
-        let (l1_age, l2_age) = (self.l1.age(), self.l2.age());
-        let mut at = guest.start;
-        while at < guest.end {
-            let l1_index = geometry.l1_index(at);
+        self.levels().missing(guest, |guest| {
+            let l1_index = geometry.l1_index(guest.start);
             let end = end_of_table(geometry, l1_index).min(guest.end);
             let Some(entry) = self.cached_l1_entry(root, l1_index) else {
                 let entry_at = root.l1_offset + l1_index * 8;
-                return Ok(self.l1.missing(L1, entry_at..entry_at + 8, l1_age));
+                return Ok((Entries::L1(entry_at..entry_at + 8), end));
             };
-            if let Some(table) = self.checked_table(root, l1_index, entry)? {
+            let entries = self.checked_table(root, l1_index, entry)?.map_or(Entries::None, |table| {
                 let entry_at = |guest| table + geometry.l2_index(guest) * geometry.l2_entry_bytes();
-                let entries = entry_at(at)..entry_at(end - 1) + geometry.l2_entry_bytes();
-                let missing = self.l2.missing(L2, entries, l2_age);
-                if missing.is_some() {
-                    return Ok(missing);
-                }
-            }
-            at = end;
-        }
-        Ok(None)
+                Entries::L2(entry_at(guest.start)..entry_at(end - 1) + geometry.l2_entry_bytes())
+            });
+            Ok((entries, end))
+        })
     }
 
-    /// Takes a missing slice.
-    pub(super) fn offer(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
-        if missing.level == L1 { self.l1.offer(missing, bytes) } else { self.l2.offer(missing, bytes) }
+    pub(super) fn levels(&self) -> TwoLevels<'_> {
+        TwoLevels { l1: &self.l1, l2: &self.l2 }
     }
 
     /// Where the space behind the first byte of `guest` stands, whose subcluster is not allocated although its cluster

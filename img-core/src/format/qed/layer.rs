@@ -260,7 +260,7 @@ impl Layer for QedLayer {
     }
 
     fn offer_table(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
-        self.map.offer(missing, bytes)
+        self.map.levels().offer(missing, bytes)
     }
 
     fn check_watched(

@@ -11,14 +11,14 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{Extent, HostFile, HostOffset, MissingTable, Place, table_cache::SliceCache},
+    format::{
+        Extent, HostFile, HostOffset, MissingTable, Place,
+        table_cache::SliceCache,
+        two_levels::{Entries, TwoLevels},
+    },
     storage::Storage,
     sync::atomic::{AtomicU64, Ordering},
 };
-
-/// The caches by the name that [`MissingTable`] knows them by.
-const L1: u8 = 1;
-const L2: u8 = 2;
 
 /// A walk over at least this much of a table reads it in large pieces, past the cache.
 const LONG_WALK_BYTES: u64 = 64 << 10;
@@ -164,30 +164,24 @@ impl TableMap {
     /// The first slice of a table that [`Self::map_cached`] lacks.
     pub(super) fn missing(&self, guest: Range<u64>) -> Result<Option<MissingTable>> {
         let geometry = self.geometry;
-        let (l1_age, l2_age) = (self.l1.age(), self.l2.age());
-        let mut at = guest.start;
-        while at < guest.end {
-            let l1_index = geometry.l1_index(at);
+        self.levels().missing(guest, |guest| {
+            let l1_index = geometry.l1_index(guest.start);
             let end = geometry.end_of_table(l1_index).min(guest.end);
             let in_l1 = self.l1_entry_at(l1_index);
             let Some((slice, within)) = self.l1.peek_at(in_l1) else {
-                return Ok(self.l1.missing(L1, in_l1..in_l1 + ENTRY_BYTES, l1_age));
+                return Ok((Entries::L1(in_l1..in_l1 + ENTRY_BYTES), end));
             };
-            if let Some(table) = self.checked_table(l1_index, entry_at(&slice.read(), within))? {
+            let table = self.checked_table(l1_index, entry_at(&slice.read(), within))?;
+            let entries = table.map_or(Entries::None, |table| {
                 let in_table = |guest| table + geometry.l2_index(guest) * ENTRY_BYTES;
-                let missing = self.l2.missing(L2, in_table(at)..in_table(end - 1) + ENTRY_BYTES, l2_age);
-                if missing.is_some() {
-                    return Ok(missing);
-                }
-            }
-            at = end;
-        }
-        Ok(None)
+                Entries::L2(in_table(guest.start)..in_table(end - 1) + ENTRY_BYTES)
+            });
+            Ok((entries, end))
+        })
     }
 
-    /// Takes a missing slice.
-    pub(super) fn offer(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
-        if missing.level == L1 { self.l1.offer(missing, bytes) } else { self.l2.offer(missing, bytes) }
+    pub(super) fn levels(&self) -> TwoLevels<'_> {
+        TwoLevels { l1: &self.l1, l2: &self.l2 }
     }
 
     /// The guest offset up to which L1 stays empty after `l1_index`, at most `end`.
