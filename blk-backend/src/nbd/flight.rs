@@ -1,7 +1,5 @@
 //! The requests of a connection, each at one place from its header to the last byte of its reply.
 
-#![allow(unsafe_code, reason = "memory comes back from the lane")]
-
 use std::ops::Range;
 
 use super::{
@@ -77,6 +75,7 @@ impl Flights {
     ///
     /// # Safety
     /// The lane that they were submitted to was reset.
+    #[allow(unsafe_code, reason = "the lane gives the memory back")]
     pub(super) unsafe fn free(self) {
         for flight in self.slots.into_iter().flatten() {
             if let Memory::Lent(lent) = flight.memory {
