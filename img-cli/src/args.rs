@@ -1,5 +1,7 @@
 //! Options that several commands share, and opening images by them.
 
+use std::sync::Arc;
+
 use clap::ValueHint;
 use img_core::{
     format::{OpenMode, OptionSet, registry},
@@ -61,6 +63,16 @@ impl ProgressArgs {
     pub(crate) fn is_given(&self) -> bool {
         self.progress.is_some()
     }
+
+    /// As [`Self::style`], with a bar on a terminal where nobody asked.
+    ///
+    /// # Errors
+    /// As [`Self::style`].
+    pub(crate) fn style_or_bar(&self, quiet: bool, context: &Context) -> Result<Style, Failure> {
+        use std::io::IsTerminal as _;
+        let wants_bar = !self.is_given() && !quiet && !context.is_reference();
+        if wants_bar && std::io::stderr().is_terminal() { Ok(Style::Bar) } else { self.style(quiet) }
+    }
 }
 
 /// The same for commands that the reference says nothing of.
@@ -87,6 +99,15 @@ impl OwnProgressArgs {
     pub(crate) fn reporter(&self, quiet: bool, context: &Context) -> Result<Option<Reporter>, Failure> {
         let style = ProgressArgs { progress: self.progress.clone() }.style(quiet)?;
         if style == Style::Hidden { Ok(None) } else { Reporter::start(style, 1.0, context).map(Some) }
+    }
+
+    /// Whoever is to be told of the writing of space: on a terminal also where nobody asked.
+    ///
+    /// # Errors
+    /// As [`ProgressArgs::style`].
+    pub(crate) fn of_filling(&self, quiet: bool, context: &Context) -> Result<Arc<Reporter>, Failure> {
+        let progress = ProgressArgs { progress: self.progress.clone() };
+        Reporter::start(progress.style_or_bar(quiet, context)?, 1.0, context).map(Arc::new)
     }
 }
 

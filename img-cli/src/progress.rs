@@ -13,7 +13,10 @@ use std::{
     time::Instant,
 };
 
-use img_core::job::{Progress, Unwatched};
+use img_core::{
+    job::{Filling, Progress, Unwatched},
+    storage::Watcher,
+};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::{
     consts::{SIGINT, SIGTERM, SIGUSR1},
@@ -23,6 +26,7 @@ use signal_hook::{
 
 use crate::{
     context::Context,
+    created,
     error::Failure,
     output::{Out, complain},
 };
@@ -41,6 +45,7 @@ pub(crate) enum Style {
 }
 
 /// Shows the progress of one job.
+#[derive(Debug)]
 pub(crate) struct Reporter {
     style: Style,
     out: Out,
@@ -123,6 +128,16 @@ impl Reporter {
         }
     }
 
+    /// Who stops the writing of space when the job is asked to stop, and tells nothing of it.
+    pub(crate) fn stops(&self) -> Arc<dyn Watcher> {
+        Arc::new(Filling::new(Stops(Arc::clone(&self.signals)), 0))
+    }
+
+    /// Who tells of the writing of about so many bytes.
+    pub(crate) fn of_filling(self: &Arc<Self>, total_bytes: u64) -> Arc<dyn Watcher> {
+        Arc::new(Filling::new(Arc::clone(self), total_bytes))
+    }
+
     /// How a job that was asked to stop ends.
     pub(crate) fn interrupted(&self) -> Option<Failure> {
         let signal = self.signals.stop.load(Ordering::Relaxed);
@@ -198,6 +213,18 @@ impl Progress for Reporter {
     }
 }
 
+/// See [`Reporter::stops`].
+#[derive(Debug)]
+struct Stops(Arc<Received>);
+
+impl Progress for Stops {
+    fn advance(&self, _done: u64, _total: u64) {}
+
+    fn is_cancelled(&self) -> bool {
+        self.0.stop.load(Ordering::Relaxed) != 0
+    }
+}
+
 /// Starts the thread that waits for signals. It ends with the process.
 fn listen(received: Arc<Received>) -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
@@ -208,6 +235,7 @@ fn listen(received: Arc<Received>) -> io::Result<()> {
                 complain(format_args!("    ({}.{:02}/100%)", hundredths / 100, hundredths % 100));
             } else if received.stop.swap(signal, Ordering::Relaxed) != 0 {
                 // The user insists. Should that fail, the first request still stands.
+                created::remove_all();
                 emulate_default_handler(signal).ok();
             }
         }

@@ -32,3 +32,22 @@ fn progress_as_json_is_one_object_a_line() {
     assert_eq!((&last["done"], &last["total"]), (&last["total"], &last["done"]));
     assert!(last["elapsed_ms"].is_u64());
 }
+
+#[test]
+fn the_writing_of_space_is_told() {
+    let root = tempfile::tempdir().unwrap();
+    for line in [
+        "\"$1\" create -f qcow2 -o preallocation=full --progress=json c 8M",
+        "\"$1\" create -q -f qcow2 r 1M && \"$1\" resize --preallocation=full --progress=json r 9M",
+    ] {
+        let text = shell(line, root.path()).output().success();
+        let lines: Vec<serde_json::Value> = text
+            .lines()
+            .filter(|line| line.starts_with('{'))
+            .map(|line| serde_json::from_str(line).expect(line))
+            .collect();
+        assert!(lines.len() > 2, "{text}");
+        let last = lines.last().expect("at least the end is told");
+        assert_eq!((&last["event"], &last["done"]), (&"finished".into(), &(8 << 20).into()), "{text}");
+    }
+}

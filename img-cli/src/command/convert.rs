@@ -194,7 +194,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
         pipe.check(args)?;
     }
     let cache = source_cache(args.source_cache.as_deref())?;
-    let reporter = Reporter::start(style(args, context)?, 1.0, context)?;
+    let style = args.progress.style_or_bar(args.quiet, context)?;
+    let reporter = Reporter::start(style, 1.0, context)?;
     reporter.begin();
     let mut created = Created::default();
     let job = Job { args, numbers, list, snapshot, sources, target, cache, reporter: &reporter, context };
@@ -206,7 +207,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     let outcome = outcome.map_err(|failure| reporter.interrupted().unwrap_or(failure));
     let removed = created.remove();
     if let Err(failure) = &outcome
-        && style(args, context)? == Style::Percent
+        && style == Style::Percent
     {
         // As the reference: the message comes before the end of the progress line.
         context.report(None, failure);
@@ -217,16 +218,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     reporter.finish();
     removed?;
     outcome.map(|()| 0)
-}
-
-fn style(args: &Args, context: &Context) -> Result<Style, Failure> {
-    use std::io::IsTerminal as _;
-    let wants_bar = !args.progress.is_given() && !args.quiet && !context.is_reference();
-    if wants_bar && std::io::stderr().is_terminal() {
-        Ok(Style::Bar)
-    } else {
-        args.progress.style(args.quiet)
-    }
 }
 
 /// # Errors

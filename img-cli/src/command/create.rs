@@ -1,23 +1,26 @@
 //! `img create`: a new image.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use clap::ValueHint;
 use img_core::{
     Error,
     format::{Backing, Driver, OpenMode, OptionDescription, OptionSet, registry},
     image::ImageName,
-    job::create::{CreateImage, create},
+    job::create::{CreateImage, create_watched},
+    storage::Watcher,
     text,
 };
 
 use crate::{
-    args::Opening,
+    args::{Opening, OwnProgressArgs},
     context::Context,
     error::{Failure, Outcome, os_text},
     names,
     object::ObjectArgs,
-    option_list, size,
+    option_list,
+    progress::told,
+    size,
 };
 
 /// Make a new image
@@ -27,6 +30,9 @@ pub(crate) struct Args {
     /// Print nothing
     #[arg(short, long)]
     quiet: bool,
+
+    #[command(flatten)]
+    progress: OwnProgressArgs,
 
     #[command(flatten)]
     objects: ObjectArgs,
@@ -151,7 +157,15 @@ fn create_named(
         context.out.line(format_args!("Formatting '{file}', fmt={}{options}", driver.name()));
         context.out.flush();
     }
-    make(driver, file, options, &known, context).map(|_made| ())
+    let fills = options.get("preallocation") == Some("full");
+    let mut make = Make { driver, file, options, known: &known, watcher: None };
+    if !fills {
+        return self::make(make, context).map(|_made| ());
+    }
+    let reporter = args.progress.of_filling(args.quiet, context)?;
+    let watcher = reporter.of_filling(size_of(&make.options)?);
+    make.watcher = Some(&watcher);
+    told(Some(&reporter), |_| self::make(make, context)).map(|_made| ())
 }
 
 /// Takes `-b` and `-F` into the options.
@@ -222,19 +236,27 @@ fn open_plainly(opening: &Opening<'_>, context: &Context) -> Result<img_core::im
     })
 }
 
-/// Makes the image that `options` describe, `size` and backing included. Returns the files that were not there
-/// before.
-pub(crate) fn make(
-    driver: &'static dyn Driver,
-    file: &str,
-    mut options: OptionSet,
-    known: &[OptionDescription],
-    context: &Context,
-) -> Result<Vec<PathBuf>, Failure> {
-    let size_bytes = options.take("size").unwrap_or_default();
-    let size_bytes: u64 = size_bytes
-        .parse()
-        .map_err(|_| Failure::new(format!("Value '{size_bytes}' is out of range for parameter 'size'")))?;
+fn size_of(options: &OptionSet) -> Result<u64, Failure> {
+    let text = options.get("size").unwrap_or_default();
+    text.parse().map_err(|_| Failure::new(format!("Value '{text}' is out of range for parameter 'size'")))
+}
+
+/// An image to make.
+pub(crate) struct Make<'a> {
+    pub(crate) driver: &'static dyn Driver,
+    pub(crate) file: &'a str,
+    /// `size` and backing included.
+    pub(crate) options: OptionSet,
+    pub(crate) known: &'a [OptionDescription],
+    /// Who watches while its space is written.
+    pub(crate) watcher: Option<&'a Arc<dyn Watcher>>,
+}
+
+/// Makes it. Returns the files that were not there before.
+pub(crate) fn make(make: Make<'_>, context: &Context) -> Result<Vec<PathBuf>, Failure> {
+    let Make { driver, file, mut options, known, watcher } = make;
+    let size_bytes = size_of(&options)?;
+    options.take("size");
     if size_bytes > size::MAX_BYTES {
         return Err(Failure::new("Could not resize image: Image size cannot be negative"));
     }
@@ -254,7 +276,7 @@ pub(crate) fn make(
     };
     let name = ImageName::from_path(names::path(file));
     let request = CreateImage { name: &name, driver, virtual_size_bytes: size_bytes, backing, options };
-    let made = create(&request).map_err(|error| refusal(driver, known, &error))?;
+    let made = create_watched(&request, watcher).map_err(|error| refusal(driver, known, &error))?;
     for warning in &made.warnings {
         context.warning(warning);
     }
@@ -283,15 +305,9 @@ fn refusal(driver: &dyn Driver, known: &[OptionDescription], error: &Error) -> F
 }
 
 /// The same for an image made on the way to something else.
-pub(crate) fn make_for(
-    what: &str,
-    driver: &'static dyn Driver,
-    file: &str,
-    options: OptionSet,
-    known: &[OptionDescription],
-    context: &Context,
-) -> Result<Vec<PathBuf>, Failure> {
-    make(driver, file, options, known, context).map_err(|failure| Failure {
+pub(crate) fn make_for(what: &str, make: Make<'_>, context: &Context) -> Result<Vec<PathBuf>, Failure> {
+    let (driver, file) = (make.driver, make.file);
+    self::make(make, context).map_err(|failure| Failure {
         text: format!("{file}: error while {what} {}: {}", driver.name(), failure.text),
         ..failure
     })

@@ -12,7 +12,7 @@ use img_core::{
 
 use crate::{
     args::{FormatArgs, Opening, OwnProgressArgs, ShareArgs},
-    command::create,
+    command::create::{self, Make},
     context::Context,
     created::Created,
     error::{Failure, Outcome, system_reason},
@@ -166,7 +166,8 @@ fn create_target(
     let mut options = OptionSet::new();
     options.set("size", size_bytes.to_string());
     created.expect(names::path(output));
-    let made = create::make(driver, output, options, &known, context).map_err(said)?;
+    let make = Make { driver, file: output, options, known: &known, watcher: None };
+    let made = create::make(make, context).map_err(said)?;
     created.add(made);
     let formats = FormatArgs { format: Some(format.to_owned()), image_opts: false };
     Opening::new(output, &formats, OpenMode::Write).open(context)

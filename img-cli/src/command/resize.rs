@@ -4,11 +4,13 @@ use clap::ValueHint;
 use img_core::{format::OpenMode, storage::Preallocation};
 
 use crate::{
-    args::{FormatArgs, Opening},
+    args::{FormatArgs, Opening, OwnProgressArgs},
     context::Context,
     error::{Failure, Outcome},
     object::ObjectArgs,
-    option_list, size,
+    option_list,
+    progress::told,
+    size,
 };
 
 /// Change the size of an image
@@ -29,6 +31,9 @@ pub(crate) struct Args {
     /// How space for the new part is set aside: off, metadata, falloc, full
     #[arg(long, value_name = "PREALLOC")]
     preallocation: Option<String>,
+
+    #[command(flatten)]
+    progress: OwnProgressArgs,
 
     #[command(flatten)]
     objects: ObjectArgs,
@@ -94,13 +99,23 @@ pub(crate) fn run(args: &Args, context: &Context) -> Outcome {
     if context.is_reference() && image.layers()[0].driver().beyond_reference().resize {
         return Err(Failure::new("Image format driver does not support resize"));
     }
-    let resized = match growth {
-        Growth::Mapped => image.grow_mapped(new),
-        Growth::Storage(preallocation) => image.resize(new, preallocation),
+    // Setting space aside may mean to write all of what is new.
+    let reporter = match growth {
+        Growth::Mapped | Growth::Storage(Preallocation::Off) => None,
+        Growth::Storage(_) => Some(args.progress.of_filling(args.quiet, context)?),
     };
-    resized
-        .and_then(|()| image.close())
-        .map_err(|error| Failure::from(&error).with_place(&error, context))?;
+    if let Some(reporter) = &reporter {
+        image.watch_filling(&reporter.of_filling(new - old));
+    }
+    told(reporter.as_deref(), |_| {
+        let resized = match growth {
+            Growth::Mapped => image.grow_mapped(new),
+            Growth::Storage(preallocation) => image.resize(new, preallocation),
+        };
+        resized
+            .and_then(|()| image.close())
+            .map_err(|error| Failure::from(&error).with_place(&error, context))
+    })?;
     if !args.quiet {
         context.out.line("Image resized.");
     }

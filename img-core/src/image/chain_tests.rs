@@ -1,12 +1,20 @@
 //! Chains of real files: names, formats, loops, depth, locks, and what a new file leaves behind.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use super::{Image, ImageName, MAX_CHAIN_DEPTH, OpenOptions};
 use crate::{
     Error, Result,
     format::{Backing, OpenMode, OptionSet, registry},
-    job::create::{CreateImage, create},
+    job::create::{CreateImage, create, create_watched},
+    storage::{Preallocation, Watcher},
 };
 
 const DISK: u64 = 1 << 20;
@@ -21,15 +29,20 @@ fn make(
     for (name, value) in options {
         set.set(*name, *value);
     }
-    create(&CreateImage {
-        name: &ImageName::from_path(path.to_str().unwrap()),
-        driver: registry::by_name(format).unwrap(),
-        virtual_size_bytes: DISK,
-        backing: backing
-            .map(|(name, format)| Backing { name: name.to_owned(), format: format.map(str::to_owned) }),
-        options: set,
-    })
-    .map(drop)
+    let name = ImageName::from_path(path.to_str().unwrap());
+    let backing =
+        backing.map(|(name, format)| Backing { name: name.to_owned(), format: format.map(str::to_owned) });
+    create(&request(&name, format, backing, set)).map(drop)
+}
+
+fn request<'a>(
+    name: &'a ImageName,
+    format: &str,
+    backing: Option<Backing>,
+    options: OptionSet,
+) -> CreateImage<'a> {
+    let driver = registry::by_name(format).unwrap();
+    CreateImage { name, driver, virtual_size_bytes: DISK, backing, options }
 }
 
 fn open(path: &Path, mode: OpenMode) -> Result<Image> {
@@ -205,4 +218,73 @@ fn a_new_file_that_fails_is_removed_and_an_old_one_stays() {
     assert!(path.exists());
     make(&path, "raw", None, &[("preallocation", "full"), ("nocow", "on")]).unwrap();
     assert_eq!(fs::metadata(&path).unwrap().len(), DISK);
+}
+
+/// Stops the taking of space when so many bytes are written.
+#[derive(Debug)]
+struct Stopping {
+    at_bytes: u64,
+    written: AtomicU64,
+}
+
+impl Watcher for Stopping {
+    fn filled(&self, bytes: u64) -> Result<()> {
+        let written = self.written.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if written < self.at_bytes { Ok(()) } else { Err(Error::Cancelled) }
+    }
+}
+
+fn stopping_at(at_bytes: u64) -> Arc<dyn Watcher> {
+    Arc::new(Stopping { at_bytes, written: AtomicU64::new(0) })
+}
+
+#[test]
+fn taking_space_that_is_stopped_leaves_the_old_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    for (format, options) in [
+        ("raw", &[][..]),
+        ("qcow2", &[]),
+        ("qcow2", &[("data_file", "data.raw")]),
+        ("vmdk", &[("subformat", "monolithicFlat")]),
+        ("vpc", &[("subformat", "fixed"), ("force_size", "on")]),
+    ] {
+        let path = folder.path().join("disk");
+        make(&path, format, None, options).unwrap();
+        let opened = |mode| {
+            let mut how = OpenOptions::new(mode);
+            how.format = Some(format.to_owned());
+            Image::open(&ImageName::from_path(path.to_str().unwrap()), &how).unwrap()
+        };
+        let image = opened(OpenMode::Write);
+        image.write_at(&[7; 512], DISK - 512).unwrap();
+        image.watch_filling(&stopping_at(4 << 20));
+        let resized = image.resize(16 << 20, Preallocation::Full);
+        assert!(matches!(resized, Err(Error::Cancelled)), "{format}: {resized:?}");
+        assert_eq!(image.virtual_size_bytes(), DISK, "{format}");
+        image.close().unwrap();
+
+        let image = opened(OpenMode::Write);
+        assert_eq!(image.virtual_size_bytes(), DISK, "{format}");
+        let mut bytes = [0; 512];
+        image.read_at(&mut bytes, DISK - 512).unwrap();
+        assert_eq!(bytes, [7; 512], "{format}");
+        // Nobody stops it this time.
+        image.resize(4 << 20, Preallocation::Full).unwrap();
+        assert_eq!(image.virtual_size_bytes(), 4 << 20, "{format}");
+        image.close().unwrap();
+    }
+}
+
+#[test]
+fn a_new_file_whose_space_is_not_wanted_any_more_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    let name = ImageName::from_path(path.to_str().unwrap());
+    for format in ["raw", "qcow2"] {
+        let mut options = OptionSet::new();
+        options.set("preallocation", "full");
+        let made = create_watched(&request(&name, format, None, options), Some(&stopping_at(DISK / 2)));
+        assert!(matches!(made, Err(Error::Cancelled)), "{format}: {made:?}");
+        assert!(!path.exists(), "{format}");
+    }
 }

@@ -1,12 +1,12 @@
 //! What changes the image as a whole, with all requests held back: size, snapshots, the end.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use super::Image;
 use crate::{
     Error, Result,
     format::{Amended, Extent, HostFile, LayerWriter, OptionSet, Place, Snapshots},
-    storage::Preallocation,
+    storage::{Preallocation, Watcher},
 };
 
 impl Image {
@@ -24,6 +24,14 @@ impl Image {
     /// As [`Self::resize`]; [`Error::Invalid`] for formats without a map.
     pub fn grow_mapped(&self, virtual_size_bytes: u64) -> Result<()> {
         self.change_size(virtual_size_bytes, |writer| writer.grow_mapped(virtual_size_bytes))
+    }
+
+    /// From now on `watcher` is told of each piece that [`Preallocation::Full`] writes in [`Self::resize`], and may stop
+    /// that: the disk keeps its old size then.
+    pub fn watch_filling(&self, watcher: &Arc<dyn Watcher>) {
+        for storage in (0..).map_while(|number| self.layers[0].file(HostFile(number))) {
+            storage.watch_filling(watcher);
+        }
     }
 
     /// Crash order of growing: (1) what the new size would show is made zero, durably; (2) the new size. A

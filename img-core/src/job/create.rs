@@ -11,7 +11,7 @@ use crate::{
     format::{Backing, CreateRequest, Driver, OpenMode, OptionSet},
     image::{ImageName, data_file_path},
     limits,
-    storage::{FileOptions, FileStorage, Preallocation, Storage, lock::Use},
+    storage::{FileOptions, FileStorage, Preallocation, Storage, Watcher, lock::Use},
     text,
 };
 
@@ -77,6 +77,14 @@ pub struct Created {
 /// [`Error::CreateFile`] when the system refuses the file; [`Error::Locked`] when another process uses it;
 /// [`Error::Invalid`] for options that the format refuses.
 pub fn create(request: &CreateImage<'_>) -> Result<Created> {
+    create_watched(request, None)
+}
+
+/// The same, told to `watcher` where space is taken by writing, which it may stop.
+///
+/// # Errors
+/// As [`create`]; [`Error::Cancelled`].
+pub fn create_watched(request: &CreateImage<'_>, watcher: Option<&Arc<dyn Watcher>>) -> Result<Created> {
     let path = request.name.path_to_create()?;
     let virtual_size_bytes = request
         .virtual_size_bytes
@@ -97,7 +105,11 @@ pub fn create(request: &CreateImage<'_>) -> Result<Created> {
         check_device(&storage, virtual_size_bytes, &options)?;
         return Ok(made.keep());
     }
-    let storage: Arc<dyn Storage> = Arc::new(storage);
+    let watched = |storage: FileStorage| -> Arc<dyn Storage> {
+        watcher.into_iter().for_each(|watcher| storage.watch_filling(watcher));
+        Arc::new(storage)
+    };
+    let storage = watched(storage);
     let open_file = |name: &str, mode: OpenMode| -> Result<Arc<dyn Storage>> {
         let path = data_file_path(path, name)?;
         if mode.writes() {
@@ -105,7 +117,7 @@ pub fn create(request: &CreateImage<'_>) -> Result<Created> {
             if file.identity() == storage.identity() {
                 return Err(Error::Invalid(format!("'{path}' cannot be the data file of itself")));
             }
-            return Ok(Arc::new(file));
+            return Ok(watched(file));
         }
         limits::open_reference(&path, || {
             let file = FileOptions::new().open(text::to_path(&path))?;

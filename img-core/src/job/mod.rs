@@ -28,14 +28,24 @@ mod target;
 mod testing;
 mod throttle;
 
-use std::{num::NonZero, ops::Range};
+use std::{
+    fmt,
+    num::NonZero,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
-/// Where a running job tells how far it is and asks whether to stop. Called from several threads.
+use crate::{Error, Result, storage::Watcher};
+
+/// Where long work tells how far it is and asks whether to stop. Called from several threads.
 pub trait Progress: Sync {
     /// `done` of `total` bytes are behind us. `total` may change.
     fn advance(&self, done: u64, total: u64);
 
-    /// Whether the job should stop with [`Error::Cancelled`](crate::Error::Cancelled).
+    /// Whether the work should stop with [`Error::Cancelled`](crate::Error::Cancelled).
     fn is_cancelled(&self) -> bool {
         false
     }
@@ -47,6 +57,39 @@ pub struct Unwatched;
 
 impl Progress for Unwatched {
     fn advance(&self, _done: u64, _total: u64) {}
+}
+
+impl<P: Progress + Send + ?Sized> Progress for Arc<P> {
+    fn advance(&self, done: u64, total: u64) {
+        (**self).advance(done, total);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        (**self).is_cancelled()
+    }
+}
+
+/// Tells of space that is taken by writing as of a job that writes so many bytes.
+#[derive(Debug)]
+pub struct Filling<P> {
+    progress: P,
+    total_bytes: u64,
+    done_bytes: AtomicU64,
+}
+
+impl<P: Progress> Filling<P> {
+    /// Tells `progress` of about so many bytes.
+    pub fn new(progress: P, total_bytes: u64) -> Self {
+        Self { progress, total_bytes, done_bytes: AtomicU64::new(0) }
+    }
+}
+
+impl<P: Progress + Send + fmt::Debug> Watcher for Filling<P> {
+    fn filled(&self, bytes: u64) -> Result<()> {
+        let done = self.done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.progress.advance(done.min(self.total_bytes), self.total_bytes);
+        if self.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
 }
 
 /// The most threads a job starts, however many cores there are: the reference's bound on `-m`, and what

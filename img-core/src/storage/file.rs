@@ -10,7 +10,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicI32, Ordering},
     },
 };
@@ -18,8 +18,8 @@ use std::{
 use rustix::io::Errno;
 
 use super::{
-    CacheMode, Flush, Identity, Limits, Preallocation, Storage, block, direct::Direct, lock, offload, space,
-    transfer,
+    CacheMode, Flush, Identity, Limits, Preallocation, Storage, Watcher, block, direct::Direct, lock,
+    offload, space, transfer,
 };
 use crate::{Error, Result, limits};
 
@@ -63,6 +63,8 @@ pub struct FileStorage {
     /// The errno of the first flush that failed, else 0. The kernel reports a lost page once; what the
     /// page cache holds afterwards is not what the disk holds, so no later flush may succeed.
     failed_flush: AtomicI32,
+    /// Who is told of long writing for the sake of space.
+    watcher: OnceLock<Arc<dyn Watcher>>,
     locks: lock::Locks,
 }
 
@@ -150,9 +152,39 @@ impl FileStorage {
         transfer::write_zeroes_by(range_bytes, |bufs, at| self.write_vectored_at(bufs, at))
     }
 
-    /// Writes zeroes to have their space.
+    /// Writes zeroes to have their space, and tells who watches.
+    fn take_by_writing(&self, range_bytes: Range<u64>) -> Result<()> {
+        transfer::write_zeroes_by(range_bytes, |bufs, at| {
+            self.write_vectored_at(bufs, at)?;
+            self.watcher.get().map_or(Ok(()), |watcher| watcher.filled(transfer::total(bufs)))
+        })
+    }
+
+    /// Takes space by writing where a range of the file has holes; what is there stays.
+    fn fill_holes(&self, range_bytes: Range<u64>) -> Result<()> {
+        let Range { start: mut at, end } = range_bytes;
+        while at < end {
+            let data = match space::next_data(self.fd.as_fd(), at).map_err(self.failed("find data", at))? {
+                space::Found::Data(data) => data.start.min(end)..data.end.min(end),
+                space::Found::HolesOnly => end..end,
+                space::Found::CannotTell => {
+                    let rest = at..end;
+                    if self.change("preallocate", rest.clone(), |fd| space::reserve(fd, rest))? {
+                        return Ok(());
+                    }
+                    // Writing zeroes over what is there would lose it.
+                    return Err(self.failed("preallocate", at)(Errno::OPNOTSUPP));
+                }
+            };
+            self.fill(at..data.start)?;
+            at = data.end;
+        }
+        Ok(())
+    }
+
+    /// The same, in the reference's words where it fails.
     fn fill(&self, range_bytes: Range<u64>) -> Result<()> {
-        self.write_zeroes_plainly(range_bytes).map_err(|error| match error {
+        self.take_by_writing(range_bytes).map_err(|error| match error {
             Error::Io { file, at_bytes, source, .. } => {
                 Error::Io { file, operation: "write zeros for preallocation", at_bytes, source }
             }
@@ -186,7 +218,7 @@ impl FileStorage {
                 limits::take_output(&self.path, len - old)?;
                 let reserved = self.change("preallocate", old..len, |fd| space::reserve(fd, old..len))?;
                 // Without `fallocate` only writing takes space.
-                if reserved { Ok(()) } else { self.write_zeroes_plainly(old..len) }
+                if reserved { Ok(()) } else { self.take_by_writing(old..len) }
             }
             Preallocation::Full => self.fill(old..len),
         }
@@ -335,20 +367,25 @@ impl Storage for FileStorage {
         if preallocation == Preallocation::Off {
             return self.grow_to(range_bytes.end);
         }
-        if preallocation == Preallocation::Falloc || !inside.is_empty() {
-            let wanted =
-                if preallocation == Preallocation::Full { inside.clone() } else { range_bytes.clone() };
-            limits::take_output(&self.path, wanted.end - wanted.start)?;
-            let reserved = self.change("preallocate", wanted.clone(), |fd| space::reserve(fd, wanted))?;
-            if reserved && preallocation == Preallocation::Falloc {
+        if preallocation == Preallocation::Full {
+            self.fill_holes(inside)?;
+        } else {
+            limits::take_output(&self.path, range_bytes.end - range_bytes.start)?;
+            let reserved = self
+                .change("preallocate", range_bytes.clone(), |fd| space::reserve(fd, range_bytes.clone()))?;
+            if reserved {
                 return self.settle();
             }
-            if !reserved && !inside.is_empty() {
+            if !inside.is_empty() {
                 // Writing zeroes over what is there would lose it.
                 return Err(self.failed("preallocate", range_bytes.start)(Errno::OPNOTSUPP));
             }
         }
         self.fill(range_bytes.start.max(old)..range_bytes.end)
+    }
+
+    fn watch_filling(&self, watcher: &Arc<dyn Watcher>) {
+        self.watcher.get_or_init(|| Arc::clone(watcher));
     }
 
     fn will_write(&self, range_bytes: Range<u64>) {

@@ -10,6 +10,7 @@ use std::{
     ops::Range,
     os::fd::BorrowedFd,
     path::Path,
+    sync::Arc,
 };
 
 use rustix::io::Errno;
@@ -105,6 +106,15 @@ pub enum Preallocation {
     Full,
 }
 
+/// Who watches while space is taken by writing.
+pub trait Watcher: Send + Sync + fmt::Debug {
+    /// So many bytes more are written.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`](crate::Error::Cancelled) where it is to stop.
+    fn filled(&self, bytes: u64) -> Result<()>;
+}
+
 /// What makes two host objects the same one, however they are named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
@@ -154,6 +164,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// Sets space aside for a range without changing what it reads as, growing the file where needed.
     fn preallocate(&self, range_bytes: Range<u64>, preallocation: Preallocation) -> Result<()>;
+
+    /// From now on `watcher` is told of each piece that [`Preallocation::Full`] writes. Where it stops the work, that
+    /// fails as on a full disk. The first watcher stays.
+    fn watch_filling(&self, watcher: &Arc<dyn Watcher>) {
+        let _ = watcher;
+    }
 
     /// Hint: all of the range is about to be written, in order. A storage may take its space at once where that is
     /// cheaper than block by block. Never changes what is there or the length, and never fails: a disk that is

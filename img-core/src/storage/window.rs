@@ -11,7 +11,7 @@ use std::{
 
 use rustix::io::Errno;
 
-use super::{Flush, Identity, Limits, Preallocation, Storage, lock::Use, transfer};
+use super::{Flush, Identity, Limits, Preallocation, Storage, Watcher, lock::Use, transfer};
 use crate::{Error, Result, zeroes::is_zero};
 
 /// A window's size is a multiple of this.
@@ -140,6 +140,10 @@ impl Storage for Window {
             .checked_add(self.start_bytes)
             .ok_or_else(|| Error::Invalid("Disk size too large".to_owned()))?;
         self.inner.resize(end, preallocation)
+    }
+
+    fn watch_filling(&self, watcher: &Arc<dyn Watcher>) {
+        self.inner.watch_filling(watcher);
     }
 
     fn preallocate(&self, range_bytes: Range<u64>, preallocation: Preallocation) -> Result<()> {

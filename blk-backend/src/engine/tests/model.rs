@@ -2,8 +2,8 @@
 //!
 //! Each sector of a write holds one number, in all its words, that no other write has. The model remembers for each
 //! sector which writes may be what it holds: a write that has ended takes the place of all that had ended when it
-//! began. Whatever a read gives must be one of those, or of a write under way beside it. A discard leaves what was
-//! there or zeroes; the snapshots, sizes, pauses and flushes in between change nothing.
+//! began. Whatever a read gives must be one of those when it began, or of a write that was under way beside it at some
+//! time, though a third one may have taken its place since. A discard leaves what was there or zeroes; the snapshots, sizes, pauses and flushes in between change nothing.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -120,7 +120,7 @@ impl Model {
         }
     }
 
-    /// Whether a sector may hold `word`; `seen` are the changes known when the read began.
+    /// Whether a read may find `word` in a sector; `seen` are the changes known when it began and those since.
     fn allows(&self, sector: u64, word: u64, seen: &[Change]) -> bool {
         let now = &self.sectors[count_of(sector)];
         now.iter().chain(seen).any(|change| change.word == Some(word))
@@ -138,8 +138,15 @@ struct Pending {
 }
 
 enum PendingKind {
-    Read { range: (u64, u64), seen: Vec<Vec<Change>> },
-    Change { range: (u64, u64), began: u64 },
+    /// `seen`: for each sector, what it may have held at any time since the read began.
+    Read {
+        range: (u64, u64),
+        seen: Vec<Vec<Change>>,
+    },
+    Change {
+        range: (u64, u64),
+        began: u64,
+    },
     Flush,
 }
 
@@ -174,19 +181,19 @@ impl Run {
                 let range = fit(at, count);
                 self.next_word += 1;
                 let word = self.next_word;
-                let began = self.model.begin(range, &[Some(word)]);
+                let began = self.begin_change(range, &[Some(word)]);
                 let bytes = word.to_le_bytes().repeat(count_of(range.1 * SECTOR / 8));
                 self.submit(lane, Op::Write { fua }, range, &bytes, PendingKind::Change { range, began })?;
             }
             Wish::Zeroes(at, count, may_unmap) => {
                 let range = fit(at, count);
-                let began = self.model.begin(range, &[Some(0)]);
+                let began = self.begin_change(range, &[Some(0)]);
                 let op = Op::WriteZeroes { may_unmap, fast_only: false, fua: false };
                 self.submit(lane, op, range, &[], PendingKind::Change { range, began })?;
             }
             Wish::Discard(at, count) => {
                 let range = fit(at, count);
-                let began = self.model.begin(range, &[Some(0), None]);
+                let began = self.begin_change(range, &[Some(0), None]);
                 self.submit(
                     lane,
                     Op::Discard { fua: false },
@@ -228,6 +235,19 @@ impl Run {
             }
         }
         Ok(())
+    }
+
+    fn begin_change(&mut self, (at, count): (u64, u64), words: &[Option<u64>]) -> u64 {
+        let began = self.model.begin((at, count), words);
+        for pending in self.pending.values_mut() {
+            if let PendingKind::Read { range: (first, _), seen } = &mut pending.kind {
+                let changed = (*first..).zip(seen).filter(|(sector, _)| (at..at + count).contains(sector));
+                for (_, seen) in changed {
+                    seen.extend(words.iter().map(|word| Change { word: *word, began, ended: None }));
+                }
+            }
+        }
+        began
     }
 
     /// A change of the whole disk, on a thread of its own, while the lanes go on.

@@ -6,7 +6,13 @@ use img_core::{
 };
 
 use super::Job;
-use crate::{args::Opening, command::create, created::Created, error::Failure, names, option_list};
+use crate::{
+    args::Opening,
+    command::create::{self, Make},
+    created::Created,
+    error::Failure,
+    names, option_list,
+};
 
 /// An image that is about to be made.
 pub(super) struct PlannedTarget {
@@ -68,7 +74,9 @@ impl Job<'_> {
         if let Some(data_file) = options.get("data_file") {
             created.expect(names::path(data_file));
         }
-        let made = create::make_for("converting", driver, self.target, options, &known, self.context)?;
+        let watcher = self.reporter.stops();
+        let make = Make { driver, file: self.target, options, known: &known, watcher: Some(&watcher) };
+        let made = create::make_for("converting", make, self.context)?;
         created.add(made);
         Ok(has_backing)
     }

@@ -4,7 +4,7 @@ use std::{
     os::fd::AsFd,
     path::PathBuf,
     sync::{
-        Mutex,
+        Mutex, OnceLock,
         atomic::{AtomicBool, AtomicI32},
     },
 };
@@ -165,6 +165,7 @@ impl FileOptions {
             long_write: Mutex::new(()),
             reserves: AtomicBool::new(reserves),
             failed_flush: AtomicI32::new(0),
+            watcher: OnceLock::new(),
             locks: lock::Locks::default(),
         })
     }

@@ -115,6 +115,22 @@ fn space_is_given_and_taken() -> Result<()> {
 }
 
 #[test]
+fn full_space_is_written_also_inside_a_file() -> Result<()> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = new_file(&dir)?;
+    file.resize(4 << 20, Preallocation::Off)?;
+    file.write_at(&[7; 4096], 1 << 20)?;
+    file.preallocate(64 << 10..6 << 20, Preallocation::Full)?;
+    assert_eq!(file.len_bytes()?, 6 << 20);
+    // Space that is only set aside counts as a hole, where the file system has holes.
+    assert_eq!(file.next_allocated(64 << 10)?, Some(64 << 10..6 << 20));
+    let mut bytes = vec![0; 3 << 12];
+    file.read_at(&mut bytes, (1 << 20) - 4096)?;
+    assert_eq!(bytes, [[0; 4096], [7; 4096], [0; 4096]].concat());
+    Ok(())
+}
+
+#[test]
 fn the_kernel_copies_between_files() -> Result<()> {
     let dir = tempfile::tempdir().expect("a directory");
     let source = new_file(&dir)?;
