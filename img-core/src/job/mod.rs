@@ -45,7 +45,7 @@ pub trait Progress: Sync {
     /// `done` of `total` bytes are behind us. `total` may change.
     fn advance(&self, done: u64, total: u64);
 
-    /// Whether the work should stop with [`Error::Cancelled`](crate::Error::Cancelled).
+    /// Whether the work should stop with [`Error::Cancelled`].
     fn is_cancelled(&self) -> bool {
         false
     }
