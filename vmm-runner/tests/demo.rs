@@ -12,7 +12,7 @@ fn demo(arguments: &[&str]) -> (bool, String, String) {
 fn assert_all_done(arguments: &[&str]) {
     let (success, stdout, stderr) = demo(arguments);
     assert!(success, "{stdout}{stderr}");
-    for step in ["made", "wrote", "snapshot", "converted", "checked"] {
+    for step in ["made", "read", "snapshot", "converted", "checked"] {
         assert!(
             stdout.contains(&format!("\n  {step} ")) || stdout.starts_with(&format!("  {step} ")),
             "{stdout}"
@@ -33,6 +33,20 @@ fn the_demonstration_does_all_that_it_says() {
 #[test]
 fn a_deep_chain_of_another_format_does_as_well() {
     assert_all_done(&["--format", "qed", "--base-format", "qcow2", "--depth", "12"]);
+}
+
+/// Layers that stand on no raw image get a base that they stand on, unless another is asked for.
+#[test]
+fn a_base_of_a_format_that_works_is_chosen() {
+    for format in ["vmdk", "vpc"] {
+        assert_all_done(&["--format", format]);
+        let (success, _, stderr) = demo(&["--format", format, "--base-format", "raw"]);
+        assert!(!success);
+        let expected = format!(
+            "vmm-runner: {format} images do not stand on raw ones: --base-format {format} makes a base for them\n"
+        );
+        assert_eq!(stderr, expected);
+    }
 }
 
 /// Bytes are only compared, never read as a guest would: the kernel is no kernel.

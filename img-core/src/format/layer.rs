@@ -61,6 +61,12 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// Whether images can name a backing file.
     fn has_backing(&self) -> bool;
 
+    /// Whether images can stand on one of the format called `below`.
+    fn can_stand_on(&self, below: &str) -> bool {
+        let _ = below;
+        self.has_backing()
+    }
+
     /// Whether compressed clusters can be written.
     fn can_compress(&self) -> bool;
 

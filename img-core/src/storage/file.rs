@@ -24,6 +24,7 @@ use super::{
 use crate::{Error, Result, limits};
 
 mod open;
+mod set_aside;
 
 pub use open::FileOptions;
 
@@ -152,46 +153,6 @@ impl FileStorage {
         transfer::write_zeroes_by(range_bytes, |bufs, at| self.write_vectored_at(bufs, at))
     }
 
-    /// Writes zeroes to have their space, and tells who watches.
-    fn take_by_writing(&self, range_bytes: Range<u64>) -> Result<()> {
-        transfer::write_zeroes_by(range_bytes, |bufs, at| {
-            self.write_vectored_at(bufs, at)?;
-            self.watcher.get().map_or(Ok(()), |watcher| watcher.filled(transfer::total(bufs)))
-        })
-    }
-
-    /// Takes space by writing where a range of the file has holes; what is there stays.
-    fn fill_holes(&self, range_bytes: Range<u64>) -> Result<()> {
-        let Range { start: mut at, end } = range_bytes;
-        while at < end {
-            let data = match space::next_data(self.fd.as_fd(), at).map_err(self.failed("find data", at))? {
-                space::Found::Data(data) => data.start.min(end)..data.end.min(end),
-                space::Found::HolesOnly => end..end,
-                space::Found::CannotTell => {
-                    let rest = at..end;
-                    if self.change("preallocate", rest.clone(), |fd| space::reserve(fd, rest))? {
-                        return Ok(());
-                    }
-                    // Writing zeroes over what is there would lose it.
-                    return Err(self.failed("preallocate", at)(Errno::OPNOTSUPP));
-                }
-            };
-            self.fill(at..data.start)?;
-            at = data.end;
-        }
-        Ok(())
-    }
-
-    /// The same, in the reference's words where it fails.
-    fn fill(&self, range_bytes: Range<u64>) -> Result<()> {
-        self.take_by_writing(range_bytes).map_err(|error| match error {
-            Error::Io { file, at_bytes, source, .. } => {
-                Error::Io { file, operation: "write zeros for preallocation", at_bytes, source }
-            }
-            other => other,
-        })
-    }
-
     /// Lets a file end no earlier than `end_bytes`. Unlike `ftruncate` it can never cut off what
     /// another thread has just appended.
     fn grow_to(&self, end_bytes: u64) -> Result<()> {
@@ -208,20 +169,6 @@ impl FileStorage {
 
     fn stat(&self) -> Result<rustix::fs::Stat> {
         rustix::fs::fstat(&self.fd).map_err(|errno| Error::io(&self.path, "stat", errno))
-    }
-
-    /// Takes space for `old..len` of a file that has just grown to `len`.
-    fn fill_growth(&self, old: u64, len: u64, preallocation: Preallocation) -> Result<()> {
-        match preallocation {
-            Preallocation::Off => Ok(()),
-            Preallocation::Falloc => {
-                limits::take_output(&self.path, len - old)?;
-                let reserved = self.change("preallocate", old..len, |fd| space::reserve(fd, old..len))?;
-                // Without `fallocate` only writing takes space.
-                if reserved { Ok(()) } else { self.take_by_writing(old..len) }
-            }
-            Preallocation::Full => self.fill(old..len),
-        }
     }
 }
 
@@ -355,33 +302,7 @@ impl Storage for FileStorage {
     }
 
     fn preallocate(&self, range_bytes: Range<u64>, preallocation: Preallocation) -> Result<()> {
-        if range_bytes.is_empty() {
-            return Ok(());
-        }
-        self.check_change("preallocate", &range_bytes)?;
-        if self.kind != Kind::Regular {
-            return Ok(()); // a device has its space
-        }
-        let old = self.len_bytes()?;
-        let inside = range_bytes.start.min(old)..range_bytes.end.min(old);
-        if preallocation == Preallocation::Off {
-            return self.grow_to(range_bytes.end);
-        }
-        if preallocation == Preallocation::Full {
-            self.fill_holes(inside)?;
-        } else {
-            limits::take_output(&self.path, range_bytes.end - range_bytes.start)?;
-            let reserved = self
-                .change("preallocate", range_bytes.clone(), |fd| space::reserve(fd, range_bytes.clone()))?;
-            if reserved {
-                return self.settle();
-            }
-            if !inside.is_empty() {
-                // Writing zeroes over what is there would lose it.
-                return Err(self.failed("preallocate", range_bytes.start)(Errno::OPNOTSUPP));
-            }
-        }
-        self.fill(range_bytes.start.max(old)..range_bytes.end)
+        self.set_aside(range_bytes, preallocation)
     }
 
     fn watch_filling(&self, watcher: &Arc<dyn Watcher>) {

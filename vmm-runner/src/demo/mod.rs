@@ -12,7 +12,7 @@ use std::{
 
 use clap::Args;
 use img_core::{
-    format::{Backing, OpenMode, OptionSet, Repair, registry},
+    format::{Backing, Driver, OpenMode, OptionSet, Repair, registry},
     image::{Image, ImageName, OpenOptions},
     job::{
         Unwatched,
@@ -44,9 +44,9 @@ const MAX_DEPTH: u32 = 64;
 /// and boots a guest that is built into this program on it.
 #[derive(Debug, Args)]
 pub(crate) struct DemoOptions {
-    /// Format of the base image.
-    #[arg(long, value_name = "FORMAT", default_value = "raw")]
-    base_format: String,
+    /// Format of the base image; without it raw, or the format of the layers where these stand on no raw image.
+    #[arg(long, value_name = "FORMAT")]
+    base_format: Option<String>,
 
     /// Format of the layers above it.
     #[arg(long, value_name = "FORMAT", default_value = "qcow2")]
@@ -84,15 +84,21 @@ pub(crate) fn run(options: &DemoOptions) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::file(dir))?;
     let mut report = Report { since: Instant::now() };
 
-    let layers = make_chain(options, dir)?;
+    let layers = plan_chain(options, dir)?;
     let (base, top) = (&layers[0], layers.last().expect("a base at least"));
-    report.done("made", format_args!("a chain of {}: {}", layers.len(), names(&layers)))?;
-
-    let expected = write_layers(&layers)?;
+    let expected = make_chain(&layers)?;
     report.done(
-        "wrote",
-        format_args!("{} MiB in each layer; what is read back is what was written", LAYER_BYTES >> 20),
+        "made",
+        format_args!(
+            "a chain of {}, {} MiB written in each: {}",
+            layers.len(),
+            LAYER_BYTES >> 20,
+            names(&layers)
+        ),
     )?;
+
+    read_back(top, &expected)?;
+    report.done("read", "through the chain: what was written")?;
 
     let has_snapshot = take_snapshot(top)?;
     if has_snapshot {
@@ -176,14 +182,23 @@ impl ImageFile {
         Ok(Image::open(&self.name()?, &OpenOptions::new(mode).format(&self.format))?)
     }
 
-    fn create(&self, backing: Option<&Self>) -> Result<()> {
+    fn driver(&self) -> Result<&'static dyn Driver> {
+        let unknown = || Error::Invalid(format!("'{}' is not a format", self.format));
+        registry::by_name(&self.format).ok_or_else(unknown)
+    }
+
+    /// The size of the disk; some formats make it a little larger than they were told.
+    fn virtual_size_bytes(&self) -> Result<u64> {
+        Ok(self.open(OpenMode::Read)?.virtual_size_bytes())
+    }
+
+    fn create(&self, virtual_size_bytes: u64, backing: Option<&Self>) -> Result<()> {
         let backing =
             backing.map(|below| Backing { name: below.file_name(), format: Some(below.format.clone()) });
         create(&CreateImage {
             name: &self.name()?,
-            driver: registry::by_name(&self.format)
-                .ok_or_else(|| Error::Invalid(format!("'{}' is not a format", self.format)))?,
-            virtual_size_bytes: DISK_BYTES,
+            driver: self.driver()?,
+            virtual_size_bytes,
             backing,
             options: OptionSet::new(),
         })?;
@@ -198,20 +213,27 @@ fn names(files: &[ImageFile]) -> String {
     }
 }
 
-fn make_chain(options: &DemoOptions, dir: &Path) -> Result<Vec<ImageFile>> {
+/// The files of the chain, from the base up.
+fn plan_chain(options: &DemoOptions, dir: &Path) -> Result<Vec<ImageFile>> {
     let file = |stem: &str, format: &str| ImageFile {
         path: dir.join(format!("{stem}.{format}")),
         format: format.to_owned(),
     };
-    let base = file("base", &options.base_format);
-    base.create(None)?;
-    let mut layers = vec![base];
-    for layer in 1..=options.depth {
-        let next = file(&format!("layer{layer}"), &options.format);
-        next.create(layers.last())?;
-        layers.push(next);
-    }
-    Ok(layers)
+    let above = file("layer1", &options.format).driver()?;
+    let base_format = match &options.base_format {
+        Some(format) if above.has_backing() && !above.can_stand_on(format) => {
+            return Err(Error::Invalid(format!(
+                "{0} images do not stand on {format} ones: --base-format {0} makes a base for them",
+                options.format
+            )));
+        }
+        Some(format) => format,
+        None if above.can_stand_on("raw") => "raw",
+        None => &options.format,
+    };
+    let base = file("base", base_format);
+    let above = (1..=options.depth).map(|layer| file(&format!("layer{layer}"), &options.format));
+    Ok([base].into_iter().chain(above).collect())
 }
 
 /// What layer `layer` writes into block `block`; different everywhere.
@@ -222,12 +244,14 @@ fn content(layer: usize, block: usize) -> Vec<u8> {
         .collect()
 }
 
-/// Each layer writes some blocks of the same part of the disk, so that every layer shows somewhere. Returns what
-/// that part reads as in the end.
-fn write_layers(layers: &[ImageFile]) -> Result<Vec<u8>> {
+/// Makes each image and writes some blocks of the same part of the disk into it before the next one is put on top: some
+/// formats record what the image below holds. Every layer shows somewhere. Returns what that part reads as in the end.
+fn make_chain(layers: &[ImageFile]) -> Result<Vec<u8>> {
     let blocks = usize::try_from(LAYER_BYTES).unwrap_or(0) / BLOCK_BYTES;
     let mut expected = vec![0; blocks * BLOCK_BYTES];
     for (layer, file) in layers.iter().enumerate() {
+        let below = layer.checked_sub(1).map(|below| &layers[below]);
+        file.create(below.map_or(Ok(DISK_BYTES), ImageFile::virtual_size_bytes)?, below)?;
         let image = file.open(OpenMode::Write)?;
         for block in (0..blocks).filter(|block| block % (layer + 1) == 0) {
             let bytes = content(layer, block);
@@ -237,9 +261,13 @@ fn write_layers(layers: &[ImageFile]) -> Result<Vec<u8>> {
         }
         image.close()?;
     }
+    Ok(expected)
+}
+
+fn read_back(top: &ImageFile, expected: &[u8]) -> Result<()> {
     let mut read = vec![0; expected.len()];
-    layers.last().expect("a base at least").open(OpenMode::Read)?.read_at(&mut read, 0)?;
-    if read == expected { Ok(expected) } else { Err(differs("the chain", &expected, &read)) }
+    top.open(OpenMode::Read)?.read_at(&mut read, 0)?;
+    if read == expected { Ok(()) } else { Err(differs("the chain", expected, &read)) }
 }
 
 fn differs(what: &str, expected: &[u8], found: &[u8]) -> Error {
@@ -261,7 +289,7 @@ fn take_snapshot(top: &ImageFile) -> Result<bool> {
 
 fn convert_to_compressed(top: &ImageFile, dir: &Path) -> Result<ImageFile> {
     let copy = ImageFile { path: dir.join("copy.qcow2"), format: "qcow2".to_owned() };
-    copy.create(None)?;
+    copy.create(top.virtual_size_bytes()?, None)?;
     let sources = [top.open(OpenMode::Read)?];
     let target = copy.open(OpenMode::Write)?;
     let options = ConvertOptions { compress: true, ..ConvertOptions::default() };
@@ -377,10 +405,9 @@ mod tests {
         use vmm_runner::virtio::VhostUserBlock;
 
         let dir = tempfile::tempdir().expect("a directory");
-        let options =
-            DemoOptions { base_format: "raw".to_owned(), format: "qcow2".to_owned(), depth: 2, dir: None };
-        let layers = make_chain(&options, dir.path()).expect("space");
-        let expected = write_layers(&layers).expect("space");
+        let options = DemoOptions { base_format: None, format: "qcow2".to_owned(), depth: 2, dir: None };
+        let layers = plan_chain(&options, dir.path()).expect("formats");
+        let expected = make_chain(&layers).expect("space");
         let top = layers.last().expect("a base at least");
         let drive = top.drive().expect("it is there");
         let device = Device::new(drive.disk(), &DeviceOptions::default()).expect("a device");

@@ -9,6 +9,7 @@ use zerocopy::{
 };
 
 use super::{
+    Vmdk,
     descriptor::NO_PARENT,
     header::{DEFLATE, MAGIC, NEWLINES, RawHeader, SECTOR_BYTES, flag},
     open,
@@ -17,7 +18,9 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{CreateRequest, FILE_OPTIONS, OpenMode, OptionSet, file_preallocation, first_block},
+    format::{
+        CreateRequest, Driver as _, FILE_OPTIONS, OpenMode, OptionSet, file_preallocation, first_block,
+    },
     storage::{Preallocation, Storage},
     text,
 };
@@ -119,7 +122,7 @@ pub(super) fn create(storage: &Arc<dyn Storage>, request: &CreateRequest<'_>) ->
     let parent = match &request.backing {
         None => None,
         Some(backing) => {
-            if backing.format.as_deref().is_some_and(|format| format != "vmdk") {
+            if backing.format.as_deref().is_some_and(|format| !Vmdk.can_stand_on(format)) {
                 return Err(Error::Invalid("backing_file must be a vmdk image".to_owned()));
             }
             if text::to_bytes(&backing.name).len() > 1023 || backing.name.contains(['"', '\n', '\r', '\0']) {

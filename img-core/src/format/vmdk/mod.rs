@@ -102,6 +102,10 @@ impl Driver for Vmdk {
         true
     }
 
+    fn can_stand_on(&self, below: &str) -> bool {
+        below == self.name()
+    }
+
     fn can_compress(&self) -> bool {
         true
     }

@@ -12,6 +12,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::{
+    Vpc,
     footer::{
         COOKIE, DiskType, FEATURE_RESERVED, FOOTER_BYTES, NO_OFFSET, RawFooter, SizeRule, UniqueId, VERSION,
     },
@@ -22,8 +23,8 @@ use super::{
 use crate::{
     Error, Result,
     format::{
-        Backing, CreateRequest, OpenMode, OptionDescription, OptionKind, OptionSet, file_preallocation,
-        first_block,
+        Backing, CreateRequest, Driver as _, OpenMode, OptionDescription, OptionKind, OptionSet,
+        file_preallocation, first_block,
     },
     storage::{Preallocation, Storage},
 };
@@ -195,8 +196,7 @@ fn differencing(
     backing: &Backing,
     force_size: bool,
 ) -> Result<()> {
-    if !matches!(backing.format.as_deref(), None | Some("vpc")) {
-        let format = backing.format.as_deref().unwrap_or_default();
+    if let Some(format) = backing.format.as_deref().filter(|format| !Vpc.can_stand_on(format)) {
         return Err(Error::Invalid(format!("The backing file of a VHD is a VHD (vpc), not {format}")));
     }
     let file = (request.open_file)(&backing.name, OpenMode::Read)?;

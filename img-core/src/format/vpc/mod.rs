@@ -85,6 +85,10 @@ impl Driver for Vpc {
         true
     }
 
+    fn can_stand_on(&self, below: &str) -> bool {
+        below == self.name()
+    }
+
     fn can_compress(&self) -> bool {
         false
     }
