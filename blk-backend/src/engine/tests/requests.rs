@@ -95,9 +95,12 @@ fn cold_reads_are_given_to_no_worker() {
     // In a piece of an L2 table each.
     let places = [0, 40, 80, 120].map(|mib| mib * MIB + 12_345);
     for dir in directories() {
-        for (name, format, backing) in
-            [("one", "qcow2", None), ("two", "qed", None), ("three", "qcow2", Some("one"))]
-        {
+        for (name, format, backing) in [
+            ("one", "qcow2", None),
+            ("two", "qed", None),
+            ("three", "qcow2", Some("one")),
+            ("four", "vmdk", None),
+        ] {
             let name = image(dir.path(), name, format, &[], 128 * MIB, backing);
             let options = DiskOptions { format: Some(format.to_owned()), ..DiskOptions::default() };
             let open = || Disk::open(&name, &options).expect("it was just made");

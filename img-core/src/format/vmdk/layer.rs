@@ -9,7 +9,8 @@ use crate::{
     Error, Result,
     format::{
         Backing, CheckReport, CheckWatch, Codec, CompressedWrites, Driver, Extent, Finding, HostFile,
-        HostOffset, Layer, LayerWriter, OpenMode, Place, Repair, table_cache::lock, waiters::Waiters,
+        HostOffset, Layer, LayerWriter, MissingTable, OpenMode, Place, Repair, table_cache::lock,
+        waiters::Waiters,
     },
     storage::Storage,
     sync::{
@@ -320,6 +321,25 @@ impl Layer for VmdkLayer {
             Ok(())
         })?;
         Ok(is_known)
+    }
+
+    fn missing_table(&self, guest_bytes: Range<u64>) -> Option<MissingTable> {
+        let mut missing = None;
+        let asked = self.each_part(&guest_bytes, |index, inside| {
+            if let (Kind::Sparse(sparse), None) = (&self.extents[index].kind, &missing) {
+                missing = sparse.missing(inside);
+            }
+            Ok(())
+        });
+        // Nothing there can fail.
+        asked.ok().and(missing)
+    }
+
+    fn offer_table(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
+        // Where several extents stand in one file, whoever lacks the piece.
+        let mut extents = self.sparse_extents().filter(|sparse| sparse.file == missing.file);
+        let lacks = extents.find(|sparse| sparse.tables.peek(missing.at.0).is_none());
+        lacks.is_some_and(|sparse| sparse.tables.offer(missing, bytes))
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    format::{Codec, Extent, HostFile, HostOffset, Place, table_cache::SliceCache},
+    format::{Codec, Extent, HostFile, HostOffset, MissingTable, Place, table_cache::SliceCache},
     storage::Storage,
     sync::{
         RwLock, RwLockReadGuard, RwLockWriteGuard,
@@ -123,6 +123,15 @@ pub(super) struct Shape {
     pub(super) compressed: bool,
     pub(super) markers: bool,
     pub(super) overhead_bytes: u64,
+}
+
+/// What memory lacks to tell of a grain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lacking {
+    /// The entry at this byte.
+    Entry(u64),
+    /// A sense in what is there, or the length of the file by now: for who may wait.
+    Sense,
 }
 
 /// Why an entry of a grain table means nothing.
@@ -278,10 +287,10 @@ impl Sparse {
             let grain = at / self.grain_bytes;
             let end = ((grain + 1) * self.grain_bytes).min(range.end);
             let place = match self.cached_grain(grain) {
-                None => return false,
-                Some(Grain::Unallocated) => Place::Unallocated,
-                Some(Grain::Zero) => Place::Zero { reserved: None },
-                Some(Grain::At(host)) => Place::Data {
+                Err(_) => return false,
+                Ok(Grain::Unallocated) => Place::Unallocated,
+                Ok(Grain::Zero) => Place::Zero { reserved: None },
+                Ok(Grain::At(host)) => Place::Data {
                     file: self.file,
                     at: HostOffset(host + (at - grain * self.grain_bytes)),
                     writable: self.writable,
@@ -293,41 +302,58 @@ impl Sparse {
         true
     }
 
-    /// What the tables in memory say of a grain; `None` where they do not, or say what could not be.
-    fn cached_grain(&self, grain: u64) -> Option<Grain> {
+    /// The first slice that [`Self::map_cached`] lacks.
+    pub(super) fn missing(&self, range: Range<u64>) -> Option<MissingTable> {
+        if self.compressed {
+            return None;
+        }
+        let age = self.tables.age();
+        let mut grains = range.start / self.grain_bytes..range.end.div_ceil(self.grain_bytes);
+        let lacking = grains.find_map(|grain| self.cached_grain(grain).err())?;
+        let Lacking::Entry(at) = lacking else { return None };
+        let missing = self.tables.missing(0, at..at + self.entry_bytes(), age)?;
+        Some(MissingTable { file: self.file, ..missing })
+    }
+
+    /// What the tables in memory say of a grain.
+    fn cached_grain(&self, grain: u64) -> Result<Grain, Lacking> {
         let (index, within) = (grain / self.table_entries, grain % self.table_entries);
         let table = match &*self.directory() {
             Directory::File(at) => match self.cached_word(at + index * self.entry_bytes())? {
-                0 => return Some(Grain::Unallocated),
+                0 => return Ok(Grain::Unallocated),
                 entry => {
-                    let table = self.table_of(entry)?;
-                    let end = table.checked_add(self.table_bytes())?;
-                    self.is_known_inside(end).then_some(table)?
+                    let table = self.table_of(entry).ok_or(Lacking::Sense)?;
+                    let end = table.checked_add(self.table_bytes());
+                    let is_inside = end.is_some_and(|end| self.is_known_inside(end));
+                    is_inside.then_some(table).ok_or(Lacking::Sense)?
                 }
             },
             Directory::Kept(tables) => match tables.get(&index) {
-                None => return Some(Grain::Unallocated),
+                None => return Ok(Grain::Unallocated),
                 Some(KeptTable::Stored(at)) => *at,
                 // Of a stream, whose grains are compressed.
-                Some(KeptTable::Entries(_)) => return None,
+                Some(KeptTable::Entries(_)) => return Err(Lacking::Sense),
             },
         };
         let entry = self.cached_word(table + within * self.entry_bytes())?;
-        let found = self.grain_of(entry).ok()?;
+        let found = self.grain_of(entry).map_err(|_| Lacking::Sense)?;
         match found {
-            Grain::At(host) if !self.is_known_inside(host.checked_add(1)?) => None,
-            found => Some(found),
+            Grain::At(host) if !host.checked_add(1).is_some_and(|end| self.is_known_inside(end)) => {
+                Err(Lacking::Sense)
+            }
+            found => Ok(found),
         }
     }
 
     /// The entry at byte `at`, where it is in memory.
-    fn cached_word(&self, at: u64) -> Option<u64> {
-        let (slice, within) = self.tables.peek_at(at)?;
-        let bytes = slice.read();
-        Some(match self.entry_bytes() {
-            4 => u64::from(u32::from_le_bytes(*bytes[within..].first_chunk()?)),
-            _ => u64::from_le_bytes(*bytes[within..].first_chunk()?),
-        })
+    fn cached_word(&self, at: u64) -> Result<u64, Lacking> {
+        let size = usize_of(self.entry_bytes());
+        let word = self.tables.look_at(at, |bytes, within| {
+            let mut word = [0; 8];
+            word[..size].copy_from_slice(&bytes[within..within + size]);
+            u64::from_le_bytes(word)
+        });
+        word.ok_or(Lacking::Entry(at))
     }
 
     /// Appends the extents of `range`, which lies inside the extent.
