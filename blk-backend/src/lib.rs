@@ -20,3 +20,6 @@ pub mod sandbox;
 mod sync;
 pub mod vhost_user;
 pub mod virtio;
+
+/// When the system has no descriptors or threads left, accepting is tried again after this.
+const BREATH: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };

@@ -16,15 +16,12 @@ use std::{
 };
 
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
     io::Errno,
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with},
 };
 
-use crate::nbd::ListenAddress;
-
-/// When the system has no descriptors or threads left, accepting is tried again after this.
-const BREATH: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+use crate::{BREATH, nbd::ListenAddress};
 
 /// Where a control socket is: `unix:PATH`, or where that is allowed `tcp:[HOST:]PORT` on a loopback address.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -17,7 +17,7 @@ use std::{
 };
 
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
     io::Errno,
     net::{SocketFlags, accept_with, sockopt},
 };
@@ -30,6 +30,7 @@ use super::{
     socket::Socket,
 };
 use crate::{
+    BREATH,
     control::remove_stale_socket,
     engine::{Lane, LaneOptions, LaneWaker},
 };
@@ -39,9 +40,6 @@ const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 
 /// How long the end of the server waits for requests under way and for clients to take their replies.
 const STOP_TIME: Duration = Duration::from_secs(10);
-
-/// When the system has no descriptors or threads left, accepting is tried again after this.
-const BREATH: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// How a server is run.
 #[derive(Clone, Debug)]

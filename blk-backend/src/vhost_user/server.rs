@@ -1,7 +1,8 @@
 //! The socket of one device: front ends come one after the other.
 
 use std::{
-    fmt, io,
+    fmt,
+    io::{self, ErrorKind},
     net::Shutdown,
     os::{
         fd::{AsFd, OwnedFd},
@@ -25,7 +26,10 @@ use super::{
     message::{self, Message, Next},
     session::{Channel, Session},
 };
-use crate::virtio::{Device, DeviceEvent};
+use crate::{
+    BREATH,
+    virtio::{Device, DeviceEvent},
+};
 
 /// Tells people what happened: each call is one line.
 pub type Told = Arc<dyn Fn(&str) + Send + Sync>;
@@ -136,7 +140,7 @@ impl Listening {
     /// When `path` is something else or in use, or the system refuses.
     pub fn at(path: &Path) -> io::Result<Self> {
         let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => take_over(path)?,
+            Err(error) if error.kind() == ErrorKind::AddrInUse => take_over(path)?,
             result => result?,
         };
         listener.set_nonblocking(true)?;
@@ -147,11 +151,11 @@ impl Listening {
 /// Removes the socket that a dead process left, and listens there.
 fn take_over(path: &Path) -> io::Result<UnixListener> {
     if !path.symlink_metadata()?.file_type().is_socket() {
-        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is not a socket"));
+        return Err(io::Error::new(ErrorKind::AlreadyExists, "there is a file that is not a socket"));
     }
     match UnixStream::connect(path) {
-        Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "somebody listens there already")),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+        Ok(_) => Err(io::Error::new(ErrorKind::AddrInUse, "somebody listens there already")),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             unlinkat(CWD, path, AtFlags::empty())?;
             UnixListener::bind(path)
         }
@@ -191,16 +195,7 @@ impl Door {
             };
             tell(&told);
         });
-        while self.wait_for(&self.listener) {
-            let connection = match self.listener.accept() {
-                Ok((connection, _)) => connection,
-                // It went away before it came.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(error) => {
-                    self.tell(&format!("connections are not accepted any more: {error}"));
-                    return;
-                }
-            };
+        while let Some(connection) = self.next_connection() {
             if let Err(error) = self.converse(connection, &channel) {
                 self.tell(&format!("the connection is closed: {error}"));
             }
@@ -208,6 +203,32 @@ impl Door {
             *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
             self.device.reset();
         }
+    }
+
+    /// The next front end. `None` when the server stops.
+    fn next_connection(&self) -> Option<UnixStream> {
+        let mut is_told = false;
+        while self.wait_for(&self.listener) {
+            match self.listener.accept() {
+                Ok((connection, _)) => return Some(connection),
+                // It went away before it came.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::WouldBlock | ErrorKind::Interrupted | ErrorKind::ConnectionAborted
+                    ) => {}
+                // No descriptors are left, say. The front end waits in the queue of the socket.
+                Err(error) => {
+                    if !std::mem::replace(&mut is_told, true) {
+                        self.tell(&format!("a front end has to wait: {error}"));
+                    }
+                    let mut stop = [PollFd::new(&self.stop, PollFlags::IN)];
+                    // Whatever comes of it: the loop looks again.
+                    poll(&mut stop, Some(&BREATH)).ok();
+                }
+            }
+        }
+        None
     }
 
     fn tell(&self, what: &str) {

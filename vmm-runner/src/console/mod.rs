@@ -11,6 +11,7 @@ use std::{
     str::FromStr,
     sync::{Arc, Mutex, PoisonError},
     thread,
+    time::Duration,
 };
 
 use blk_backend::control::listen_unix;
@@ -24,6 +25,9 @@ use crate::{
 
 /// What ends the machine when it is typed: control-A, then x. Twice control-A types one.
 const ESCAPE: u8 = 1;
+
+/// When the system has no descriptors left, accepting is tried again after this.
+const BREATH: Duration = Duration::from_millis(100);
 
 /// Where the serial port leads.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -205,7 +209,11 @@ fn serve(
     port: &Mutex<Option<Attached>>,
 ) {
     for stream in listener.incoming() {
-        let Ok(mut stream) = stream else { continue };
+        let Ok(mut stream) = stream else {
+            // No descriptors are left, say: who connects waits in the queue of the socket.
+            thread::sleep(BREATH);
+            continue;
+        };
         if let Ok(writer) = stream.try_clone() {
             *client.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(writer));
             read_all(&mut stream, port, false);
