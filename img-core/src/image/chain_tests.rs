@@ -9,12 +9,14 @@ use std::{
     },
 };
 
+use rustix::fs::OFlags;
+
 use super::{Image, ImageName, MAX_CHAIN_DEPTH, OpenOptions};
 use crate::{
     Error, Result,
-    format::{Backing, OpenMode, OptionSet, registry},
+    format::{Backing, HostFile, OpenMode, OptionSet, registry},
     job::create::{CreateImage, create, create_watched},
-    storage::{Preallocation, Watcher},
+    storage::{CacheMode, Preallocation, Watcher},
 };
 
 const DISK: u64 = 1 << 20;
@@ -86,6 +88,38 @@ fn a_chain_reads_through_names_relative_to_the_image_that_gives_them() {
     let base_only = OpenOptions { backing: false, ..OpenOptions::new(OpenMode::Read) };
     let name = ImageName::from_path(at("top.qcow2").to_str().unwrap());
     assert_eq!(Image::open(&name, &base_only).unwrap().layers().len(), 1);
+}
+
+#[test]
+fn what_goes_around_the_host_s_cache_does_so_in_every_layer() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    make(&at("base.raw"), "raw", None, &[]).unwrap();
+    make(&at("middle.qcow2"), "qcow2", Some(("base.raw", Some("raw"))), &[]).unwrap();
+    make(&at("top.qcow2"), "qcow2", Some(("middle.qcow2", Some("qcow2"))), &[]).unwrap();
+    fs::write(at("base.raw"), vec![7; usize::try_from(DISK).unwrap()]).unwrap();
+    let name = ImageName::from_path(at("top.qcow2").to_str().unwrap());
+    for (cache, is_direct) in [
+        (CacheMode::None, true),
+        (CacheMode::Directsync, true),
+        (CacheMode::Writeback, false),
+        (CacheMode::Unsafe, false),
+    ] {
+        let options = OpenOptions { cache, ..OpenOptions::new(OpenMode::Write) };
+        let image = match Image::open(&name, &options) {
+            Err(error) if error.to_string().ends_with("filesystem does not support O_DIRECT") => return,
+            image => image.unwrap(),
+        };
+        for depth in 0..3 {
+            let fd = image.storage(depth, HostFile::IMAGE).unwrap().as_fd().unwrap();
+            let flags = rustix::fs::fcntl_getfl(fd).unwrap();
+            assert_eq!(flags.contains(OFlags::DIRECT), is_direct, "{cache:?}, layer {depth}");
+        }
+        let mut bytes = vec![1; 5000];
+        image.read_at(&mut bytes, 100).unwrap();
+        assert!(bytes == [7; 5000], "{cache:?}");
+        image.close().unwrap();
+    }
 }
 
 #[test]

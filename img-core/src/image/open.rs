@@ -279,7 +279,9 @@ fn below(opened: &OpenedLayer, pending: &Pending, top: HostAccess) -> Result<Opt
         OpenMode::Inspect => OpenMode::Inspect,
         OpenMode::Read | OpenMode::Write | OpenMode::Check { .. } => OpenMode::Read,
     };
-    let access = HostAccess { mode, cache: CacheMode::Writeback, ..top };
+    // Nothing is written below the top. What goes around the host's cache does so in every layer, as in the reference.
+    let cache = if top.cache.is_direct() { CacheMode::None } else { CacheMode::Writeback };
+    let access = HostAccess { mode, cache, ..top };
     let recorded = opened.layer.backing();
     let mut other_names = Vec::new();
     let is_recorded = pending.node.backing == BackingChoice::Recorded;

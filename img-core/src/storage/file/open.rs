@@ -21,6 +21,10 @@ use crate::{
     text,
 };
 
+/// Each write makes its bytes durable, and what is needed to find them again. `OFlags::DSYNC` is something else with
+/// rustix on Linux: `O_SYNC`, which commits times with every write.
+const DSYNC: OFlags = OFlags::from_bits_retain(libc::O_DSYNC.cast_unsigned());
+
 /// How a host file is opened. The default reads an existing file through the page cache.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FileOptions {
@@ -105,7 +109,7 @@ impl FileOptions {
             flags |= OFlags::DIRECT;
         }
         if self.cache.writes_through() {
-            flags |= OFlags::DSYNC;
+            flags |= DSYNC;
         }
         if creates {
             flags |= OFlags::CREATE;
@@ -131,7 +135,7 @@ impl FileOptions {
             }
         };
         // From here on a system call may wait (and io_uring would answer EAGAIN otherwise).
-        rustix::fs::fcntl_setfl(&fd, flags & (OFlags::DIRECT | OFlags::DSYNC)).map_err(refused)?;
+        rustix::fs::fcntl_setfl(&fd, flags & (OFlags::DIRECT | DSYNC)).map_err(refused)?;
         let identity = match kind {
             Kind::Regular => Identity { device: stat.st_dev, inode: stat.st_ino },
             Kind::Block | Kind::Character => Identity { device: stat.st_rdev, inode: 0 },

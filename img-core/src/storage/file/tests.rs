@@ -26,6 +26,17 @@ fn bytes_past_the_end_read_as_zeroes() -> Result<()> {
 }
 
 #[test]
+fn a_write_through_the_cache_commits_no_more_than_it_needs() -> Result<()> {
+    let dir = tempfile::tempdir().expect("a directory");
+    for (cache, flag) in [(CacheMode::Writethrough, libc::O_DSYNC), (CacheMode::Writeback, 0)] {
+        let file = FileOptions::new().create(true).cache(cache).open(dir.path().join("disk"))?;
+        let flags = rustix::fs::fcntl_getfl(&file.fd).expect("it is open").bits().cast_signed();
+        assert_eq!(flags & libc::O_SYNC, flag, "{cache:?}: {flags:#o}");
+    }
+    Ok(())
+}
+
+#[test]
 fn more_slices_than_a_call_takes_are_transferred() -> Result<()> {
     let dir = tempfile::tempdir().expect("a directory");
     let file = new_file(&dir)?;
