@@ -27,6 +27,11 @@ use std::{
     thread::JoinHandle,
 };
 
+use rustix::{
+    process::getpid,
+    thread::{sched_getaffinity, sched_setaffinity},
+};
+
 use crate::virtio::{
     Device, GuestRam,
     dirty_log::QueueLog,
@@ -40,6 +45,17 @@ use crate::virtio::{
 pub struct QueueThread {
     orders: Arc<Orders>,
     thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+/// Lets the calling thread run where the process's first thread may. A thread begins where its maker may run, and a
+/// queue is started by the thread of a processor of the guest, which may be pinned: serving the guest from there as well
+/// would take the guest's own time.
+///
+/// # Errors
+/// When the system refuses.
+pub fn unpin_thread() -> io::Result<()> {
+    let of_process = sched_getaffinity(Some(getpid()))?;
+    Ok(sched_setaffinity(None, &of_process)?)
 }
 
 /// The thread of a queue has ended by itself: the system refused it something that it needs.
@@ -65,7 +81,8 @@ impl QueueThread {
         let device = Arc::clone(device);
         let (started, result) = sync_channel(1);
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-            let mut worker = match Worker::new(&device, setup) {
+            let unpinned = unpin_thread().map_err(QueueError::Io);
+            let mut worker = match unpinned.and_then(|()| Worker::new(&device, setup)) {
                 Ok(worker) => worker,
                 Err(error) => {
                     started.send(Err(error)).ok(); // `start` waits for it

@@ -10,17 +10,6 @@ use img_tests::{
 };
 use serde_json::json;
 
-/// Value of a field in the status of each thread, by the thread's name.
-fn of_threads(vm: &Vm, field: &str) -> Vec<(String, String)> {
-    let threads = fs::read_dir(format!("/proc/{}/task", vm.pid().as_raw_nonzero())).unwrap();
-    let status = threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("status")).unwrap());
-    let value = |status: &str, field: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-        line.unwrap_or_else(|| panic!("no {field} in {status}")).trim().to_owned()
-    };
-    status.map(|status| (value(&status, "Name"), value(&status, field))).collect()
-}
-
 #[test]
 fn every_thread_is_filtered_and_those_of_the_guest_more_so() {
     let directory = tempfile::tempdir().unwrap();
@@ -28,13 +17,13 @@ fn every_thread_is_filtered_and_those_of_the_guest_more_so() {
     qemu_img(path, ["create", "-q", "-f", "qcow2", "disk", "8M"]).output().success();
     let mut vm = Vm::start(path, ["--disk", "disk", "--qmp", "unix:qmp", "--cpus", "2", "--rng"]);
     assert_eq!(vm.ask(Do::Write(0)), "ok");
-    for (name, mode) in of_threads(&vm, "Seccomp") {
+    for (name, mode) in vm.of_threads("Seccomp") {
         assert_eq!(mode, "2", "{name}");
     }
-    for (name, bit) in of_threads(&vm, "NoNewPrivs") {
+    for (name, bit) in vm.of_threads("NoNewPrivs") {
         assert_eq!(bit, "1", "{name}");
     }
-    let filters = of_threads(&vm, "Seccomp_filters");
+    let filters = vm.of_threads("Seccomp_filters");
     let of = |prefix: &str| -> Vec<u32> {
         let named = filters.iter().filter(|(name, _)| name.starts_with(prefix));
         named.map(|(_, count)| count.parse().unwrap()).collect()
@@ -47,6 +36,25 @@ fn every_thread_is_filtered_and_those_of_the_guest_more_so() {
     vm.tell(Do::PowerOff);
     assert_eq!(vm.wait().code, Some(0));
     assert!(!path.join("qmp").exists());
+}
+
+/// What serves a guest does not take the time of the processors that the guest was given.
+#[test]
+fn processors_are_pinned_and_what_serves_them_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    qemu_img(path, ["create", "-q", "-f", "qcow2", "disk", "8M"]).output().success();
+    let mut vm = Vm::start(path, ["--disk", "disk", "--cpus", "1,affinity=0", "--rng"]);
+    assert_eq!(vm.ask(Do::Write(0)), "ok");
+    let allowed = vm.of_threads("Cpus_allowed_list");
+    let of = |name: &str| {
+        let found = allowed.iter().find(|(known, _)| known == name);
+        found.unwrap_or_else(|| panic!("no {name} in {allowed:?}")).1.clone()
+    };
+    assert_eq!(of("vcpu0"), "0");
+    assert_eq!(of("blk-q0"), of("vmm-runner"));
+    vm.tell(Do::PowerOff);
+    assert_eq!(vm.wait().code, Some(0));
 }
 
 #[test]
@@ -86,7 +94,7 @@ fn temporary_overlays_are_gone_afterwards_and_the_fences_can_be_left_out() {
         let arguments = ["--disk", "disk", "--snapshot", "--sandbox", sandbox];
         let mut vm = Vm::start_with(path, arguments, [("TMPDIR", scratch.as_os_str())]);
         assert_eq!(vm.ask(Do::Write(0)), "ok");
-        assert!(of_threads(&vm, "Seccomp").iter().all(|(_, value)| value == mode));
+        assert!(vm.of_threads("Seccomp").iter().all(|(_, value)| value == mode));
         assert_eq!(fs::read_dir(&scratch).unwrap().count(), 1);
         vm.tell(Do::PowerOff);
         let ended = vm.wait();

@@ -5,7 +5,7 @@ mod guest;
 use std::{
     ffi::OsStr,
     fs,
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::{ChildStdin, Command, Stdio},
@@ -97,6 +97,25 @@ impl Vm {
         let mut command = Command::new("unshare");
         command.args(["--map-root-user", "--mount", "sh", "-c", script]).arg(vmm_runner_binary());
         Self::spawn_by(command, directory, arguments).with_guest()
+    }
+
+    /// Value of a field in the status of each thread, by the thread's name.
+    ///
+    /// # Panics
+    /// When there is no such field, or a thread ends meanwhile.
+    #[must_use]
+    pub fn of_threads(&self, field: &str) -> Vec<(String, String)> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid().as_raw_nonzero())).expect("it runs");
+        let value = |status: &str, field: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+            line.unwrap_or_else(|| panic!("no {field} in {status}")).trim().to_owned()
+        };
+        let status = |thread: io::Result<fs::DirEntry>| {
+            let path = thread.expect("an entry").path().join("status");
+            fs::read_to_string(path).expect("the thread is there")
+        };
+        let status = threads.map(status);
+        status.map(|status| (value(&status, "Name"), value(&status, field))).collect()
     }
 
     /// What the runner sees at a path.

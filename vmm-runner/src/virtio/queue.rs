@@ -6,6 +6,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
+use blk_backend::in_process::unpin_thread;
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::GuestAddress;
@@ -67,7 +68,11 @@ impl QueueThread {
         let (stopped, open) = (Arc::clone(&stop), Arc::clone(&gate));
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || while work.wait(&stopped) && open.pass(|| work.run()) {})
+            .spawn(move || {
+                // Where the system refuses, it works from where its maker may run.
+                unpin_thread().ok();
+                while work.wait(&stopped) && open.pass(|| work.run()) {}
+            })
             .map_err(Error::host("a thread for a queue"))?;
         Ok(Self { stop, gate, thread: Some(thread) })
     }
