@@ -30,7 +30,7 @@ pub struct MemoryConfig {
     pub huge_page_bytes: Option<u64>,
     /// One memfd that another process can map (a vhost-user backend).
     pub is_shared: bool,
-    /// Lets the host merge equal pages (KSM).
+    /// Lets the host merge equal pages (KSM): private ones of the usual size.
     pub is_mergeable: bool,
     /// Takes all pages at start.
     pub is_prefaulted: bool,
@@ -138,8 +138,14 @@ pub fn ram_ranges(size_bytes: u64) -> Vec<(GuestAddress, u64)> {
 /// so that huge pages fit, and one above it.
 ///
 /// # Errors
-/// When the host has not so much, or no huge pages.
+/// When the host has not so much, or no huge pages, or would pass over what is asked for.
 pub fn allocate(config: &MemoryConfig) -> Result<GuestMemory> {
+    // The kernel takes the advice for any memory, and looks at private pages of the usual size alone.
+    if config.is_mergeable && (config.is_shared || config.huge_page_bytes.is_some()) {
+        let text = "guest memory: mergeable=on is for memory that is not shared (vhost-user disks share it) and not of \
+                    huge pages: the host merges no others";
+        return Err(Error::Invalid(text.to_owned()));
+    }
     let backing = backing_file(config)?;
     let low = config.size_bytes.min(layout::LOW_RAM_LIMIT);
     let high = config.size_bytes - low;
@@ -285,6 +291,18 @@ mod tests {
             MemoryConfig { size_bytes: 512 << 30, huge_page_bytes: Some(2 << 20), ..MemoryConfig::default() };
         let error = allocate(&config).expect_err("nobody sets aside half a terabyte").to_string();
         assert!(error.contains("not enough free huge pages of 2 MiB"), "{error}");
+    }
+
+    #[test]
+    fn what_the_host_merges_none_of_is_not_promised() {
+        let small = MemoryConfig { size_bytes: 32 << 20, is_mergeable: true, ..MemoryConfig::default() };
+        for config in [
+            MemoryConfig { is_shared: true, ..small },
+            MemoryConfig { huge_page_bytes: Some(2 << 20), ..small },
+        ] {
+            let error = allocate(&config).expect_err("it would do nothing").to_string();
+            assert!(error.contains("mergeable=on is for memory that is not shared"), "{error}");
+        }
     }
 
     #[test]
