@@ -64,6 +64,16 @@ impl Daemon {
         }
     }
 
+    /// The next line that it says on standard output, without its end.
+    ///
+    /// # Panics
+    /// When the pipe is broken.
+    pub fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).expect("a pipe");
+        line.trim_end().to_owned()
+    }
+
     /// Its process.
     #[must_use]
     pub fn pid(&self) -> Pid {

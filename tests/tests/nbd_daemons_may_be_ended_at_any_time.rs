@@ -1,10 +1,10 @@
 //! A daemon that is killed under load loses nothing that was flushed and leaves an image that is sound; one that is
 //! asked to end answers what it began, and what it answered is there.
 
-use std::{fs, io::ErrorKind, path::Path};
+use std::{fs, io::ErrorKind, path::Path, process::Command};
 
 use img_tests::{
-    command::qemu_img,
+    command::{blk_backend_binary, qemu_img},
     daemon::Daemon,
     nbd::{Client, Framing, command, flag},
     pattern::Random,
@@ -160,4 +160,40 @@ fn a_daemon_that_is_asked_to_end_keeps_what_it_answered() {
         }
         assert!(!directory.join("socket").exists());
     }
+}
+
+/// Also one that has no image yet.
+#[test]
+fn a_daemon_that_waits_for_a_lock_may_be_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    qemu_img(directory, ["create", "-q", "-f", "qcow2", "disk", &DISK.to_string()]).output().success();
+    let disk = ["--image", "disk", "--wait-for-lock"];
+    // More seconds than a clock has.
+    let arguments = ["nbd", "--listen", "unix:socket"].iter().chain(&disk).chain(&["18446744073709551615"]);
+    let first = Daemon::start(directory, arguments);
+    for serve in [["nbd", "--listen", "unix:other"], ["vhost-user", "--socket", "other"]] {
+        let mut waiting = Command::new(blk_backend_binary())
+            .args(serve.iter().chain(&disk).chain(&["20"]))
+            .current_dir(directory)
+            .spawn()
+            .unwrap();
+        // Before it listens to signals they end it as they end any program.
+        let status = format!("/proc/{}/status", waiting.id());
+        let hears_of_sigterm = || {
+            let status = fs::read_to_string(&status).unwrap();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:\t")).unwrap();
+            u64::from_str_radix(caught, 16).unwrap() & (1 << 14) != 0
+        };
+        while !hears_of_sigterm() {
+            std::thread::yield_now();
+        }
+        rustix::process::kill_process(
+            rustix::process::Pid::from_child(&waiting),
+            rustix::process::Signal::TERM,
+        )
+        .unwrap();
+        assert_eq!(waiting.wait().unwrap().code(), Some(0), "{serve:?}");
+    }
+    assert_eq!(first.terminate().code, Some(0));
 }

@@ -3,9 +3,11 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
+    net::TcpStream,
     os::unix::{fs::PermissionsExt, net::UnixStream},
     path::Path,
+    time::Duration,
 };
 
 use blk_backend::virtio::Features;
@@ -91,6 +93,16 @@ fn errors_are_the_references() {
         r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "a", "node-name": "disk0"}}"#,
         r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "a", "node-name": "disk0"}}"#,
         r#"{"execute": "block-export-add", "arguments": {"type": "none", "id": "b", "node-name": "disk0"}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "1b", "node-name": "disk0"}}"#,
+        r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "a b", "node-name": "disk0"}}"#,
+        r#"{"execute": "block_resize", "arguments": {"size": 9223372036854775808, "node-name": "disk0"}}"#,
+        r#"{"execute": "block_resize", "arguments": {"size": -512, "device": "none", "node-name": "disk0"}}"#,
+        r#"{"execute": "blockdev-snapshot-sync", "arguments": {"node-name": "disk0", "snapshot-file": "s", "snapshot-node-name": "disk0"}}"#,
+        r#"{"execute": "blockdev-snapshot-sync", "arguments": {"node-name": "disk0", "snapshot-file": "s", "snapshot-node-name": ""}}"#,
+        r##"{"execute": "blockdev-snapshot-sync", "arguments": {"node-name": "disk0", "snapshot-file": "s", "snapshot-node-name": "#disk0-2"}}"##,
+        r#"{"execute": "blockdev-snapshot-sync", "arguments": {"node-name": "disk0", "snapshot-file": "s", "snapshot-node-name": "a234567890123456789012345678901_2"}}"#,
+        r#"{"execute": "nbd-server-start", "arguments": {"addr": {"type": "unix", "data": {"path": "x"}}, "max-connections": -1}}"#,
+        r#"{"execute": "nbd-server-start", "arguments": {"addr": {"type": "unix", "data": {"path": "x"}}, "max-connections": 4294967296}}"#,
         r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "node-name": "disk0"}}"#,
         r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "b", "node-name": "disk0"}}"#,
         r#"{"execute": "block-export-add", "arguments": {"type": "nbd", "id": "b", "node-name": "disk0", "name": "b", "bitmaps": ["none"]}}"#,
@@ -208,6 +220,48 @@ fn snapshots_name_what_is_below_them_so_that_it_is_found() {
     assert_eq!(of_reference_found, 3);
 }
 
+/// Layers are called by what clients chose or by what nobody can have chosen, and keep their names; an export offers the
+/// top of its disk, whatever came there.
+#[test]
+fn layers_keep_their_names_and_exports_name_the_top() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    qemu_img(directory, ["create", "-q", "-f", "raw", "base", "8M"]).output().success();
+    qemu_img(directory, ["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "disk"])
+        .output()
+        .success();
+    let serve = ["nbd", "--listen", "unix:socket", "--image", "disk"];
+    for (more, why) in [
+        (["--node-name", "1 disk"], "Invalid node-name: '1 disk'"),
+        (["--allow-dir", "nowhere"], "nowhere: "),
+        (["--allow-dir", "disk"], "disk: not a directory"),
+    ] {
+        let refused = Daemon::try_start(directory, serve.iter().chain(&more)).expect_err(why);
+        assert!(refused.stderr.contains(why), "{}", refused.stderr);
+    }
+    let more = ["--qmp", "unix:qmp", "--cache", "unsafe"];
+    let daemon = Daemon::start(directory, serve.iter().chain(&more));
+    let mut monitor = Monitor::negotiated(&directory.join("qmp"));
+    monitor.success("blockdev-snapshot-sync", json!({"device": "disk0", "snapshot-file": "one"}));
+    monitor.success(
+        "blockdev-snapshot-sync",
+        json!({"device": "disk0", "snapshot-file": "two", "snapshot-node-name": "two"}),
+    );
+    let nodes = monitor.success("query-named-block-nodes", json!({}));
+    let of_each = |member: &str| -> Vec<Value> {
+        nodes.as_array().unwrap().iter().map(|node| node[member].clone()).collect()
+    };
+    assert_eq!(of_each("node-name"), ["two", "#disk0-2", "disk0", "#disk0-1"]);
+    let cache = json!({"writeback": true, "direct": false, "no-flush": true});
+    assert_eq!(of_each("cache"), [(); 4].map(|()| cache.clone()));
+    let exports = monitor.success("query-block-exports", json!({}));
+    assert_eq!(exports[0]["node-name"], "two", "{exports}");
+    // A device that is not there is passed over, as in the reference.
+    monitor.success("block_resize", json!({"device": "none", "node-name": "two", "size": 16 << 20}));
+    monitor.success("blockdev-snapshot-internal-sync", json!({"device": "two", "name": "inside"}));
+    assert_eq!(daemon.terminate().code, Some(0));
+}
+
 #[test]
 fn a_disk_grows_under_a_client() {
     let directory = tempfile::tempdir().unwrap();
@@ -286,7 +340,7 @@ fn sockets_for_guests_come_and_go() {
     };
     for (more, error) in [
         (json!({"num-queues": 0}), "a device has 1 to 256 queues, not 0"),
-        (json!({"num-queues": 65536}), "Parameter 'num-queues' is out of range: 65536"),
+        (json!({"num-queues": 65536}), "Parameter 'num-queues' expects uint16_t"),
         (json!({"logical-block-size": 513}), "a block size is a power of two from 512 to 4096, not 513"),
         (json!({"node-name": "nobody"}), "Cannot find device='' nor node-name='nobody'"),
         (json!({"addr": {"type": "unix", "path": "disk"}}), "Failed to bind socket to disk: there is a file"),
@@ -363,6 +417,31 @@ fn the_socket_is_its_owner_s_and_survives_nonsense() {
     nonsense.lines.read_to_string(&mut last).ok();
     assert!(nonsense.lines.get_mut().write_all(b"{}").is_err());
     Monitor::negotiated(&directory.path().join("qmp")).success("query-status", json!({}));
+    assert_eq!(daemon.terminate().code, Some(0));
+}
+
+#[test]
+fn metrics_are_at_a_port_that_is_told_and_wait_for_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut daemon = serve(directory.path(), &["--metrics", "tcp:0"]);
+    let line = daemon.line();
+    let address = line.strip_prefix("metrics on tcp:").unwrap_or_else(|| panic!("{line}"));
+    let mut slow = TcpStream::connect(address).unwrap();
+    slow.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    // Byte by byte, and never done: sent away in time, whoever is next is served.
+    let is_hung_up = (0..100).any(|_| {
+        slow.write_all(b"G").is_err()
+            || match slow.read(&mut [0]) {
+                Ok(len) => len == 0,
+                Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut),
+            }
+    });
+    assert!(is_hung_up);
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("process_cpu_seconds_total"), "{answer}");
     assert_eq!(daemon.terminate().code, Some(0));
 }
 

@@ -1,7 +1,7 @@
 //! What the runner gives up once its disks are open.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     path::{Path, PathBuf},
 };
 
@@ -20,12 +20,8 @@ pub(crate) fn enter(options: &RunOptions, scratch: Option<&Path>) -> Result<bool
     if options.sandbox == "off" {
         return Ok(false);
     }
-    // What is not there could not be allowed, and nobody would be told.
     for directory in &options.allow_dir {
-        let metadata = fs::metadata(directory).map_err(Error::file(directory))?;
-        if !metadata.is_dir() {
-            return Err(Error::Invalid(format!("{}: it is not a directory", directory.display())));
-        }
+        sandbox::check_directory(directory).map_err(Error::file(directory))?;
     }
     let mut allowed = Sandbox {
         directories: options.allow_dir.clone(),

@@ -281,7 +281,8 @@ impl Load<'_> {
     fn run(&mut self, queue: &mut dyn TargetQueue) -> Result<(), BenchError> {
         let limit = self.job.limit;
         let begin = Instant::now();
-        let end = limit.time.map(|time| begin + time);
+        // What no clock reaches is no limit.
+        let end = limit.time.and_then(|time| begin.checked_add(time));
         let interval = self.job.rate.map(|rate| Duration::from_secs_f64(1.0 / rate.max(1e-3)));
         let (mut asked, mut due) = (0_u64, begin);
         let mut done = Vec::with_capacity(self.slots.len());

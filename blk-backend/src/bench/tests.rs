@@ -70,7 +70,9 @@ fn every_request_is_counted_once() {
             assert!(name.ends_with(op.name) || pattern == Pattern::RandRw, "{name}: {}", op.name);
         }
     }
-    let flushed = Job { flush_every: Some(9), ..job(Pattern::RandWrite) };
+    // A time that no clock reaches is no limit.
+    let limit = Limit { time: Some(Duration::MAX), requests: Some(100) };
+    let flushed = Job { flush_every: Some(9), limit, ..job(Pattern::RandWrite) };
     let result = run_on(&disk, &flushed).expect("it runs");
     let count = |name| result.ops.iter().find(|op| op.name == name).map_or(0, |op| op.latency_ns.len());
     assert_eq!((count("write"), count("flush")), (180, 20));

@@ -88,7 +88,7 @@ impl TargetArgs {
             return work(&target).map_err(Failure::new);
         }
         let disk = self.disk.as_ref().ok_or_else(|| Failure::new("no disk is named"))?;
-        let disk = disk.open(&mut |text| super::warn(text))?;
+        let disk = disk.open(None, &mut |text| super::warn(text))?;
         let target = ImageTarget::new(&disk, LaneOptions { poll: Poll::For(poll), ..LaneOptions::default() });
         let result = work(&target).map_err(Failure::new);
         let closed = disk.close();

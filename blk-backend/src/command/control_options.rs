@@ -1,8 +1,16 @@
 //! The options with which every daemon is watched and controlled, and its life from there to its end.
 
-use std::{io, io::PipeReader, os::fd::AsFd, path::Path, sync::Arc};
+use std::{
+    io::{self, PipeReader, Write},
+    os::fd::AsFd,
+    path::Path,
+    sync::Arc,
+};
 
-use blk_backend::control::{ControlAddress, Daemon, Metrics, Qmp, remove_stale_socket, summary};
+use blk_backend::{
+    control::{ControlAddress, Daemon, Metrics, Qmp, remove_stale_socket, summary},
+    nbd::ListenAddress,
+};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
@@ -57,6 +65,14 @@ impl ControlArgs {
 }
 
 impl Controls {
+    /// Says at which port the metrics are: it may be one that the system chose.
+    pub(crate) fn announce(&self, out: &mut dyn Write) -> io::Result<()> {
+        match self.metrics.as_ref().map(Metrics::address) {
+            Some(address @ ListenAddress::Tcp(_)) => writeln!(out, "metrics on {address}"),
+            Some(ListenAddress::Unix(_)) | None => Ok(()),
+        }
+    }
+
     /// Serves until a signal or a client of QMP ends the daemon. Then commands end, and all that serves the disks;
     /// they are flushed and closed, and the log says what was done.
     pub(crate) fn serve_until_end(self, daemon: &Daemon, asked: &PipeReader) -> Result<(), Failure> {

@@ -1,6 +1,7 @@
 //! The options with which every daemon opens its image.
 
 use std::{
+    io::PipeReader,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -11,7 +12,7 @@ use img_core::{
     image::{CacheMode, ImageName},
 };
 
-use super::Failure;
+use super::{Failure, signals};
 
 /// Which image, and how
 #[derive(Clone, Debug, clap::Args)]
@@ -41,8 +42,16 @@ pub(crate) struct DiskArgs {
 const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 
 impl DiskArgs {
-    /// Opens the image; what is worth a warning is told.
-    pub(crate) fn open(&self, warn: &mut dyn FnMut(&str)) -> Result<Arc<Disk>, Failure> {
+    /// Opens the image; what is worth a warning is told. Waiting for its lock ends when the process is asked to end,
+    /// where it has such a pipe.
+    ///
+    /// # Errors
+    /// When it cannot be opened; [`Failure::AskedToEnd`].
+    pub(crate) fn open(
+        &self,
+        asked_to_end: Option<&PipeReader>,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<Arc<Disk>, Failure> {
         let name = ImageName::parse(&self.image)?;
         let options = DiskOptions {
             format: self.format.clone(),
@@ -51,11 +60,18 @@ impl DiskArgs {
             force_share: self.force_share,
             ..DiskOptions::default()
         };
-        let until = Instant::now() + Duration::from_secs(self.wait_for_lock);
+        // What no clock reaches is waited for without an end.
+        let until = Instant::now().checked_add(Duration::from_secs(self.wait_for_lock));
         let disk = loop {
             match Disk::open(&name, &options) {
-                Err(error) if is_locked(&error) && Instant::now() < until => {
-                    std::thread::sleep(LOCK_INTERVAL)
+                Err(error) if is_locked(&error) && until.is_none_or(|until| Instant::now() < until) => {
+                    match asked_to_end {
+                        Some(asked) if signals::asked_within(asked, LOCK_INTERVAL)? => {
+                            return Err(Failure::AskedToEnd);
+                        }
+                        Some(_) => {}
+                        None => std::thread::sleep(LOCK_INTERVAL),
+                    }
                 }
                 result => break result?,
             }

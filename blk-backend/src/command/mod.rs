@@ -24,6 +24,8 @@ pub(crate) enum Failure {
     Text(String),
     /// Nobody reads the output any more: no error.
     ClosedPipe,
+    /// By a signal, before there was anything to serve: no error either.
+    AskedToEnd,
 }
 
 impl Failure {
@@ -35,7 +37,7 @@ impl Failure {
     /// Tells the user, and gives the exit code.
     pub(crate) fn tell(&self, err: &mut dyn Write) -> ExitCode {
         match self {
-            Self::ClosedPipe => ExitCode::SUCCESS,
+            Self::ClosedPipe | Self::AskedToEnd => ExitCode::SUCCESS,
             Self::Text(why) => {
                 // Where standard error is closed only the exit code can speak.
                 writeln!(err, "blk-backend: {why}").ok();

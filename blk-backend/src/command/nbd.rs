@@ -32,7 +32,7 @@ pub(crate) struct Args {
     /// Offer a dirty bitmap of the image as qemu:dirty-bitmap:NAME (may be repeated)
     #[arg(long = "bitmap", value_name = "NAME")]
     bitmaps: Vec<String>,
-    /// Connections at once; further ones wait
+    /// Connections at once; further ones wait. 0 for no limit
     #[arg(long, value_name = "N", default_value_t = ServerOptions::default().max_connections)]
     max_connections: usize,
     /// Let other hosts write: anybody who reaches the address can
@@ -52,9 +52,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure> {
     // First of all, so that no signal is too early.
     let asked_to_end = signals::on_termination()?;
-    let disk = args.disk.open(&mut |text| super::warn(text))?;
+    let disk = args.disk.open(Some(&asked_to_end), &mut |text| super::warn(text))?;
     let options = ServerOptions {
-        max_connections: args.max_connections.max(1),
+        max_connections: ServerOptions::most_connections(args.max_connections),
         lane: args.engine.lane_options(),
         allow_remote_writes: args.allow_remote_writes,
     };
@@ -82,6 +82,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     daemon.adopt_server(server, export, &args.node_name, &args.node_name)?;
     let controls = args.control.start(&daemon)?;
     writeln!(out, "listening on {address}")?;
+    controls.announce(out)?;
     out.flush()?;
     controls.serve_until_end(&daemon, &asked_to_end)?;
     Ok(ExitCode::SUCCESS)

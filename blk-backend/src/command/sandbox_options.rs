@@ -40,6 +40,10 @@ impl SandboxArgs {
         if self.sandbox == Switch::Off {
             return Ok(());
         }
+        for directory in &self.directories {
+            sandbox::check_directory(directory)
+                .map_err(|error| Failure::new(format_args!("{}: {error}", directory.display())))?;
+        }
         let mut directories = self.directories.clone();
         for disk in disks {
             let image = disk.image();

@@ -1,6 +1,11 @@
 //! `blk-backend vhost-user`: images as virtio block devices for virtual machine monitors.
 
-use std::{io::Write, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    io::{PipeReader, Write},
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+};
 
 use blk_backend::{
     control::Daemon,
@@ -95,7 +100,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     let daemon = Daemon::new(options, Arc::clone(&log))?;
     let mut devices = Vec::new();
     for (index, args) in std::iter::once(&args.device).chain(&args.more).enumerate() {
-        let (disk, device) = open(args)?;
+        let (disk, device) = open(args, &asked_to_end)?;
         let name = args.node_name.clone().unwrap_or_else(|| format!("disk{index}"));
         daemon.add_node(&name, &disk, args.disk.cache)?;
         let failed = |error| Failure::new(format_args!("{}: {error}", args.socket.display()));
@@ -121,13 +126,14 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     for path in &paths {
         writeln!(out, "listening on {}", path.display())?;
     }
+    controls.announce(out)?;
     out.flush()?;
     controls.serve_until_end(&daemon, &asked_to_end)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn open(args: &DeviceArgs) -> Result<(Arc<Disk>, Arc<Device>), Failure> {
-    let disk = args.disk.open(&mut |text| super::warn(text))?;
+fn open(args: &DeviceArgs, asked_to_end: &PipeReader) -> Result<(Arc<Disk>, Arc<Device>), Failure> {
+    let disk = args.disk.open(Some(asked_to_end), &mut |text| super::warn(text))?;
     let options = DeviceOptions {
         queues: args.queues,
         serial: args.serial.clone(),

@@ -180,7 +180,6 @@ fn query_nodes<S: Service>(service: &S, _: &Arguments<'_>) -> Outcome {
 fn node_of(image: &Image, depth: usize, node: &Node) -> Outcome {
     let layer = &image.layers()[depth];
     let file = file_name(&**layer);
-    let cache = if depth == 0 { node.cache } else { CacheMode::Writeback };
     let mut entry = json!({
         "node-name": node.layer_name(depth),
         "file": file,
@@ -189,9 +188,10 @@ fn node_of(image: &Image, depth: usize, node: &Node) -> Outcome {
         "encrypted": layer.is_encrypted(),
         "backing_file_depth": image.layers().len() - 1 - depth,
         "cache": {
-            "writeback": !cache.writes_through(),
-            "direct": cache.is_direct(),
-            "no-flush": cache == CacheMode::Unsafe,
+            // Nothing is written to those below.
+            "writeback": depth > 0 || !node.cache.writes_through(),
+            "direct": node.cache.is_direct(),
+            "no-flush": node.cache == CacheMode::Unsafe,
         },
         "image": image_info(&**layer, &file)?,
     });
@@ -307,15 +307,7 @@ fn resize<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {
 fn snapshot_sync<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {
     let _one = service.nodes().change();
     let node = service.nodes().find(arguments.text("device"), arguments.text("node-name"))?;
-    let layer_name = match arguments.maybe_text("snapshot-node-name") {
-        Some("") => return Err(CommandError::new("Invalid node-name: ''")),
-        Some(name) if service.nodes().is_taken(name) => {
-            return Err(CommandError::new(format!("Duplicate nodes with node-name='{name}'")));
-        }
-        Some(name) => name.to_owned(),
-        // Names that begin so cannot be taken by clients' choice of words.
-        None => format!("#{}-snapshot-{}", node.name, node.layer_names.len()),
-    };
+    let layer_name = service.nodes().name_for_top(&node, arguments.maybe_text("snapshot-node-name"))?;
     let overlay = ImageName::parse(arguments.text("snapshot-file"))?;
     let format = arguments.maybe_text("format").unwrap_or("qcow2");
     let existing = arguments.maybe_text("mode") == Some("existing");

@@ -3,12 +3,12 @@
 use std::net::ToSocketAddrs as _;
 use std::sync::Arc;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{
     command::{Arguments, Command, CommandError, Event, NOTHING, Outcome, command},
     daemon::{BlockExport, Daemon, Offered},
-    nodes::Node,
+    nodes::{Node, is_well_formed},
     service::Service as _,
     shape::{Shape, Union, optional, required},
 };
@@ -108,14 +108,16 @@ const SERVER_REMOVE_ARGUMENTS: Shape =
 
 fn query_exports(daemon: &Daemon, _: &Arguments<'_>) -> Outcome {
     let entry = |export: BlockExport| {
-        json!({
+        // What is offered is the top of the disk, whatever came on top since.
+        let node = daemon.nodes().find(&export.node, "")?;
+        Ok(json!({
             "id": export.id,
             "type": export.offered.kind(),
-            "node-name": export.node,
+            "node-name": node.layer_name(0),
             "shutting-down": export.shutting_down,
-        })
+        }))
     };
-    Ok(daemon.exports().into_iter().map(entry).collect())
+    daemon.exports().into_iter().map(entry).collect()
 }
 
 fn add(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
@@ -149,7 +151,7 @@ fn offer(daemon: &Daemon, node: &Node, id: &str, options: ExportOptions) -> Outc
 }
 
 fn check_id(daemon: &Daemon, id: &str) -> Result<(), CommandError> {
-    if id.is_empty() {
+    if !is_well_formed(id) {
         return Err(CommandError::new("Invalid block export id"));
     }
     if daemon.exports().iter().any(|known| known.id == id) {
@@ -192,11 +194,12 @@ fn offer_device(daemon: &Daemon, node: &Node, arguments: &Arguments<'_>, writabl
     Ok(json!({}))
 }
 
-/// A number of the type that an option has; `default` where it was left out.
+/// A number of the unsigned type that an option has; `default` where it was left out.
 fn number<T: TryFrom<u64>>(arguments: &Arguments<'_>, name: &str, default: T) -> Result<T, CommandError> {
     let Some(value) = arguments.0.get(name) else { return Ok(default) };
     let number = value.as_u64().and_then(|number| T::try_from(number).ok());
-    number.ok_or_else(|| CommandError::new(format!("Parameter '{name}' is out of range: {value}")))
+    number
+        .ok_or_else(|| CommandError::new(format!("Parameter '{name}' expects uint{}_t", 8 * size_of::<T>())))
 }
 
 fn del(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
@@ -234,20 +237,16 @@ fn withdraw(daemon: &Daemon, export: &BlockExport, by_force: bool) -> Outcome {
 
 fn server_start(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
     let _one = daemon.change();
+    let mut options = daemon.server_options.clone();
+    if arguments.0.contains_key("max-connections") {
+        let wanted: u32 = number(arguments, "max-connections", 0)?;
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+        options.max_connections = ServerOptions::most_connections(wanted);
+    }
     if daemon.server().is_some() {
         return Err(CommandError::new("NBD server already running"));
     }
     let address = listen_address(&arguments.object("addr").expect("it was checked"))?;
-    let max_connections = match arguments.0.get("max-connections").map(Value::as_u64) {
-        None => daemon.server_options.max_connections,
-        // As in the reference.
-        Some(Some(0)) => usize::MAX,
-        Some(Some(most)) => usize::try_from(most).unwrap_or(usize::MAX),
-        Some(None) => {
-            return Err(CommandError::new("Parameter 'max-connections' expects a non-negative number"));
-        }
-    };
-    let options = ServerOptions { max_connections, ..daemon.server_options.clone() };
     let server = Server::start(&address, options, Arc::clone(&daemon.log))
         .map_err(|error| CommandError::new(format!("Failed to bind socket to {address}: {error}")))?;
     daemon.set_server(server);
@@ -257,7 +256,12 @@ fn server_start(daemon: &Daemon, arguments: &Arguments<'_>) -> Outcome {
 fn listen_address(address: &Arguments<'_>) -> Result<ListenAddress, CommandError> {
     let data = address.object("data").expect("it was checked");
     if address.text("type") == "unix" {
-        return Ok(ListenAddress::Unix(data.text("path").into()));
+        let path = data.text("path");
+        if path.is_empty() {
+            // The kernel would make a name up, which nobody could be told.
+            return Err(CommandError::new("the address of a unix socket is its path, not ''"));
+        }
+        return Ok(ListenAddress::Unix(path.into()));
     }
     let (host, port) = (data.text("host"), data.text("port"));
     let number: u16 =

@@ -147,6 +147,9 @@ fn accept_all(listener: &OwnedFd, bell: &OwnedFd, accepted: &mut impl FnMut(Owne
     }
 }
 
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
 /// Listens on a socket that was never open to others: its mode is set before anybody can connect. Takes the place of
 /// one that a dead process left.
 ///
@@ -154,10 +157,18 @@ fn accept_all(listener: &OwnedFd, bell: &OwnedFd, accepted: &mut impl FnMut(Owne
 /// When somebody listens there, something else is there, or the system refuses.
 pub fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     remove_stale_socket(path)?;
+    listen_unix_anew(path)
+}
+
+/// [`listen_unix`], where nothing is in the way.
+///
+/// # Errors
+/// [`io::ErrorKind::AddrInUse`] when something is there; when the system refuses.
+pub(crate) fn listen_unix_anew(path: &Path) -> io::Result<UnixListener> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    listen(&socket, 16)?;
+    listen(&socket, BACKLOG)?;
     Ok(socket.into())
 }
 

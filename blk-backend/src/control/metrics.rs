@@ -8,7 +8,7 @@ use std::{
     net::TcpStream,
     os::fd::OwnedFd,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -28,8 +28,8 @@ use crate::{
 /// The longest request that is read.
 const MAX_REQUEST_BYTES: usize = 4096;
 
-/// A client that is slower is sent away: one is served at a time.
-const PATIENCE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
+/// A client that takes longer to ask, or to take a piece of the answer, is sent away: one is served at a time.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Upper ends of the latency buckets, in nanoseconds: 1 µs to 16 s, in powers of four.
 const LATENCY_BUCKETS: [u64; 13] = {
@@ -69,10 +69,13 @@ impl Metrics {
 fn serve(daemon: &Daemon, fd: &OwnedFd) -> io::Result<()> {
     // Bytes go through the descriptor alone; what kind of socket it is does not matter.
     let mut stream = TcpStream::from(fd.try_clone()?);
-    stream.set_write_timeout(Some(Duration::from_secs(2)))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let deadline = Instant::now() + PATIENCE;
     let mut request = Vec::new();
     while !request.windows(4).any(|end| end == b"\r\n\r\n") && request.len() < MAX_REQUEST_BYTES {
-        if poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&PATIENCE))? == 0 {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+        if poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left))? == 0 {
             return Ok(());
         }
         let mut some = [0; 1024];

@@ -27,6 +27,7 @@ pub use block::Block;
 pub use command::{Arguments, Command, CommandError, Event, NOTHING, Outcome, command};
 pub use daemon::Daemon;
 pub use general::General;
+pub(crate) use listen::listen_unix_anew;
 pub use listen::{ControlAddress, listen_unix, remove_stale_socket};
 pub use metrics::{Metrics, summary};
 pub use nodes::{IoStatus, Node, Nodes};

@@ -44,15 +44,30 @@ pub struct Node {
     pub cache: CacheMode,
     /// Whether the guest's requests end well, where the service says so.
     pub io_status: Option<IoStatus>,
-    /// Names of layers that have one of their own, from the top down.
-    pub(super) layer_names: Vec<String>,
+    /// Names of the layers, from the top down.
+    layer_names: Vec<String>,
+}
+
+/// The longest name of a node, as in the reference.
+const MAX_NAME_BYTES: usize = 31;
+
+/// Whether it is a name that users and clients may choose: a letter, then letters, digits, dashes, dots and underscores.
+/// Those that are made up here begin otherwise.
+pub(super) fn is_well_formed(name: &str) -> bool {
+    name.starts_with(|first: char| first.is_ascii_alphabetic())
+        && name.chars().all(|letter| letter.is_ascii_alphanumeric() || "-._".contains(letter))
 }
 
 impl Node {
     /// The node name of the layer at `depth`, 0 being the top.
     #[must_use]
     pub fn layer_name(&self, depth: usize) -> String {
-        self.layer_names.get(depth).cloned().unwrap_or_else(|| format!("#{}-{depth}", self.name))
+        self.layer_names.get(depth).cloned().unwrap_or_else(|| self.made_up(depth))
+    }
+
+    /// A name for the layer that has so many others below or above it, as they come.
+    fn made_up(&self, others: usize) -> String {
+        format!("#{}-{others}", self.name)
     }
 }
 
@@ -68,19 +83,18 @@ impl Nodes {
     /// Puts a disk under a name. `cache` is the mode it was opened in.
     ///
     /// # Errors
-    /// [`img_core::Error::Invalid`] when the name is taken.
+    /// [`img_core::Error::Invalid`] when the name is taken, or cannot be one.
     pub fn add(&self, name: &str, disk: &Arc<Disk>, cache: CacheMode) -> img_core::Result<()> {
+        check_name(name).map_err(img_core::Error::Invalid)?;
         let mut list = self.list();
         if list.iter().any(|node| node.name == name) {
             return Err(img_core::Error::Invalid(format!("Duplicate nodes with node-name='{name}'")));
         }
-        list.push(Node {
-            name: name.to_owned(),
-            disk: Arc::clone(disk),
-            cache,
-            io_status: None,
-            layer_names: vec![name.to_owned()],
-        });
+        let (name, disk) = (name.to_owned(), Arc::clone(disk));
+        let mut node = Node { name, disk, cache, io_status: None, layer_names: Vec::new() };
+        let below = (1..node.disk.image().layers().len()).map(|depth| node.made_up(depth));
+        node.layer_names = std::iter::once(node.name.clone()).chain(below).collect();
+        list.push(node);
         Ok(())
     }
 
@@ -97,20 +111,19 @@ impl Nodes {
         self.list().clone()
     }
 
-    /// A disk by its device, or by the node name of its top layer.
+    /// A disk by its device, or where there is no such device by the node name of its top layer.
     ///
     /// # Errors
     /// When there is none, or the layer of that name is below others.
     pub fn find(&self, device: &str, node_name: &str) -> Result<Node, CommandError> {
         let nodes = self.list();
-        let found = nodes.iter().find(|node| {
-            if device.is_empty() { node.layer_names[0] == node_name } else { node.name == device }
-        });
+        let by_device = nodes.iter().find(|node| node.name == device);
+        let found = by_device.or_else(|| nodes.iter().find(|node| node.layer_names[0] == node_name));
         if let Some(node) = found {
             return Ok(node.clone());
         }
         let above = nodes.iter().find_map(|node| {
-            let depth = node.layer_names.iter().position(|name| device.is_empty() && name == node_name)?;
+            let depth = node.layer_names.iter().position(|name| name == node_name)?;
             Some(node.layer_name(depth - 1))
         });
         Err(CommandError::new(match above {
@@ -119,9 +132,18 @@ impl Nodes {
         }))
     }
 
-    /// Whether a node or a device has that name.
-    pub(super) fn is_taken(&self, name: &str) -> bool {
-        self.list().iter().any(|node| node.name == name || node.layer_names.iter().any(|known| known == name))
+    /// Decides what a layer that comes on top of a disk will be called.
+    ///
+    /// # Errors
+    /// When the name that is `wanted` cannot be one, or is taken. What the reference says then.
+    pub(super) fn name_for_top(&self, node: &Node, wanted: Option<&str>) -> Result<String, CommandError> {
+        let Some(name) = wanted else { return Ok(node.made_up(node.layer_names.len())) };
+        let list = self.list();
+        if list.iter().any(|node| node.name == name || node.layer_names.iter().any(|known| known == name)) {
+            return Err(CommandError::new("New overlay node-name already in use"));
+        }
+        check_name(name).map_err(CommandError::new)?;
+        Ok(name.to_owned())
     }
 
     /// A layer of that name was put on top of a disk.
@@ -139,4 +161,15 @@ impl Nodes {
     fn list(&self) -> MutexGuard<'_, Vec<Node>> {
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a node may be called so; otherwise why not, as the reference says it.
+fn check_name(name: &str) -> Result<(), String> {
+    if !is_well_formed(name) {
+        return Err(format!("Invalid node-name: '{name}'"));
+    }
+    if name.len() > MAX_NAME_BYTES {
+        return Err("Node name too long".to_owned());
+    }
+    Ok(())
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 pub enum Shape {
     /// A string.
     Text,
-    /// A number without a fraction.
+    /// A number without a fraction, of 64 bits with a sign.
     Integer,
     /// True or false.
     Switch,
@@ -68,7 +68,7 @@ impl Shape {
             |expected: &str| Err(format!("Invalid parameter type for '{name}', expected: {expected}"));
         match (self, value) {
             (Self::Any, _) | (Self::Text, Value::String(_)) | (Self::Switch, Value::Bool(_)) => Ok(()),
-            (Self::Integer, Value::Number(number)) if number.is_i64() || number.is_u64() => Ok(()),
+            (Self::Integer, Value::Number(number)) if number.is_i64() => Ok(()),
             (Self::Choice(words), Value::String(word)) => {
                 if words.contains(&word.as_str()) {
                     Ok(())

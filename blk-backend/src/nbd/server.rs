@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     fmt, fs, io,
     net::TcpListener,
-    os::{fd::OwnedFd, unix::net::UnixListener},
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     BREATH,
-    control::remove_stale_socket,
+    control::listen_unix,
     engine::{Lane, LaneOptions, LaneWaker},
 };
 
@@ -50,6 +50,14 @@ pub struct ServerOptions {
     pub lane: LaneOptions,
     /// Let clients of other hosts write. Without, exports that can be written are refused on such addresses.
     pub allow_remote_writes: bool,
+}
+
+impl ServerOptions {
+    /// So many connections at once, where users mean by 0 that there is no limit, as the reference's do.
+    #[must_use]
+    pub fn most_connections(wanted: usize) -> usize {
+        if wanted == 0 { usize::MAX } else { wanted }
+    }
 }
 
 impl Default for ServerOptions {
@@ -141,10 +149,7 @@ impl Server {
     /// that somebody still listens on is not.
     pub fn start(address: &ListenAddress, options: ServerOptions, log: Log) -> io::Result<Self> {
         let (listener, address, path): (OwnedFd, _, _) = match address {
-            ListenAddress::Unix(path) => {
-                remove_stale_socket(path)?;
-                (UnixListener::bind(path)?.into(), address.clone(), Some(path.clone()))
-            }
+            ListenAddress::Unix(path) => (listen_unix(path)?.into(), address.clone(), Some(path.clone())),
             ListenAddress::Tcp(wanted) => {
                 let listener = TcpListener::bind(wanted)?;
                 let bound = listener.local_addr()?;

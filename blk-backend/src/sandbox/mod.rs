@@ -12,7 +12,10 @@ mod seccomp;
 #[cfg(test)]
 mod tests;
 
-use std::{io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use landlock::{
     ABI, Access as _, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _,
@@ -44,6 +47,14 @@ pub struct Fences {
     pub landlock: bool,
     /// Whether the system calls are filtered; not on processors for which there is no list.
     pub seccomp: bool,
+}
+
+/// Looks whether users may name `path` as a directory that stays theirs to use: Landlock passes over what is not there.
+///
+/// # Errors
+/// When it cannot be looked at; [`io::ErrorKind::NotADirectory`].
+pub fn check_directory(path: &Path) -> io::Result<()> {
+    if fs::metadata(path)?.is_dir() { Ok(()) } else { Err(io::ErrorKind::NotADirectory.into()) }
 }
 
 /// Gives everything else up, for good. The calling thread has started no other that is to be trusted less.

@@ -28,6 +28,7 @@ use super::{
 };
 use crate::{
     BREATH,
+    control::listen_unix_anew,
     virtio::{Device, DeviceEvent},
 };
 
@@ -139,7 +140,7 @@ impl Listening {
     /// # Errors
     /// When `path` is something else or in use, or the system refuses.
     pub fn at(path: &Path) -> io::Result<Self> {
-        let listener = match UnixListener::bind(path) {
+        let listener = match listen_unix_anew(path) {
             Err(error) if error.kind() == ErrorKind::AddrInUse => take_over(path)?,
             result => result?,
         };
@@ -157,7 +158,7 @@ fn take_over(path: &Path) -> io::Result<UnixListener> {
         Ok(_) => Err(io::Error::new(ErrorKind::AddrInUse, "somebody listens there already")),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             unlinkat(CWD, path, AtFlags::empty())?;
-            UnixListener::bind(path)
+            listen_unix_anew(path)
         }
         Err(error) => Err(error),
     }
