@@ -267,8 +267,8 @@ impl Disk {
     /// disk's size, and whoever made it saw to what it names as its backing file.
     ///
     /// # Errors
-    /// When the image cannot be made or opened, is in the chain already, or the old top cannot be flushed. The disk
-    /// is then as it was.
+    /// When the image cannot be made or opened, is in the chain already or hides all of it, or the old top cannot be
+    /// flushed. The disk is then as it was.
     pub fn snapshot_external(&self, overlay: &ImageName, format: &str, existing: bool) -> Result<()> {
         self.drained(|| {
             let image = self.image();

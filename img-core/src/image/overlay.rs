@@ -1,7 +1,15 @@
 //! Putting a new layer over an open disk: what a live external snapshot does.
 
 use super::{Image, full_backing_name, protocol};
-use crate::{Error, Result, format::HostFile, storage::lock::Use, text};
+use crate::{
+    Error, Result,
+    format::{HostFile, Place},
+    storage::lock::Use,
+    text,
+};
+
+/// How much of a map is looked at together. Sizes are far enough below 2^64 for one more.
+const LOOK_BYTES: usize = 1 << 30;
 
 impl Image {
     /// The disk of `overlay`, which was opened alone for writing and holds nothing yet, over all layers of this one.
@@ -11,8 +19,8 @@ impl Image {
     /// What a power cut leaves: the old disk with all its bytes, and beside it an overlay that stands on it.
     ///
     /// # Errors
-    /// When the old top cannot be flushed; [`Error::Invalid`] when the overlay has another size, cannot be written, or
-    /// has layers of its own.
+    /// When the old top cannot be flushed; [`Error::Invalid`] when the overlay has another size, cannot be written, has
+    /// layers of its own, or stands for itself: nothing of the disk would be seen any more.
     pub fn with_overlay(&self, overlay: Self) -> Result<Self> {
         let _alone = self.gate.drain();
         let refused = |why: String| Error::Invalid(format!("{}: {why}", overlay.names[0]));
@@ -23,6 +31,11 @@ impl Image {
         let (old, new) = (self.virtual_size_bytes(), overlay.virtual_size_bytes());
         if old != new {
             return Err(refused(format!("the overlay is a disk of {new} bytes over one of {old}")));
+        }
+        if overlay.layers[0].backing().is_none() && !overlay.lets_through()? {
+            let why = "nothing of the disk would show through it: it names no backing file, and reads as zeroes where \
+                       nothing was written";
+            return Err(refused(why.to_owned()));
         }
         // 1. the new layer's file, 2. all that was written to the old one: a flush of the new disk speaks for both.
         overlay.flush()?;
@@ -37,6 +50,20 @@ impl Image {
         let mut names = overlay.names.clone();
         names.extend(self.names.iter().cloned());
         Ok(Self { writes_through: self.writes_through, ..Self::over(layers, names) })
+    }
+
+    /// Whether what is below may show anywhere.
+    fn lets_through(&self) -> Result<bool> {
+        let size = self.virtual_size_bytes();
+        let mut extents = Vec::new();
+        for start in (0..size).step_by(LOOK_BYTES) {
+            extents.clear();
+            self.map_range(start..size.min(start + LOOK_BYTES as u64), &mut extents)?;
+            if extents.iter().any(|extent| extent.place == Place::Unallocated) {
+                return Ok(true);
+            }
+        }
+        Ok(size == 0)
     }
 
     /// What a new image at the path `overlay` calls this one as its backing file: the name by which this one was

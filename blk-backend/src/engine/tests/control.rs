@@ -20,10 +20,10 @@ use img_core::{
 };
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::client::{Client, engines, fresh_disk};
+use super::client::{Client, engines, fresh_disk, image};
 use crate::{
     disk::{Disk, DiskOptions},
-    engine::{Event, LaneOptions, Poll, Wait},
+    engine::{EngineChoice, Event, LaneOptions, Poll, Wait},
     request::Op,
 };
 
@@ -250,5 +250,24 @@ fn a_lane_that_polls_finds_work_before_it_sleeps() {
             }
         });
         assert_eq!((client.others.as_slice(), disk.stats().sleeps), (&[Event::Woken][..], 0));
+    }
+}
+
+/// One that is there already and stands for itself would take the disk away from its guest.
+#[test]
+fn an_existing_overlay_lets_the_disk_show() {
+    let (dir, disk) = fresh_disk("qcow2", MIB);
+    let mut client = Client::new(&disk, EngineChoice::Threads);
+    assert_eq!(client.write(4096, &[7; 4096]), Ok(()));
+    let dynamic: &[_] = &[("subformat", "dynamic"), ("force_size", "on")];
+    let flat: &[_] = &[("subformat", "monolithicFlat")];
+    let sparse: &[_] = &[("subformat", "monolithicSparse")];
+    let hiding = [("raw", &[][..]), ("vpc", dynamic), ("vmdk", flat)].map(|kind| (kind, false));
+    let others = [("vmdk", sparse), ("qed", &[]), ("qcow2", &[])].map(|kind| (kind, true));
+    for (number, ((format, options), is_taken)) in hiding.into_iter().chain(others).enumerate() {
+        let name = image(dir.path(), &format!("overlay{number}"), format, options, MIB, None);
+        let result = disk.snapshot_external(&name, format, true);
+        assert_eq!(result.is_ok(), is_taken, "{format} {options:?}: {result:?}");
+        assert_eq!(client.read(4096, 4096), Ok(vec![7; 4096]), "{format} {options:?}");
     }
 }
