@@ -8,6 +8,7 @@
 mod dirty;
 mod extent;
 mod front;
+mod halt;
 mod host_file;
 mod in_flight;
 mod layer;

@@ -35,7 +35,8 @@ struct Parked {
 
 /// A request that is inside.
 #[must_use = "the request ends when this is dropped"]
-pub(super) struct Pass<'a>(&'a Gate);
+#[derive(Debug)]
+pub(crate) struct Pass<'a>(&'a Gate);
 
 /// The image alone.
 #[must_use = "requests go on when this is dropped"]

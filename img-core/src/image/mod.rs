@@ -44,6 +44,7 @@ use std::{ops::Range, sync::Arc};
 use change_log::Noted;
 use codec::DecodedUnits;
 use gate::Gate;
+pub(crate) use gate::Pass;
 use merged::MergedMap;
 use open::Opened;
 

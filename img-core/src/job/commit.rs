@@ -11,7 +11,7 @@ use super::{
 use crate::{
     Error, JobStep, Result,
     format::Place,
-    image::{Image, ImageExtent},
+    image::{Image, ImageExtent, Pass},
     storage::Preallocation,
 };
 
@@ -88,6 +88,8 @@ struct Writes<'a> {
     /// Of `bytes`.
     used: usize,
     reserved: Vec<Reserved<'a>>,
+    /// While there is something reserved.
+    pass: Option<Pass<'a>>,
     /// Where the last piece ends.
     end: u64,
 }
@@ -97,7 +99,7 @@ impl<'a> Writes<'a> {
         let target = if base.looks_at_writes() { None } else { Some(Target::new(base)?.scattered()) };
         let cluster_bytes = base.layers()[0].cluster_size_bytes().map_or(0, u64::from);
         let bytes = vec![0; usize_of(cluster_bytes.clamp(BATCH_BYTES, MAX_BATCH_BYTES))];
-        Ok(Self { base, target, bytes, used: 0, reserved: Vec::new(), end: 0 })
+        Ok(Self { base, target, bytes, used: 0, reserved: Vec::new(), pass: None, end: 0 })
     }
 
     /// Reads a piece that is no longer than the buffer, and writes it, or has its place reserved until others follow.
@@ -116,7 +118,8 @@ impl<'a> Writes<'a> {
         let Some(target) = &self.target else {
             return self.base.write_at(bytes, piece.start).map_err(|error| write_error(piece.start, error));
         };
-        target.reserve(piece.clone(), self.used, &mut self.reserved)?;
+        let pass = self.pass.get_or_insert_with(|| self.base.pass());
+        target.reserve(pass, piece.clone(), self.used, &mut self.reserved)?;
         self.used += len;
         self.end = piece.end;
         Ok(())
@@ -124,9 +127,10 @@ impl<'a> Writes<'a> {
 
     /// Writes what is on its way.
     fn land(&mut self) -> Result<()> {
-        if let Some(target) = &self.target {
-            target.write(&self.bytes, &mut self.reserved)?;
+        if let (Some(target), Some(pass)) = (&self.target, &self.pass) {
+            target.write(pass, &self.bytes, &mut self.reserved)?;
         }
+        self.pass = None;
         self.used = 0;
         Ok(())
     }

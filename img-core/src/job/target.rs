@@ -1,11 +1,15 @@
 //! The target of a job: reserving in order, moving bytes in parallel, committing.
+//!
+//! From the first reservation to the commit of the last a thread holds one [`Pass`]: whoever has the image alone may wait for
+//! a reservation, so nobody who has one may wait for him. With a pass in hand, neither a turn is waited for nor anything
+//! called that enters the image.
 
 use std::{io::IoSlice, ops::Range};
 
 use crate::{
     Error, JobStep, Result,
     format::{Codec, CompressedWrites, Frame, HostFile, Layer, LayerWriter, PreparedWrite, WriteStep},
-    image::Image,
+    image::{Image, Pass},
     storage::{Preallocation, Storage},
 };
 
@@ -89,6 +93,7 @@ impl<'a> Target<'a> {
     /// Reserves the places of `guest_bytes`, whose first byte is at `at` in the buffer.
     pub(super) fn reserve(
         &self,
+        _pass: &Pass<'_>,
         guest_bytes: Range<u64>,
         at: usize,
         reserved: &mut Vec<Reserved<'a>>,
@@ -107,7 +112,12 @@ impl<'a> Target<'a> {
     }
 
     /// Reserves the place of the compressed form, at `bytes` in the buffer, of the cluster at `guest_offset`.
-    pub(super) fn reserve_compressed(&self, guest_offset: u64, bytes: Range<usize>) -> Result<Reserved<'a>> {
+    pub(super) fn reserve_compressed(
+        &self,
+        _pass: &Pass<'_>,
+        guest_offset: u64,
+        bytes: Range<usize>,
+    ) -> Result<Reserved<'a>> {
         let stored = u32::try_from(bytes.len()).expect("less than a cluster");
         let write = self
             .writer
@@ -117,14 +127,14 @@ impl<'a> Target<'a> {
     }
 
     /// Moves the bytes of `buf` to where they were reserved, neighbours on the host at once, and commits.
-    pub(super) fn write(&self, buf: &[u8], reserved: &mut Vec<Reserved<'a>>) -> Result<()> {
+    pub(super) fn write(&self, pass: &Pass<'_>, buf: &[u8], reserved: &mut Vec<Reserved<'a>>) -> Result<()> {
         let mut from = 0;
         while from < reserved.len() {
             let mut to = from + 1;
             while to < reserved.len() && reserved[to].stands_behind(&reserved[to - 1]) {
                 to += 1;
             }
-            self.write_run(buf, &reserved[from..to])
+            self.write_run(pass, buf, &reserved[from..to])
                 .map_err(|error| write_error(reserved[from].step().guest_bytes.start, error))?;
             from = to;
         }
@@ -133,10 +143,10 @@ impl<'a> Target<'a> {
 
     /// Writes reservations that stand one behind the other on the host, with the fill before the first and the one
     /// behind the last.
-    fn write_run(&self, buf: &[u8], run: &[Reserved<'a>]) -> Result<()> {
+    fn write_run(&self, pass: &Pass<'_>, buf: &[u8], run: &[Reserved<'a>]) -> Result<()> {
         let (first, last) = (&run[0], &run[run.len() - 1]);
-        let before = self.fill(first.step().guest_bytes.start, first.step().fill_before_bytes, true)?;
-        let after = self.fill(last.step().guest_bytes.end, last.step().fill_after_bytes, false)?;
+        let before = self.fill(pass, first.step().guest_bytes.start, first.step().fill_before_bytes, true)?;
+        let after = self.fill(pass, last.step().guest_bytes.end, last.step().fill_after_bytes, false)?;
         let start = first.host().start - before.len() as u64;
         let file = self.file(first.step().file)?;
         if self.takes_space_ahead {
@@ -163,7 +173,7 @@ impl<'a> Target<'a> {
 
     /// What the guest reads now in the `len` bytes before or behind `at`. Zeroes are written too, even where the
     /// host has them already: the reference also takes the whole cluster's space.
-    fn fill(&self, at: u64, len: u64, before: bool) -> Result<Vec<u8>> {
+    fn fill(&self, pass: &Pass<'_>, at: u64, len: u64, before: bool) -> Result<Vec<u8>> {
         if len == 0 {
             return Ok(Vec::new());
         }
@@ -171,7 +181,8 @@ impl<'a> Target<'a> {
         let from = if before { at - len } else { at };
         // A cluster may reach past the end of the disk; what is there is written as zeroes.
         let in_disk = self.image.virtual_size_bytes().saturating_sub(from).min(len);
-        self.image.read_at(&mut bytes[..usize::try_from(in_disk).expect("at most len")], from)?;
+        let in_disk = usize::try_from(in_disk).expect("at most len");
+        self.image.read_with(pass, &mut bytes[..in_disk], from)?;
         Ok(bytes)
     }
 

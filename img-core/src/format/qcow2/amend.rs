@@ -191,7 +191,7 @@ impl Qcow2Layer {
         }
         self.settle()?;
         self.update_header(change)?;
-        self.halt();
+        self.halt.halt(|| "its header has changed for good".to_owned());
         Ok(())
     }
 

@@ -26,6 +26,7 @@ use crate::{
     format::{
         Backing, Bitmaps, CheckReport, CheckWatch, Codec, Driver, Extent, Finding, HostFile, HostOffset,
         HostUse, Layer, LayerWriter, LeaseToken, MissingTable, OpenContext, OpenMode, Repair, Snapshots,
+        halt::Halt,
         table_cache::{SliceCache, lock},
         unwatched,
         waiters::Waiters,
@@ -65,8 +66,8 @@ pub(super) struct Qcow2Layer {
     pub(super) places_known: AtomicBool,
     /// Nothing is written any more: the image turned out to be corrupt.
     broken: AtomicBool,
-    /// Nothing is written any more: see [`Self::halt`].
-    halted: AtomicBool,
+    /// Whether anything is written any more.
+    pub(super) halt: Halt,
     /// Tables end here at the latest; see [`TableMap::end_bytes`].
     pub(super) end_bytes: Arc<AtomicU64>,
     has_sparse_data: OnceLock<bool>,
@@ -153,7 +154,7 @@ impl Qcow2Layer {
             zeroing: AtomicU64::new(0),
             places_known: AtomicBool::new(false),
             broken: AtomicBool::new(false),
-            halted: AtomicBool::new(false),
+            halt: Halt::default(),
             end_bytes,
             has_sparse_data: OnceLock::new(),
             tracking: Tracking::default(),
@@ -295,23 +296,14 @@ impl Qcow2Layer {
         Ok(())
     }
 
-    /// Stops all writing until the image is opened again, after a change of several steps failed between two
-    /// of them. Whatever is on disk then is what a power cut there would have left.
-    pub(super) fn halt(&self) {
-        self.halted.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether [`Self::halt`] was called.
+    /// See [`Halt::is_halted`].
     pub(super) fn is_halted(&self) -> bool {
-        self.halted.load(Ordering::SeqCst)
+        self.halt.is_halted()
     }
 
-    /// Passes a result on; [halts](Self::halt) when it is an error.
+    /// See [`Halt::or_halt`].
     pub(super) fn or_halt<T>(&self, result: Result<T>) -> Result<T> {
-        if result.is_err() {
-            self.halt();
-        }
-        result
+        self.halt.or_halt(result)
     }
 
     /// Refuses when nothing may be written.
@@ -319,12 +311,7 @@ impl Qcow2Layer {
         if !self.mode.writes() {
             return Err(Error::ReadOnly { file: self.path().to_owned() });
         }
-        if self.is_halted() {
-            return Err(Error::Invalid(format!(
-                "{}: a change could not be finished; nothing is written until the image is opened again",
-                self.path().display()
-            )));
-        }
+        self.halt.check(self.path())?;
         if self.broken.load(Ordering::SeqCst) {
             return Err(Error::corrupt(
                 self.path(),

@@ -106,7 +106,7 @@ impl Qcow2Layer {
             header.refcount_table_offset = table_offset;
             header.refcount_table_clusters = u32::try_from(table_clusters).expect("at most 8 MiB");
         })?;
-        self.halt();
+        self.halt.halt(|| "its reference counts have another width".to_owned());
         // (3)
         self.punch_clusters(&freed)
     }

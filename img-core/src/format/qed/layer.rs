@@ -21,6 +21,7 @@ use crate::{
     format::{
         Backing, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer, LayerWriter,
         MissingTable, OpenContext, OpenMode, OptionSet, Repair,
+        halt::Halt,
         table_cache::{SliceCache, lock},
         unwatched,
         waiters::Waiters,
@@ -28,7 +29,7 @@ use crate::{
     storage::{Flush, Storage},
     sync::{
         Mutex, MutexGuard, RwLock, RwLockReadGuard,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
@@ -57,8 +58,8 @@ pub(super) struct QedLayer {
     pub(super) tables: RwLock<Option<Tables>>,
     /// The map is changed up to here: the size, or one that is being grown to.
     pub(super) reach_bytes: AtomicU64,
-    /// Nothing is written any more: a step whose outcome on disk nobody knows has failed.
-    halted: AtomicBool,
+    /// Whether anything is written any more.
+    halt: Halt,
 }
 
 impl fmt::Debug for QedLayer {
@@ -112,7 +113,7 @@ impl QedLayer {
             state: Mutex::default(),
             landed: Waiters::default(),
             tables: RwLock::new(None),
-            halted: AtomicBool::new(false),
+            halt: Halt::default(),
         })
     }
 
@@ -150,10 +151,7 @@ impl QedLayer {
         let mut changed = header.clone();
         change(&mut changed);
         let written = changed.write(self.file()).and_then(|()| self.file().flush(Flush::Data));
-        if written.is_err() {
-            self.halted.store(true, Ordering::SeqCst);
-        }
-        written?;
+        self.halt.or_halt(written)?;
         self.virtual_size_bytes.store(changed.virtual_size_bytes, Ordering::SeqCst);
         *header = changed;
         Ok(())
@@ -169,13 +167,7 @@ impl QedLayer {
         if !self.mode.writes() {
             return Err(Error::ReadOnly { file: self.path().to_owned() });
         }
-        if self.halted.load(Ordering::SeqCst) {
-            return Err(Error::Invalid(format!(
-                "{}: the header could not be written; nothing is written until the image is opened again",
-                self.path().display()
-            )));
-        }
-        Ok(())
+        self.halt.check(self.path())
     }
 }
 

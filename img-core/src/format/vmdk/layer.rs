@@ -9,7 +9,7 @@ use crate::{
     Error, Result,
     format::{
         Backing, CheckReport, CheckWatch, Codec, CompressedWrites, Driver, Extent, Finding, HostFile,
-        HostOffset, Layer, LayerWriter, MissingTable, OpenMode, Place, Repair, table_cache::lock,
+        HostOffset, Layer, LayerWriter, MissingTable, OpenMode, Place, Repair, halt::Halt, table_cache::lock,
         waiters::Waiters,
     },
     storage::Storage,
@@ -105,8 +105,8 @@ pub(super) struct VmdkLayer {
     state: Mutex<State>,
     /// A prepared write has ended.
     pub(super) landed: Waiters,
-    /// Nothing is written any more: see [`Self::or_halt`].
-    halted: AtomicBool,
+    /// Whether anything is written any more.
+    halt: Halt,
 }
 
 impl fmt::Debug for VmdkLayer {
@@ -138,7 +138,7 @@ impl VmdkLayer {
             content: Mutex::new(content),
             content_renewed: AtomicBool::new(false),
             landed: Waiters::default(),
-            halted: AtomicBool::new(false),
+            halt: Halt::default(),
         }
     }
 
@@ -157,21 +157,12 @@ impl VmdkLayer {
     /// Passes on whether the header or the descriptor was written; when it was not, nothing is until the image is
     /// opened again: nobody knows which tables and which size the file has now.
     pub(super) fn or_halt(&self, written: Result<()>) -> Result<()> {
-        if written.is_err() {
-            self.halted.store(true, Ordering::SeqCst);
-        }
-        written
+        self.halt.or_halt(written)
     }
 
     /// Refuses when nothing may be written.
     pub(super) fn check_not_halted(&self) -> Result<()> {
-        if !self.halted.load(Ordering::SeqCst) {
-            return Ok(());
-        }
-        Err(Error::Invalid(format!(
-            "{}: a change of its size could not be finished; nothing is written until the image is opened again",
-            crate::text::from_path(self.path())
-        )))
+        self.halt.check(self.path())
     }
 
     pub(super) fn has_backing(&self) -> bool {

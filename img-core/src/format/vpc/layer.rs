@@ -24,12 +24,12 @@ use crate::{
     Error, Result,
     format::{
         Backing, CheckReport, CheckWatch, Driver, Extent, Finding, HostFile, Layer, LayerWriter, OpenMode,
-        Place, Repair, table_cache::lock, waiters::Waiters,
+        Place, Repair, halt::Halt, table_cache::lock, waiters::Waiters,
     },
     storage::{Flush, Storage},
     sync::{
         Mutex, MutexGuard, RwLock, RwLockReadGuard,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
@@ -50,8 +50,8 @@ pub(super) struct SparseLayer {
     state: Mutex<State>,
     /// A prepared write has ended.
     pub(super) landed: Waiters,
-    /// Nothing is written any more: see [`Self::or_halt`].
-    halted: AtomicBool,
+    /// Whether anything is written any more.
+    halt: Halt,
 }
 
 /// Footer and header as they are on disk.
@@ -109,7 +109,7 @@ impl SparseLayer {
             other_names,
             state: Mutex::default(),
             landed: Waiters::default(),
-            halted: AtomicBool::new(false),
+            halt: Halt::default(),
             storage,
         };
         if mode == OpenMode::Write {
@@ -188,10 +188,7 @@ impl SparseLayer {
     /// Passes a result on; when it is an error, nothing is written until the image is opened again. A flush
     /// that failed may have lost what it was to make durable, and what follows must not refer to that.
     pub(super) fn or_halt<T>(&self, result: Result<T>) -> Result<T> {
-        if result.is_err() {
-            self.halted.store(true, Ordering::SeqCst);
-        }
-        result
+        self.halt.or_halt(result)
     }
 
     /// Refuses when nothing may be written.
@@ -199,13 +196,7 @@ impl SparseLayer {
         if self.mode != OpenMode::Write {
             return Err(Error::ReadOnly { file: self.path().to_owned() });
         }
-        if self.halted.load(Ordering::SeqCst) {
-            return Err(Error::Invalid(format!(
-                "{}: a change could not be finished; nothing is written until the image is opened again",
-                self.path().display()
-            )));
-        }
-        Ok(())
+        self.halt.check(self.path())
     }
 }
 

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     Error, Result,
     format::Codec,
+    image::Pass,
     job::{
         MAX_THREADS, Progress,
         compress::Compressor,
@@ -259,10 +260,10 @@ impl<'a> Copy<'a> {
             Some(_) => self.copy_compressed(ticket, piece, hands),
             None => {
                 self.find_parts(piece, hands);
-                if let Err(Stopped) = self.in_turn(ticket, || self.reserve_parts(piece, hands))? {
+                let Ok(pass) = self.in_turn(ticket, || self.reserve_parts(piece, hands))? else {
                     return Ok(Err(Stopped));
-                }
-                self.target.write(&hands.read, &mut hands.reserved).map(Ok)
+                };
+                self.target.write(&pass, &hands.read, &mut hands.reserved).map(Ok)
             }
         }
     }
@@ -291,26 +292,35 @@ impl<'a> Copy<'a> {
         }
     }
 
-    /// Reserves the places of the parts, and makes the others zero where they are not.
-    fn reserve_parts<'s>(&'s self, piece: Piece, hands: &mut Hands<'s>) -> Result<()> {
+    /// Reserves the places of the parts, once the others are zero, and keeps away who wants the target alone.
+    fn reserve_parts<'s>(&'s self, piece: Piece, hands: &mut Hands<'s>) -> Result<Pass<'s>> {
+        // Nothing is reserved yet: making a part of a cluster zero may take the target alone.
+        let mut refusal = Ok(());
+        hands.parts.retain(|part| {
+            let may_unmap = match part.is_data {
+                true => self.detected(&hands.read[part.start..part.end]),
+                false => Some(true),
+            };
+            let Some(may_unmap) = may_unmap else { return true };
+            if refusal.is_ok() && (part.is_data || !self.target_is_zero) {
+                refusal =
+                    self.zero(piece.start + part.start as u64, (part.end - part.start) as u64, may_unmap);
+            }
+            false
+        });
+        refusal?;
+        let pass = self.target.image().pass();
         let mut last_cluster = None;
         for part in &hands.parts {
             let (start, end) = (piece.start + part.start as u64, piece.start + part.end as u64);
             if last_cluster == Some(start / self.target.cluster_bytes) {
                 // Two reservations in one cluster exclude each other.
-                self.target.write(&hands.read, &mut hands.reserved)?;
+                self.target.write(&pass, &hands.read, &mut hands.reserved)?;
             }
-            let unmaps = self.detected(&hands.read[part.start..part.end]);
-            if let Some(may_unmap) = unmaps.filter(|_| part.is_data) {
-                self.zero(start, end - start, may_unmap)?;
-            } else if part.is_data {
-                self.target.reserve(start..end, part.start, &mut hands.reserved)?;
-                last_cluster = Some((end - 1) / self.target.cluster_bytes);
-            } else if !self.target_is_zero {
-                self.write_zeroes(start, end - start)?;
-            }
+            self.target.reserve(&pass, start..end, part.start, &mut hands.reserved)?;
+            last_cluster = Some((end - 1) / self.target.cluster_bytes);
         }
-        Ok(())
+        Ok(pass)
     }
 
     fn write_zeroes(&self, start: u64, len: u64) -> Result<()> {
@@ -330,7 +340,8 @@ impl<'a> Copy<'a> {
     /// Whether the host copied the piece.
     fn copy_offloaded<'s>(&'s self, piece: Piece, hands: &mut Hands<'s>) -> Result<bool> {
         let guest_bytes = piece.start..piece.start + piece.len;
-        self.target.reserve(guest_bytes.clone(), 0, &mut hands.reserved)?;
+        let pass = self.target.image().pass();
+        self.target.reserve(&pass, guest_bytes.clone(), 0, &mut hands.reserved)?;
         let is_copied = offload::copy(self.sources, guest_bytes, &self.target, &hands.reserved)
             .map_err(|error| write_error(piece.start, error))?;
         if is_copied {
@@ -349,8 +360,8 @@ impl<'a> Copy<'a> {
             let part = Piece { start, len: (end - start).min(PIECE_BYTES), ..piece };
             self.read(part, hands)?;
             self.find_parts(part, hands);
-            self.reserve_parts(part, hands)?;
-            self.target.write(&hands.read, &mut hands.reserved)?;
+            let pass = self.reserve_parts(part, hands)?;
+            self.target.write(&pass, &hands.read, &mut hands.reserved)?;
             start += part.len;
         }
         Ok(())
@@ -366,45 +377,46 @@ impl<'a> Copy<'a> {
         // Those stored as they are stand in another buffer, so they are written on their own.
         let mut plain = Vec::new();
         let reserve = || self.reserve_clusters(piece, &clusters, &mut hands.reserved, &mut plain);
-        if let Err(Stopped) = self.in_turn(ticket, reserve)? {
-            return Ok(Err(Stopped));
-        }
-        self.target.write(&hands.stored, &mut hands.reserved)?;
-        self.target.write(&hands.read, &mut plain)?;
+        let Ok(pass) = self.in_turn(ticket, reserve)? else { return Ok(Err(Stopped)) };
+        self.target.write(&pass, &hands.stored, &mut hands.reserved)?;
+        self.target.write(&pass, &hands.read, &mut plain)?;
         Ok(Ok(()))
     }
 
-    /// Reserves the places of compressed clusters, and of those stored as they are, and makes the others zero where
-    /// they are not.
+    /// Reserves the places of compressed clusters, and of those stored as they are, once the others are zero. As
+    /// [`Self::reserve_parts`].
     fn reserve_clusters<'s>(
         &'s self,
         piece: Piece,
         clusters: &[Cluster],
         compressed: &mut Vec<Reserved<'s>>,
         plain: &mut Vec<Reserved<'s>>,
-    ) -> Result<()> {
+    ) -> Result<Pass<'s>> {
+        let guest_bytes = |cluster: &Cluster| {
+            let start = piece.start + cluster.at as u64;
+            start..(start + self.target.cluster_bytes).min(piece.start + piece.len)
+        };
         for cluster in clusters {
-            let guest = piece.start + cluster.at as u64;
+            let may_unmap = match cluster.stored {
+                Stored::Zero if !self.target_is_zero => true,
+                Stored::Detected { may_unmap } => may_unmap,
+                Stored::Zero | Stored::Compressed(_) | Stored::Plain => continue,
+            };
+            let guest = guest_bytes(cluster);
+            self.zero(guest.start, guest.end - guest.start, may_unmap)?;
+        }
+        let pass = self.target.image().pass();
+        for cluster in clusters {
+            let guest = guest_bytes(cluster);
             match &cluster.stored {
                 Stored::Compressed(bytes) => {
-                    compressed.push(self.target.reserve_compressed(guest, bytes.clone())?);
+                    compressed.push(self.target.reserve_compressed(&pass, guest.start, bytes.clone())?);
                 }
-                Stored::Plain => {
-                    let end = (guest + self.target.cluster_bytes).min(piece.start + piece.len);
-                    self.target.reserve(guest..end, cluster.at, plain)?;
-                }
-                Stored::Zero if self.target_is_zero => {}
-                Stored::Zero => {
-                    let end = (guest + self.target.cluster_bytes).min(piece.start + piece.len);
-                    self.write_zeroes(guest, end - guest)?;
-                }
-                Stored::Detected { may_unmap } => {
-                    let end = (guest + self.target.cluster_bytes).min(piece.start + piece.len);
-                    self.zero(guest, end - guest, *may_unmap)?;
-                }
+                Stored::Plain => self.target.reserve(&pass, guest, cluster.at, plain)?,
+                Stored::Zero | Stored::Detected { .. } => {}
             }
         }
-        Ok(())
+        Ok(pass)
     }
 
     /// Compresses what was read, cluster by cluster, one behind the other into `stored`.

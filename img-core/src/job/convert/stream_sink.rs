@@ -239,16 +239,22 @@ impl Units {
 }
 
 fn write_cluster(image: &Image, target: &Target<'_>, guest: u64, stored: Stored<'_>) -> Result<()> {
+    if matches!(stored, Stored::Nothing) {
+        return Ok(());
+    }
     let mut reserved: Vec<Reserved<'_>> = Vec::new();
+    let pass = image.pass();
     match stored {
-        Stored::Nothing => return Ok(()),
+        Stored::Nothing => {}
         Stored::AsItIs(cluster) => {
             let end = (guest + cluster.len() as u64).min(image.virtual_size_bytes());
-            target.reserve(guest..end, 0, &mut reserved)?;
+            target.reserve(&pass, guest..end, 0, &mut reserved)?;
         }
-        Stored::Compressed(bytes) => reserved.push(target.reserve_compressed(guest, 0..bytes.len())?),
+        Stored::Compressed(bytes) => {
+            reserved.push(target.reserve_compressed(&pass, guest, 0..bytes.len())?)
+        }
     }
-    target.write(stored.bytes(), &mut reserved)
+    target.write(&pass, stored.bytes(), &mut reserved)
 }
 
 /// Makes the disk at least so long, to the end of its last sector. Only disks whose size nobody knew grow.
