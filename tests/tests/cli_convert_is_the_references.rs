@@ -1,6 +1,6 @@
 //! `convert`: every option, the targets made, and the refusals.
 
-use img_tests::twin::Twins;
+use img_tests::{command::shell, twin::Twins};
 
 const SETUP: &[&str] = &[
     "qemu-img create -q -f qcow2 c1 16M",
@@ -331,4 +331,28 @@ fn salvaging() {
         twins.line("rm o");
     }
     twins.agree();
+}
+
+/// With `-C` the host copies all whole clusters, though data begins and ends inside of some; what is compressed is read
+/// and written, and the host is asked again behind it.
+#[test]
+fn the_host_copies_what_it_can() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let make = "qemu-img create -q -f raw r 8M && qemu-io -f raw -c 'write -P 1 20k 1M' -c 'write -P 2 3M 2000k' r && \
+                qemu-img create -q -f qcow2 q 8M && qemu-io -c 'write -c -P 1 0 64k' -c 'write -P 2 1M 1M' q";
+    shell(directory.path(), make).success();
+    for (format, source, target, copied) in [
+        // The reference writes the first block of a new file.
+        ("raw", "r", "-O raw", 4096 + (1 << 20) + (2000 << 10)),
+        ("raw", "r", "-O qcow2", (15 << 16) + (31 << 16)),
+        ("qcow2", "q", "-O qcow2", 1 << 20),
+    ] {
+        let line = format!(
+            "rm -f out; strace -f -qq -e trace=copy_file_range -o log $img convert -C {target} -f {format} {source} out && \
+             qemu-img compare -q -f {format} {source} out && sed -n 's/.* = //p' log"
+        );
+        let copies = shell(directory.path(), &line).success();
+        let bytes: u64 = copies.lines().map(|line| line.parse::<u64>().expect(line)).sum();
+        assert_eq!(bytes, copied, "{target} {source}");
+    }
 }

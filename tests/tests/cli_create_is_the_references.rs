@@ -247,3 +247,22 @@ fn backing_files() {
     twins.line(&format!("qemu-img create -f qcow2 -F qcow2 -b {json} o"));
     twins.agree();
 }
+
+/// Wishes for the host file are told of every file that is made.
+#[test]
+fn data_files_and_extents_are_made_as_their_image() {
+    let mut twins = Twins::new(&[]).without_files();
+    for (options, file) in [
+        ("-f qcow2 -o data_file=d,nocow=on,extent_size_hint=2M", "d"),
+        ("-f vmdk -o subformat=monolithicFlat,nocow=on,extent_size_hint=2M", "x-flat"),
+        ("-f vmdk -o subformat=twoGbMaxExtentSparse,nocow=on", "x-s001"),
+    ] {
+        twins.lines(&[
+            &format!("strace -qq -y -e trace=ioctl -o log qemu-img create -q {options} x 1M"),
+            &format!(
+                "grep '/{file}>' log | grep -oE 'SETFLAGS|FSSETXATTR|fsx_extsize=[0-9]+'; rm -f log x* d"
+            ),
+        ]);
+    }
+    twins.agree();
+}

@@ -20,6 +20,20 @@ fn a_new_target_is_removed() {
     assert!(root.path().join("r").exists());
 }
 
+/// One request to stop is enough, whoever is waited for: a pipe that nobody writes to, and one that brings no more.
+#[test]
+fn waiting_for_a_source_ends() {
+    let root = tempfile::tempdir().unwrap();
+    let line = "mkfifo p && { \"$1\" convert -f raw -O raw p new & pid=$!; \
+        until grep -qs signals /proc/$pid/task/*/comm; do kill -0 $pid || exit 99; done; \
+        kill -INT $pid; wait $pid; echo $?; }; \
+        sleep 60 >p & writer=$!; \"$1\" convert -f raw -O raw p new & pid=$!; \
+        while [ ! -e new ]; do kill -0 $pid || exit 99; done; kill -TERM $pid; wait $pid; echo $?; \
+        kill $writer; ls";
+    let run = Run::new("timeout", root.path()).args(["50", "sh", "-c", line, "sh"]).arg(img_binary());
+    assert_eq!(run.output().success(), "130\n143\np\n");
+}
+
 #[test]
 fn progress_as_json_is_one_object_a_line() {
     let root = tempfile::tempdir().unwrap();

@@ -1,6 +1,6 @@
 //! `snapshot` and `resize`.
 
-use img_tests::twin::Twins;
+use img_tests::{command::shell, twin::Twins};
 
 #[test]
 fn snapshot() {
@@ -162,4 +162,62 @@ fn resize() {
         "qemu-img check s",
     ])
     .agree();
+}
+
+/// A disk that ends inside a cluster without a place grows inside that cluster first.
+#[test]
+fn the_last_cluster_of_the_old_disk_is_preallocated_too() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let run = |line: &str| shell(directory.path(), line).success();
+    for options in ["", "-o extended_l2=on", "-o compat=0.10", "-o data_file=d"] {
+        for mode in ["metadata", "falloc", "full"] {
+            for (write, read) in [
+                ("write -P 7 100k 300k", "read -q -P 7 100k 300k"),
+                ("write -P 7 0 900k", "read -q -P 7 0 900k"),
+                ("write -z 900k 100k", "read -q -P 0 0 1000k"),
+            ] {
+                let line = format!(
+                    "qemu-img create -q -f qcow2 {options} t 1000k && qemu-io -c '{write}' t >/dev/null && \
+                     $img resize -q -f qcow2 --preallocation={mode} t 3M && qemu-img check -q t && \
+                     qemu-io -r -c '{read}' -c 'read -q -P 0 1000k 2072k' t && qemu-img map --output=json t"
+                );
+                let map: serde_json::Value = serde_json::from_str(&run(&line)).expect(&line);
+                let extents = map.as_array().expect("a list");
+                let end = |extent: &serde_json::Value| {
+                    extent["start"]
+                        .as_u64()
+                        .zip(extent["length"].as_u64())
+                        .map(|(start, length)| start + length)
+                };
+                let grown = extents.iter().filter(|extent| end(extent) > Some(1000 << 10));
+                assert!(
+                    grown.clone().count() > 0 && grown.clone().all(|extent| extent["data"] == true),
+                    "{line}: {map}"
+                );
+            }
+        }
+    }
+    // What shows of the backing file goes on showing.
+    run("qemu-img create -q -f raw base 3M && qemu-io -f raw -c 'write -P 3 0 3M' base");
+    for mode in ["metadata", "falloc", "full"] {
+        run(&format!(
+            "qemu-img create -q -f qcow2 -b base -F raw t 1000k && \
+             $img resize -q -f qcow2 --preallocation={mode} t 2000k && \
+             qemu-io -r -c 'read -q -P 3 0 1000k' -c 'read -q -P 0 1000k 1000k' t"
+        ));
+    }
+}
+
+#[test]
+fn a_data_file_shrinks_with_its_disk() {
+    let mut twins = Twins::new(&[]).without_files();
+    for options in ["data_file=d", "data_file=d,data_file_raw=on"] {
+        twins.lines(&[
+            &format!("qemu-img create -q -f qcow2 -o {options} t 1M && qemu-io -c 'write -P 7 100k 300k' t >/dev/null"),
+            "qemu-img resize -q --shrink t 200k && stat -c %s d",
+            "qemu-img resize -q t 400k",
+            "qemu-io -r -c 'read -q -P 7 100k 100k' -c 'read -q -P 0 200k 200k' t",
+        ]);
+    }
+    twins.agree();
 }

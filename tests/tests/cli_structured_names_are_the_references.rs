@@ -1,4 +1,4 @@
-//! Raw windows below a format, and `detect-zeroes`, in `json:` names and `--image-opts`.
+//! Raw windows below a format, `detect-zeroes`, `discard`, `cache.*` and `aio` in `json:` names and `--image-opts`.
 
 use img_tests::twin::Twins;
 
@@ -153,4 +153,75 @@ fn commits_detect_zeroes_in_the_base() {
         ]);
         twins.agree();
     }
+}
+
+/// The space of what becomes zeroes is kept where any node says so.
+#[test]
+fn space_is_kept_where_the_name_says_so() {
+    let mut twins = Twins::new(SETUP).without_files();
+    twins.line("qemu-img create -q -f raw zeroes 1M");
+    for format in ["raw", "qcow2"] {
+        for options in [
+            "",
+            ",discard=unmap",
+            ",discard=ignore",
+            ",file.discard=ignore",
+            ",discard=unmap,file.discard=off",
+            ",discard=on,file.discard=on",
+        ] {
+            // 64 KiB of slack: how the host counts its own blocks is not the point.
+            twins.lines(&[
+                &format!("qemu-img convert -f qcow2 -O {format} full t"),
+                &format!(
+                    "qemu-img convert -n -f raw --target-image-opts zeroes \
+                     driver={format},file.filename=t{options}"
+                ),
+                "test $(stat -c %b t) -ge 1920 && echo kept || echo given back",
+                &format!("qemu-img map -f {format} --output=json t"),
+            ]);
+        }
+    }
+    twins.agree();
+}
+
+/// Whether `file` was opened past the page cache, as a line of shell that prints it.
+fn opened(command: &str, file: &str) -> String {
+    format!(
+        "strace -f -qq -e trace=openat,open -o log {command} >out.txt 2>&1; echo $?; grep -v '^[0-9 ]*\\(' out.txt; \
+         grep '\"{file}\"' log | grep -q O_DIRECT && echo {file} directly || echo {file} cached; rm -f log out.txt"
+    )
+}
+
+/// A whole chain is read past the page cache, unless a node says otherwise; that of a file comes before that of the
+/// format above it.
+#[test]
+fn the_page_cache_is_left_out_for_the_whole_chain() {
+    let mut twins = Twins::new(SETUP).without_files();
+    let over = "driver=qcow2,file.filename=over";
+    for command in [
+        "qemu-img convert -T none -O raw over flat".to_owned(),
+        "qemu-img compare -T directsync over over".to_owned(),
+        "qemu-img compare over over".to_owned(),
+        "qemu-img check -T none over".to_owned(),
+        "qemu-img rebase -t none -b base -F qcow2 over".to_owned(),
+        "qemu-img bench -q -t none -c 1 -d 1 over >bench.txt".to_owned(),
+        format!("qemu-img map --image-opts {over},cache.direct=on"),
+        format!("qemu-img map --image-opts {over},file.cache.direct=on"),
+        format!("qemu-img map --image-opts {over},cache.direct=on,file.cache.direct=off"),
+        format!("qemu-img map --image-opts {over},cache.direct=off,file.cache.direct=on"),
+        format!(
+            "qemu-img map --image-opts {over},cache.direct=on,backing.driver=qcow2,backing.file.filename=base"
+        ),
+        format!(
+            "qemu-img map --image-opts \
+             {over},cache.direct=on,backing.driver=qcow2,backing.cache.direct=off,backing.file.filename=base"
+        ),
+        format!("qemu-img map --image-opts {over},cache.direct=on,file.aio=native"),
+        format!("qemu-img map --image-opts {over},file.cache.direct=on,file.aio=native"),
+        format!("qemu-img map --image-opts {over},file.aio=native"),
+        format!("qemu-img compare -T none --image-opts {over},file.aio=native {over}"),
+    ] {
+        twins.lines(&[&opened(&command, "over"), &opened(&command, "base")]);
+    }
+    twins.agree();
 }

@@ -201,7 +201,7 @@ fn what_is_not_laid_out_front_to_back_is_named_and_can_be_kept() {
     let line = "mkdir keep && cat back | $img convert --spool keep -O qcow2 -c - - >out && qemu-img compare back out && \
                 gzip back && $img convert --spool keep -O vpc back.gz out && ls keep";
     assert_eq!(shell(at, line).success(), "Images are identical.\n");
-    for option in ["-l s", "-C", "-W", "--salvage", "-T none", "--bitmaps"] {
+    for option in ["-l s", "-C", "-W", "--salvage", "-T none", "--bitmaps", "--dirty-bitmap b"] {
         let output = shell(at, &format!("cat over | $img convert {option} - x"));
         assert!(
             output.code == 1 && output.stderr.contains("is not possible with a source"),
@@ -218,6 +218,66 @@ fn a_target_that_exists_is_overwritten_whole() {
     let line = "qemu-img create -q -f raw there 50M && qemu-io -f raw -c 'write -P 9 0 50M' there >/dev/null && \
                 qemu-img convert -f raw -O qcow2 base.raw q && cat q | $img convert -n -O raw - there && \
                 truncate -s 41943552 there && cmp there base.raw";
+    assert_eq!(shell(directory.path(), line).success(), "");
+}
+
+#[test]
+fn what_a_source_does_not_reach_stays() {
+    let directory = source();
+    let line = "head -c 50M /dev/zero | tr '\\0' x >there && cp there too && \
+                $img convert -n -f raw -O raw base.raw there && \
+                cat base.raw | $img convert -n -f raw --source-size 41943552 -O raw - too && cmp there too && \
+                tail -c 1 too";
+    assert_eq!(shell(directory.path(), line).success(), "x");
+}
+
+#[test]
+fn an_announced_size_is_looked_at_wherever_the_source_comes_from() {
+    let directory = source();
+    let at = directory.path();
+    shell(at, "head -c 1000 base.raw >odd && qemu-img convert -f raw -O qcow2 base.raw q").success();
+    for (line, code) in [
+        ("$img convert -f raw --source-size 41943552 base.raw out", 0),
+        ("$img convert -f raw --source-size 41943040 base.raw out", 1),
+        ("$img convert --source-size 41943552 q out", 0),
+        ("$img convert --source-size 41943551 q out", 1),
+        ("$img convert -f raw --source-size 1000 odd out", 0),
+        ("$img convert -f raw --source-size 1024 odd out", 1),
+        ("cat odd | $img convert -f raw --spool . --source-size 1000 - out", 0),
+        ("cat odd | $img convert -f raw --spool . --source-size 700 - out", 1),
+        ("cat base.raw | $img convert -f raw --spool . --source-size 50M - out", 1),
+        ("$img convert -f raw --source-size 1000 odd odd out", 1),
+    ] {
+        let output = shell(at, &format!("rm -f out; {line}"));
+        assert_eq!((output.code, at.join("out").exists()), (code, code == 0), "{line}: {output}");
+    }
+}
+
+#[test]
+fn a_member_of_no_archive_is_refused() {
+    let directory = source();
+    let at = directory.path();
+    shell(at, "gzip -k base.raw && qemu-img create -q -f qcow2 q 1M").success();
+    for line in [
+        "$img convert -f raw --member disk base.raw out",
+        "$img convert --member disk base.raw.gz out",
+        "$img convert --unwrap=gz --member disk base.raw.gz out",
+        "$img convert --unwrap --member disk -f raw base.raw out",
+        "cat base.raw | $img convert -f raw --member disk - out",
+        "$img convert --source-image-opts --member disk driver=qcow2,file.filename=q out",
+        "$img convert --source-image-opts --unwrap driver=qcow2,file.filename=q out",
+    ] {
+        let output = shell(at, line);
+        assert_eq!((output.code, at.join("out").exists()), (1, false), "{line}: {output}");
+    }
+}
+
+/// By its name it may be wrapped; to look at its first bytes would be to lose them.
+#[test]
+fn a_named_pipe_is_opened_once() {
+    let directory = source();
+    let line =
+        "mkfifo p.gz; gzip -c base.raw >p.gz & timeout 50 $img convert p.gz out && wait && cmp base.raw out";
     assert_eq!(shell(directory.path(), line).success(), "");
 }
 

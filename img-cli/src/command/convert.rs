@@ -280,6 +280,7 @@ impl Job<'_> {
             Found::Stream(source) => return self.copy_stream(source, created),
             Found::Images(sources) => sources,
         };
+        self.check_source_size(&sources)?;
         if let Some(name) = &self.args.dirty_bitmap {
             if sources.len() > 1 {
                 return Err(Failure::new("--dirty-bitmap is only possible with a single source"));
@@ -325,7 +326,7 @@ impl Job<'_> {
     fn find_sources(&self, spooled: &mut Vec<File>) -> Result<Found, Failure> {
         let mut names = Vec::new();
         for name in self.sources {
-            let Some(source) = self.args.stream.find(name, self.args, self.context)? else {
+            let Some(source) = self.args.stream.find(name, self.args, self.reporter, self.context)? else {
                 names.push(name.clone());
                 continue;
             };

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{
     CacheMode,
+    flat::Flat,
     name::Node,
     path::{full_backing_name, protocol},
 };
@@ -14,6 +15,40 @@ use crate::{
     storage::{FileOptions, Identity, Storage, lock::Use},
     text,
 };
+
+/// `cache.direct` and `cache.no-flush` of a node, where given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct CacheChoice {
+    pub(super) direct: Option<bool>,
+    pub(super) no_flush: Option<bool>,
+}
+
+impl CacheChoice {
+    pub(super) fn take(flat: &mut Flat) -> Result<Self> {
+        Ok(Self { direct: flat.take_switch("cache.direct")?, no_flush: flat.take_switch("cache.no-flush")? })
+    }
+
+    /// What `other` says where `self` says nothing.
+    pub(super) fn or(self, other: Self) -> Self {
+        Self { direct: self.direct.or(other.direct), no_flush: self.no_flush.or(other.no_flush) }
+    }
+
+    /// The cache mode that it makes of `cache`, which counts where it says nothing.
+    fn over(self, cache: CacheMode) -> Result<CacheMode> {
+        let direct = self.direct.unwrap_or(cache.is_direct());
+        let no_flush = self.no_flush.unwrap_or(cache == CacheMode::Unsafe);
+        match (direct, no_flush, cache.writes_through()) {
+            (true, true, _) => {
+                Err(Error::Invalid("cache.direct with cache.no-flush is not supported".to_owned()))
+            }
+            (true, false, false) => Ok(CacheMode::None),
+            (true, false, true) => Ok(CacheMode::Directsync),
+            (false, true, _) => Ok(CacheMode::Unsafe),
+            (false, false, false) => Ok(CacheMode::Writeback),
+            (false, false, true) => Ok(CacheMode::Writethrough),
+        }
+    }
+}
 
 /// How the files of one layer are opened.
 #[derive(Clone, Copy, Debug)]
@@ -35,19 +70,26 @@ impl HostAccess {
         if node.force_share && self.mode.writes() {
             return Err(Error::Invalid("force-share=on can only be used with read-only images".to_owned()));
         }
-        let direct = node.direct.unwrap_or(self.cache.is_direct());
-        let no_flush = node.no_flush.unwrap_or(self.cache == CacheMode::Unsafe);
-        let cache = match (direct, no_flush, self.cache.writes_through()) {
-            (true, true, _) => {
-                return Err(Error::Invalid("cache.direct with cache.no-flush is not supported".to_owned()));
-            }
-            (true, false, false) => CacheMode::None,
-            (true, false, true) => CacheMode::Directsync,
-            (false, true, _) => CacheMode::Unsafe,
-            (false, false, false) => CacheMode::Writeback,
-            (false, false, true) => CacheMode::Writethrough,
-        };
+        let cache = node.file_cache.or(node.cache).over(self.cache)?;
+        if node.native_aio && !cache.is_direct() {
+            return Err(Error::Invalid(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified."
+                    .to_owned(),
+            ));
+        }
         Ok(Self { cache, locked: self.locked && !node.force_share && !node.unlocked, ..self })
+    }
+
+    /// The access to the image below `node`, which `self` is for. Nothing is written there; what goes around the host's
+    /// cache does so in every layer, as in the reference.
+    pub(super) fn below(self, node: &Node) -> Result<Self> {
+        let mode = match self.mode {
+            OpenMode::Inspect => OpenMode::Inspect,
+            OpenMode::Read | OpenMode::Write | OpenMode::Check { .. } => OpenMode::Read,
+        };
+        let is_direct = node.cache.over(self.cache)?.is_direct();
+        let cache = if is_direct { CacheMode::None } else { CacheMode::Writeback };
+        Ok(Self { mode, cache, locked: self.locked && !node.force_share, ..self })
     }
 
     /// Opens a file without locking it yet: its identity is looked at first.

@@ -46,7 +46,7 @@ use codec::DecodedUnits;
 use gate::Gate;
 pub(crate) use gate::Pass;
 use merged::MergedMap;
-use open::Opened;
+use open::{Opened, OpenedLayer};
 
 use crate::{
     Error, Result,
@@ -79,6 +79,8 @@ pub struct Image {
     writes_through: bool,
     /// What becomes of a write of nothing but zeroes.
     zeroes: DetectZeroes,
+    /// Whether space is given back that nothing needs any more.
+    discards: bool,
     noted: Noted,
 }
 
@@ -143,13 +145,14 @@ impl Image {
     }
 
     fn new(opened: Opened, cache: CacheMode) -> Self {
-        let zeroes = opened.layers[0].zeroes;
+        let OpenedLayer { zeroes, discards, .. } = opened.layers[0];
         let (layers, names): (Vec<_>, Vec<_>) =
             opened.layers.into_iter().map(|opened| (opened.layer, opened.name)).unzip();
         Self {
             guards_ends: opened.guessed_raw,
             writes_through: cache.writes_through(),
             zeroes,
+            discards,
             warnings: opened.warnings,
             ..Self::over(layers, names)
         }
@@ -184,6 +187,7 @@ impl Image {
             ends: Mutex::default(),
             writes_through: false,
             zeroes: DetectZeroes::Off,
+            discards: true,
             noted: Noted::default(),
         }
     }

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{
     flat,
     flat::Flat,
+    host::CacheChoice,
     null_node::NullNode,
     path::protocol,
     raw_node::{RawNode, Zeroes, described, described_file},
@@ -39,9 +40,12 @@ pub(super) struct Node {
     pub(super) backing: BackingChoice,
     pub(super) read_only: bool,
     pub(super) force_share: bool,
-    /// `cache.direct` and `cache.no-flush`, where given.
-    pub(super) direct: Option<bool>,
-    pub(super) no_flush: Option<bool>,
+    /// What the format's node says of the page cache, for its file and for the image below it.
+    pub(super) cache: CacheChoice,
+    /// What the host file's own node says, which counts before that.
+    pub(super) file_cache: CacheChoice,
+    /// `aio=native`: only past the page cache.
+    pub(super) native_aio: bool,
     /// `locking=off`: no locks.
     pub(super) unlocked: bool,
     pub(super) zeroes: Zeroes,
@@ -145,8 +149,9 @@ impl Node {
             backing: BackingChoice::Recorded,
             read_only: false,
             force_share: false,
-            direct: None,
-            no_flush: None,
+            cache: CacheChoice::default(),
+            file_cache: CacheChoice::default(),
+            native_aio: false,
             unlocked: false,
             zeroes: Zeroes::default(),
             raw_nodes: Vec::new(),
@@ -267,6 +272,7 @@ impl Node {
                     zeroes: std::mem::take(&mut inner.zeroes),
                 };
                 inner.raw_nodes.insert(0, node);
+                inner.file_cache = inner.file_cache.or(std::mem::take(&mut inner.cache));
                 return Ok(Self { driver: None, backing: BackingChoice::Recorded, ..inner });
             }
             Some(other) => {
@@ -282,6 +288,7 @@ impl Node {
         };
         let mut node = Self::non_empty(&path)?;
         node.file_zeroes = node.take_common(&mut flat)?;
+        node.file_cache = std::mem::take(&mut node.cache);
         if let Some(locking) = flat.take_text("locking")? {
             node.unlocked = match locking.as_str() {
                 "off" => true,
@@ -291,17 +298,11 @@ impl Node {
         }
         if let Some(aio) = flat.take_text("aio")? {
             // All three give the same answers; ours is the plain system call.
-            match aio.as_str() {
-                "threads" | "io_uring" => {}
-                "native" if node.direct == Some(true) => {}
-                "native" => {
-                    return Err(Error::Invalid(
-                        "aio=native was specified, but it requires cache.direct=on, which was not specified."
-                            .to_owned(),
-                    ));
-                }
+            node.native_aio = match aio.as_str() {
+                "threads" | "io_uring" => false,
+                "native" => true,
                 other => return Err(Error::Invalid(format!("invalid parameter value: {other}"))),
-            }
+            };
         }
         // What becomes of the page cache when a guest has moved to another host: none does here.
         flat.take_switch("drop-cache")?;
@@ -315,19 +316,11 @@ impl Node {
 
     /// Options that every node has. Those that nodes do not share are returned.
     fn take_common(&mut self, flat: &mut Flat) -> Result<Zeroes> {
-        if let Some(read_only) = flat.take_switch("read-only")? {
-            self.read_only = read_only;
-        }
+        // One node of those above each other is enough.
+        self.read_only |= flat.take_switch("read-only")?.unwrap_or(false);
         flat.take_switch("auto-read-only")?;
-        if let Some(force_share) = flat.take_switch("force-share")? {
-            self.force_share = force_share;
-        }
-        if let Some(direct) = flat.take_switch("cache.direct")? {
-            self.direct = Some(direct);
-        }
-        if let Some(no_flush) = flat.take_switch("cache.no-flush")? {
-            self.no_flush = Some(no_flush);
-        }
+        self.force_share |= flat.take_switch("force-share")?.unwrap_or(false);
+        self.cache = CacheChoice::take(flat)?;
         flat.take_text("node-name")?; // nothing here refers to nodes by name
         Zeroes::take(flat)
     }
@@ -440,7 +433,8 @@ mod tests {
         let node = Node::parse(text).unwrap();
         assert_eq!(node.options.get("l2-cache-size"), Some("3M"));
         assert_eq!(node.options.get("lazy-refcounts"), Some("on"));
-        assert_eq!((node.read_only, node.direct), (true, Some(true)));
+        assert!(node.read_only);
+        assert_eq!(node.file_cache, CacheChoice { direct: Some(true), no_flush: None });
         let BackingChoice::Node(backing) = &node.backing else { panic!("{:?}", node.backing) };
         assert_eq!((backing.path.as_str(), backing.options.get("offset")), ("b", Some("512")));
         let none = Node::parse(r#"json:{"driver":"qcow2","file.filename":"o","backing":null}"#).unwrap();

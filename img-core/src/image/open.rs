@@ -28,7 +28,7 @@ pub struct OpenOptions {
     pub mode: OpenMode,
     /// The format, or `None` to probe.
     pub format: Option<String>,
-    /// Cache mode of the top layer; layers below use `writeback` without writing.
+    /// Cache mode of the top layer. Layers below, which are not written, are read past the page cache where it is.
     pub cache: CacheMode,
     /// Take no locks (`-U`).
     pub force_share: bool,
@@ -93,6 +93,8 @@ pub(super) struct OpenedLayer {
     /// Whether nobody named its format.
     pub(super) probed: bool,
     pub(super) zeroes: DetectZeroes,
+    /// Whether the space of what is discarded or made zero may be given back.
+    pub(super) discards: bool,
 }
 
 /// A layer still to be opened.
@@ -178,7 +180,7 @@ fn open_chain(top: &Node, options: &OpenOptions) -> Result<Opened> {
         }
         above.push(pending.node.path.clone());
         if options.backing && layers.len() + 1 < options.max_layers {
-            next = below(&layer, &pending, access).map_err(|error| inside(&above, error))?;
+            next = below(&layer, &pending).map_err(|error| inside(&above, error))?;
         }
         layers.push(layer);
     }
@@ -251,7 +253,7 @@ impl Opening {
             }
             self.seen.push(identity);
         }
-        if node.file_zeroes.checked(true)? != DetectZeroes::Off {
+        if !node.file_zeroes.is_plain() {
             storage = RawNode { zeroes: node.file_zeroes, ..RawNode::default() }.over(storage)?;
         }
         for raw_node in node.raw_nodes.iter().rev() {
@@ -269,19 +271,19 @@ impl Opening {
         let open_file = |name: &str, mode: OpenMode| access.open_named(&node.path, identity, name, mode);
         let context = OpenContext { mode: access.mode, options: &node.options, open_file: &open_file };
         let layer = driver.open(storage, &context)?;
-        Ok(OpenedLayer { layer, name: node.display(driver.name()), probed: named.is_none(), zeroes })
+        Ok(OpenedLayer {
+            layer,
+            name: node.display(driver.name()),
+            probed: named.is_none(),
+            zeroes,
+            discards: node.zeroes.discards(),
+        })
     }
 }
 
 /// What the layer that was just opened stands on.
-fn below(opened: &OpenedLayer, pending: &Pending, top: HostAccess) -> Result<Option<Pending>> {
-    let mode = match top.mode {
-        OpenMode::Inspect => OpenMode::Inspect,
-        OpenMode::Read | OpenMode::Write | OpenMode::Check { .. } => OpenMode::Read,
-    };
-    // Nothing is written below the top. What goes around the host's cache does so in every layer, as in the reference.
-    let cache = if top.cache.is_direct() { CacheMode::None } else { CacheMode::Writeback };
-    let access = HostAccess { mode, cache, ..top };
+fn below(opened: &OpenedLayer, pending: &Pending) -> Result<Option<Pending>> {
+    let access = pending.access.below(&pending.node)?;
     let recorded = opened.layer.backing();
     let mut other_names = Vec::new();
     let is_recorded = pending.node.backing == BackingChoice::Recorded;

@@ -36,6 +36,16 @@ impl Zeroes {
         Ok(Self { detect, discard })
     }
 
+    /// Whether the node leaves everything as it comes.
+    pub(super) fn is_plain(self) -> bool {
+        self.detect == DetectZeroes::Off && self.discards()
+    }
+
+    /// Whether it gives space back that it is asked to; it does unless its option says otherwise.
+    pub(super) fn discards(self) -> bool {
+        self.discard.unwrap_or(true)
+    }
+
     /// What is done, where `discards` says whether the node gives space back unless its own option does.
     ///
     /// # Errors
@@ -63,7 +73,8 @@ impl RawNode {
     /// The storage that the node makes of the one below it.
     pub(super) fn over(self, storage: Arc<dyn Storage>) -> Result<Arc<dyn Storage>> {
         let zeroes = self.zeroes.checked(true)?;
-        Ok(Arc::new(Window::new(storage, self.offset.unwrap_or(0), self.size, zeroes)?))
+        let window = Window::new(storage, self.offset.unwrap_or(0), self.size, zeroes)?;
+        Ok(Arc::new(if self.zeroes.discards() { window } else { window.keeping_space() }))
     }
 
     /// Whether it shows less than all of what is below it.

@@ -68,11 +68,13 @@ impl Image {
         self.after_write()
     }
 
-    /// Makes a range read as zeroes; with `may_unmap` its space may be given back.
+    /// Makes a range read as zeroes; with `may_unmap` its space may be given back, unless the image's name has
+    /// `discard=ignore`.
     ///
     /// # Errors
     /// As [`Self::write_at`].
     pub fn write_zeroes(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
+        let may_unmap = may_unmap && self.discards;
         let (head, middle, tail) = {
             let _pass = self.gate.enter();
             self.check_inside(&guest_bytes)?;
@@ -96,6 +98,7 @@ impl Image {
     /// # Errors
     /// As [`Self::write_at`].
     pub fn write_zeroes_fast(&self, guest_bytes: Range<u64>, may_unmap: bool) -> Result<bool> {
+        let may_unmap = may_unmap && self.discards;
         let _pass = self.gate.enter();
         self.check_inside(&guest_bytes)?;
         let (head, middle, tail) = self.split_at_granules(&guest_bytes)?;
@@ -109,7 +112,8 @@ impl Image {
         Ok(true)
     }
 
-    /// Gives space back where whole clusters are covered; what is not covered stays as it is.
+    /// Gives space back where whole clusters are covered; what is not covered stays as it is. Does nothing where the
+    /// image's name has `discard=ignore`.
     ///
     /// # Errors
     /// As [`Self::write_at`].
@@ -117,7 +121,7 @@ impl Image {
         let _pass = self.gate.enter();
         self.check_inside(&guest_bytes)?;
         let (_, middle, _) = self.split_at_granules(&guest_bytes)?;
-        if middle.is_empty() {
+        if middle.is_empty() || !self.discards {
             return Ok(());
         }
         let writer = self.writer()?;

@@ -113,7 +113,7 @@ pub fn create_watched(request: &CreateImage<'_>, watcher: Option<&Arc<dyn Watche
     let open_file = |name: &str, mode: OpenMode| -> Result<Arc<dyn Storage>> {
         let path = data_file_path(path, name)?;
         if mode.writes() {
-            let file = take_file(&path, Wishes::default(), &made)?;
+            let file = take_file(&path, wishes, &made)?;
             if file.identity() == storage.identity() {
                 return Err(Error::Invalid(format!("'{path}' cannot be the data file of itself")));
             }

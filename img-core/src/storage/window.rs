@@ -44,6 +44,8 @@ pub(crate) struct Window {
     /// `None`: up to the end of the storage, wherever that is.
     size_bytes: Option<u64>,
     zeroes: DetectZeroes,
+    /// No space is given back.
+    keeps_space: bool,
 }
 
 /// The length of a window on `file_bytes`, checked.
@@ -79,7 +81,12 @@ impl Window {
         zeroes: DetectZeroes,
     ) -> Result<Self> {
         window_bytes(inner.len_bytes()?, start_bytes, size_bytes)?;
-        Ok(Self { inner, start_bytes, size_bytes, zeroes })
+        Ok(Self { inner, start_bytes, size_bytes, zeroes, keeps_space: false })
+    }
+
+    /// The same over a host that cannot give space back, as far as can be seen.
+    pub(crate) fn keeping_space(self) -> Self {
+        Self { keeps_space: true, ..self }
     }
 
     /// Where a range that is to be changed stands. Behind a fixed end there is no space.
@@ -123,7 +130,9 @@ impl Storage for Window {
         let range = at_bytes..at_bytes.saturating_add(transfer::total(bufs));
         let place = self.inside("write", &range)?;
         match self.zeroes.unmaps(bufs) {
-            Some(may_unmap) if !place.is_empty() => self.inner.write_zeroes(place, may_unmap),
+            Some(may_unmap) if !place.is_empty() => {
+                self.inner.write_zeroes(place, may_unmap && !self.keeps_space)
+            }
             _ => self.inner.write_vectored_at(bufs, place.start),
         }
     }
@@ -157,10 +166,12 @@ impl Storage for Window {
     }
 
     fn punch_hole(&self, range_bytes: Range<u64>) -> Result<()> {
-        self.inner.punch_hole(self.inside("punch hole", &range_bytes)?)
+        let place = self.inside("punch hole", &range_bytes)?;
+        if self.keeps_space { self.inner.write_zeroes(place, false) } else { self.inner.punch_hole(place) }
     }
 
     fn write_zeroes(&self, range_bytes: Range<u64>, may_unmap: bool) -> Result<()> {
+        let may_unmap = may_unmap && !self.keeps_space;
         self.inner.write_zeroes(self.inside("write zeroes", &range_bytes)?, may_unmap)
     }
 
@@ -196,7 +207,8 @@ impl Storage for Window {
     }
 
     fn limits(&self) -> Limits {
-        self.inner.limits()
+        let limits = self.inner.limits();
+        Limits { can_punch: limits.can_punch && !self.keeps_space, ..limits }
     }
 
     fn is_writable(&self) -> bool {
@@ -287,6 +299,33 @@ mod tests {
         );
         assert_eq!(refused(0, Some(1000)), "Specified size is not multiple of 512");
         assert_eq!(window_bytes(2048, 24, None).unwrap(), 2024);
+    }
+
+    #[test]
+    fn one_that_keeps_space_gives_none_back() {
+        for keeps_space in [false, true] {
+            let memory = Arc::new(MemoryStorage::from_bytes("m", &[7; 1 << 20]));
+            let window = Window::new(memory.clone(), 0, None, DetectZeroes::Unmap).expect("it is all of it");
+            let window = if keeps_space { window.keeping_space() } else { window };
+            assert_eq!(window.limits().can_punch, !keeps_space);
+            let before = memory.allocated_bytes().unwrap();
+            let changes: [&dyn Fn() -> Result<()>; 3] = [
+                &|| window.write_zeroes(0..1 << 18, true),
+                &|| window.write_at(&[0; 1 << 18], 1 << 18),
+                &|| window.punch_hole(1 << 19..3 << 18),
+            ];
+            for (index, change) in changes.iter().enumerate() {
+                let was = memory.allocated_bytes().unwrap();
+                change().unwrap();
+                assert_eq!(memory.allocated_bytes().unwrap() < was, !keeps_space, "change {index}");
+            }
+            assert_eq!(memory.allocated_bytes().unwrap() == before, keeps_space);
+            let bytes = memory.to_vec();
+            assert!(
+                bytes[..3 << 18].iter().all(|byte| *byte == 0)
+                    && bytes[3 << 18..].iter().all(|byte| *byte == 7)
+            );
+        }
     }
 
     #[test]

@@ -13,11 +13,16 @@ use std::{
 
 use clap::ValueHint;
 use img_core::{
-    format::{Driver, FrontReader, registry},
+    format::{Driver, FrontReader, HostFile, registry},
     image::Image,
     job::convert::{StreamOptions, StreamTarget, convert_stream},
-    storage::{StreamStorage, UnwrapOptions, Wrapper, unwrap},
+    storage::{StreamStorage, UnwrapOptions, Watcher, Wrapper, unwrap},
     text,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    fs::{Mode, OFlags},
+    io::Errno,
 };
 
 use super::{Args, Job, pipe::PipeTarget};
@@ -26,11 +31,16 @@ use crate::{
     context::Context,
     created::Created,
     error::{Failure, os_text},
-    limits, names, size,
+    limits, names,
+    progress::Reporter,
+    size,
 };
 
 /// What may come out of a compressed source when nobody says.
 const MAX_UNWRAPPED_BYTES: u64 = 1 << 40;
+
+/// Guest disks are whole sectors.
+const SECTOR_BYTES: u64 = 512;
 
 /// How much is looked at when a source is kept: what is all zeroes becomes a hole.
 const SPOOL_BLOCK_BYTES: usize = 64 << 10;
@@ -70,10 +80,20 @@ impl StreamArgs {
         &self,
         name: &str,
         args: &Args,
+        reporter: &Reporter,
         context: &Context,
     ) -> Result<Option<StreamSource>, Failure> {
-        if context.is_reference() || args.source_image_opts {
+        if context.is_reference() {
             return Ok(None);
+        }
+        if args.source_image_opts {
+            let asked = [(self.unwrap.is_some(), "--unwrap"), (self.member.is_some(), "--member")];
+            return match asked.iter().find(|(is_given, _)| *is_given) {
+                Some((_, option)) => {
+                    Err(Failure::new(format!("{option} does not go with --source-image-opts")))
+                }
+                None => Ok(None),
+            };
         }
         let failed = |error: io::Error| Failure::new(format!("Could not open '{name}': {}", os_text(&error)));
         let wrappers = self.wrappers()?;
@@ -83,17 +103,22 @@ impl StreamArgs {
         let by_name = self.unwrap.is_none() && args.source_format.is_none() && is_called_wrapped(&path);
         let unwraps = match (&self.unwrap, by_name) {
             (Some(_), _) => wrappers != Some(Vec::new()),
-            (None, by_name) => by_name && has_magic(&path),
+            // What is read from a pipe to look at it is gone; unwrapping looks by itself.
+            (None, by_name) => by_name && (is_pipe || has_magic(&path)),
         };
+        if let (false, Some(member)) = (unwraps, &self.member) {
+            return Err(Failure::new(format!("{name}: no archive is unwrapped that could hold '{member}'")));
+        }
         if !is_pipe && !unwraps {
             return Ok(None);
         }
         let file = if is_stdin {
             io::stdin().as_fd().try_clone_to_owned().map(File::from)
         } else {
-            File::open(&path)
+            open_at_once(&path)
         };
-        let mut input: Box<dyn Read + Send> = Box::new(file.map_err(failed)?);
+        let file = file.map_err(failed)?;
+        let mut input: Box<dyn Read + Send> = Box::new(Awaited { file, stop: reporter.stops() });
         if unwraps {
             let max_bytes = limits::unwrapped_bytes().unwrap_or(MAX_UNWRAPPED_BYTES);
             let options = UnwrapOptions { wrappers, member: self.member.clone(), max_bytes };
@@ -128,6 +153,36 @@ impl StreamArgs {
     /// Where streams are kept, if they are.
     pub(super) fn spool(&self) -> Option<&str> {
         self.spool.as_deref()
+    }
+}
+
+/// Opens a file for reading; a pipe too before somebody writes to it.
+fn open_at_once(path: &Path) -> io::Result<File> {
+    let flags = OFlags::CLOEXEC | OFlags::NOCTTY;
+    let fd = rustix::fs::open(path, flags | OFlags::NONBLOCK, Mode::empty())?;
+    rustix::fs::fcntl_setfl(&fd, OFlags::empty())?;
+    Ok(File::from(fd))
+}
+
+/// How long nothing may come before somebody asks whether to go on waiting.
+const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
+/// A file whose bytes may be long in coming; who waits for them can be stopped.
+struct Awaited {
+    file: File,
+    stop: Arc<dyn Watcher>,
+}
+
+impl Read for Awaited {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let mut asked = [PollFd::new(&self.file, PollFlags::IN)];
+            match rustix::event::poll(&mut asked, Some(&PATIENCE)) {
+                Ok(0) | Err(Errno::INTR) => self.stop.filled(0).map_err(io::Error::other)?,
+                Ok(_) => return self.file.read(buf),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 }
 
@@ -201,6 +256,7 @@ impl Job<'_> {
             (args.snapshot.is_some(), "-l (a snapshot)"),
             (args.backing.is_some(), "-B (a backing file)"),
             (args.bitmaps, "--bitmaps"),
+            (args.dirty_bitmap.is_some(), "--dirty-bitmap"),
             (args.copy_range_offloading, "-C (copying by the host)"),
             (args.source_cache.is_some(), "-T (a cache mode)"),
             (args.oob_writes, "-W (writing out of order)"),
@@ -256,6 +312,28 @@ impl Job<'_> {
         Ok(registry::probe(&head, stream.path()))
     }
 
+    /// # Errors
+    /// When the one source does not have the size that was announced.
+    pub(super) fn check_source_size(&self, sources: &[Image]) -> Result<(), Failure> {
+        let Some(expected) = self.args.stream.source_bytes()? else { return Ok(()) };
+        let ([source], [name]) = (sources, self.sources) else {
+            return Err(Failure::new("--source-size is only possible with a single source"));
+        };
+        let (top, disk_bytes) = (&source.layers()[0], source.virtual_size_bytes());
+        let file_bytes = match top.file(HostFile::IMAGE).filter(|_| top.is_its_file()) {
+            Some(file) => Some(file.len_bytes()?),
+            None => None,
+        };
+        // The disk is whole sectors; a raw file, and what was announced, need not be.
+        let own = file_bytes
+            .filter(|bytes| bytes.next_multiple_of(SECTOR_BYTES) == disk_bytes)
+            .unwrap_or(disk_bytes);
+        if own != expected {
+            return Err(Failure::new(format!("{name}: the disk has {own} bytes, not {expected}")));
+        }
+        Ok(())
+    }
+
     /// Makes and opens the target of a stream, which reads as zeroes.
     fn stream_target(
         &self,
@@ -271,7 +349,9 @@ impl Job<'_> {
                 return Err(Failure::new("output file is smaller than input file"));
             }
             if !self.args.target_is_zero {
-                target.write_zeroes(0..target.virtual_size_bytes(), true)?;
+                // What the source does not reach stays, as with sources that are files.
+                let end = size.next_multiple_of(SECTOR_BYTES).min(target.virtual_size_bytes());
+                target.write_zeroes(0..end, true)?;
             }
             return Ok(target);
         }

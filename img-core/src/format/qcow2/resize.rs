@@ -48,8 +48,10 @@ impl Qcow2Layer {
         self.update_header(|header| header.virtual_size_bytes = bytes)?;
         // (6)
         if mapped || preallocation != Preallocation::Off || self.is_raw_data() {
-            let new = old.next_multiple_of(self.geometry.cluster_bytes())..bytes;
-            let filled = self.preallocate(new, preallocation).and_then(|()| self.drain());
+            let filled = self
+                .first_to_preallocate(old)
+                .and_then(|first| self.preallocate(first..bytes, preallocation))
+                .and_then(|()| self.drain());
             if let Err(error) = filled {
                 // Who asked for space gets it or nothing. A host that refuses this too leaves the larger disk, of
                 // which the new part reads as zeroes; what is told is why it was not filled.
@@ -162,6 +164,24 @@ impl Qcow2Layer {
         Ok(())
     }
 
+    /// Where the clusters begin that a disk of `old` bytes needs when it grows: with the last one of the old disk where
+    /// that ends inside of it, the cluster has no place yet, and nothing in it or below it is read.
+    fn first_to_preallocate(&self, old: u64) -> Result<u64> {
+        let cluster = self.geometry.cluster_bytes();
+        let (last, next) = (old - old % cluster, old.next_multiple_of(cluster));
+        let mut extents: Vec<Extent> = Vec::new();
+        if last < next {
+            self.map.map_range(self.root(), last..next, &mut extents)?;
+        }
+        let is_backed = self.backing().is_some();
+        let is_placeless = |extent: &Extent| match extent.place {
+            Place::Zero { reserved } => reserved.is_none(),
+            Place::Unallocated => !is_backed,
+            Place::Data { .. } | Place::Encoded { .. } => false,
+        };
+        Ok(if extents.iter().all(is_placeless) { last } else { next })
+    }
+
     /// Maps the clusters of a guest range, which read as zeroes, to new ones that do so too.
     fn preallocate(&self, guest: Range<u64>, how: Preallocation) -> Result<()> {
         let geometry = self.geometry;
@@ -256,7 +276,7 @@ impl Qcow2Layer {
         }
         // (3)
         if let Some(data) = &self.data_file
-            && self.is_raw_data()
+            && (self.is_raw_data() || data.len_bytes()? > bytes)
         {
             data.resize(bytes, Preallocation::Off)?;
         }

@@ -9,7 +9,8 @@ use std::{
 };
 
 use super::{
-    ConvertOptions, offload,
+    ConvertOptions,
+    offload::{self, Offloaded},
     pieces::{self, Sparseness},
     plan::{Class, Cut, Piece, Pieces, Plan},
     source::{OnSalvaged, Sources},
@@ -246,14 +247,7 @@ impl<'a> Copy<'a> {
             return self.in_turn(ticket, || self.write_zeroes(piece.start, piece.len));
         }
         if piece.class == Class::Data && self.compress.is_none() && self.offload.load(Ordering::Relaxed) {
-            return self.in_turn(ticket, || {
-                if self.copy_offloaded(piece, hands)? {
-                    return Ok(());
-                }
-                // From here on everything is read and written, this piece in its turn.
-                self.offload.store(false, Ordering::Relaxed);
-                self.copy_in_parts(piece, hands)
-            });
+            return self.in_turn(ticket, || self.copy_by_host(piece, hands));
         }
         self.read(piece, hands)?;
         match self.compress {
@@ -337,19 +331,46 @@ impl<'a> Copy<'a> {
         self.target.image().detect_zeroes().unmaps(&[IoSlice::new(bytes)])
     }
 
-    /// Whether the host copied the piece.
-    fn copy_offloaded<'s>(&'s self, piece: Piece, hands: &mut Hands<'s>) -> Result<bool> {
+    /// Lets the host copy what it can of a piece, and reads and writes the rest.
+    fn copy_by_host<'s>(&'s self, piece: Piece, hands: &mut Hands<'s>) -> Result<()> {
+        if self.is_offloaded(piece, hands)? {
+            return Ok(());
+        }
+        // At its ends the piece may have only a part of a cluster.
+        let cluster = self.target.cluster_bytes;
+        let end = piece.start + piece.len;
+        let whole = piece.start.next_multiple_of(cluster)..end - end % cluster;
+        if whole.is_empty() || (whole.start == piece.start && whole.end == end) {
+            return self.copy_in_parts(piece, hands);
+        }
+        let part = |from: u64, to: u64| Piece { start: from, len: to - from, ..piece };
+        self.copy_in_parts(part(piece.start, whole.start), hands)?;
+        let middle = part(whole.start, whole.end);
+        if !self.is_offloaded(middle, hands)? {
+            self.copy_in_parts(middle, hands)?;
+        }
+        self.copy_in_parts(part(whole.end, end), hands)
+    }
+
+    /// Whether the host copied the piece. Where it refuses, it is not asked again.
+    fn is_offloaded<'s>(&'s self, piece: Piece, hands: &mut Hands<'s>) -> Result<bool> {
+        if !self.offload.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
         let guest_bytes = piece.start..piece.start + piece.len;
         let pass = self.target.image().pass();
         self.target.reserve(&pass, guest_bytes.clone(), 0, &mut hands.reserved)?;
-        let is_copied = offload::copy(self.sources, guest_bytes, &self.target, &hands.reserved)
+        let outcome = offload::copy(self.sources, guest_bytes, &self.target, &hands.reserved)
             .map_err(|error| write_error(piece.start, error))?;
-        if is_copied {
-            Target::commit(&mut hands.reserved)?;
-        } else {
-            hands.reserved.clear();
+        match outcome {
+            Offloaded::Done => Target::commit(&mut hands.reserved)?,
+            Offloaded::NotHere => hands.reserved.clear(),
+            Offloaded::Refused => {
+                hands.reserved.clear();
+                self.offload.store(false, Ordering::Relaxed);
+            }
         }
-        Ok(is_copied)
+        Ok(outcome == Offloaded::Done)
     }
 
     /// Copies a piece that is larger than a buffer.

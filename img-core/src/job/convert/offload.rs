@@ -11,37 +11,53 @@ use crate::{
     storage::Storage,
 };
 
-/// Copies what `reserved` covers of `guest_bytes` on the host. False, with the target's bytes undefined, where
-/// some of it does not lie in host files as it is, or the host refuses: the caller then reads and writes.
+/// What became of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Offloaded {
+    /// The host copied all of it.
+    Done,
+    /// Some of it does not lie in host files as it is, or the target needs more bytes around it.
+    NotHere,
+    /// The host does not copy between these files.
+    Refused,
+}
+
+/// Copies what `reserved` covers of `guest_bytes` on the host. Where that is not done the target's bytes are
+/// undefined, and the caller reads and writes.
 pub(super) fn copy(
     sources: &Sources<'_>,
     guest_bytes: Range<u64>,
     target: &Target<'_>,
     reserved: &[Reserved<'_>],
-) -> Result<bool> {
-    let Some(source) = sources.get(sources.index_at(guest_bytes.start)) else { return Ok(false) };
+) -> Result<Offloaded> {
+    let Some(source) = sources.get(sources.index_at(guest_bytes.start)) else {
+        return Ok(Offloaded::NotHere);
+    };
     let Source { image, base, part, .. } = source;
     if guest_bytes.end - base > part.end - part.start {
-        return Ok(false);
+        return Ok(Offloaded::NotHere);
+    }
+    // Looked at before anything is copied in vain.
+    if reserved.iter().any(|piece| piece.step().fills()) {
+        return Ok(Offloaded::NotHere);
     }
     let in_image = |guest: u64| guest - base + part.start;
     for piece in reserved {
         let step = piece.step();
-        if step.fills() {
-            return Ok(false);
-        }
         let mut extents = Vec::new();
         image.map_range(in_image(step.guest_bytes.start)..in_image(step.guest_bytes.end), &mut extents)?;
         let mut to = step.at.0;
         for extent in &extents {
-            let Some((from, at)) = host_place(image.layers(), extent) else { return Ok(false) };
+            let Some((from, at)) = host_place(image.layers(), extent) else {
+                return Ok(Offloaded::NotHere);
+            };
             if target.file(step.file)?.copy_from(from, at, to, extent.len_bytes)? < extent.len_bytes {
-                return Ok(false);
+                return Ok(Offloaded::Refused);
             }
             to += extent.len_bytes;
         }
     }
-    Ok(true)
+    Ok(Offloaded::Done)
 }
 
 fn host_place<'a>(

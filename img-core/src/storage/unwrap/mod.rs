@@ -91,6 +91,7 @@ const XZ_OVERHEAD_BYTES: u64 = 1 << 20;
 /// When `input` cannot be read, a wrapper is not there, or an archive has no such member.
 pub fn unwrap(input: Box<dyn Read + Send>, options: &UnwrapOptions) -> io::Result<Box<dyn Read + Send>> {
     let mut input: Box<dyn Read + Send> = input;
+    let mut wanted = options.member.as_deref();
     let mut named = options.wrappers.as_ref().map(|wrappers| wrappers.iter().copied());
     for _ in 0..=MAX_WRAPPERS {
         let reader = Peekable::new(input)?;
@@ -103,7 +104,12 @@ pub fn unwrap(input: Box<dyn Read + Send>, options: &UnwrapOptions) -> io::Resul
                 (None, _) => None,
             },
         };
-        let Some(wrapper) = wrapper else { return Ok(Box::new(reader)) };
+        let Some(wrapper) = wrapper else {
+            return match wanted {
+                Some(member) => Err(invalid(format!("there is no tar archive that could hold '{member}'"))),
+                None => Ok(Box::new(reader)),
+            };
+        };
         let inside: Box<dyn Read + Send> = match wrapper {
             Wrapper::Gzip => Box::new(flate2::read::MultiGzDecoder::new(reader)),
             Wrapper::Xz => {
@@ -119,7 +125,10 @@ pub fn unwrap(input: Box<dyn Read + Send>, options: &UnwrapOptions) -> io::Resul
                 decoder.window_log_max(MAX_WINDOW_BYTES.ilog2())?;
                 Box::new(decoder)
             }
-            Wrapper::Tar => Box::new(TarMember::find(reader, options.member.as_deref())?),
+            Wrapper::Tar => {
+                wanted = None;
+                Box::new(TarMember::find(reader, options.member.as_deref())?)
+            }
         };
         input = Box::new(Bounded { inside, wrapper, left: options.max_bytes, max_bytes: options.max_bytes });
     }
