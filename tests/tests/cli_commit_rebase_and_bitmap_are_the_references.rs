@@ -65,6 +65,30 @@ fn commits_of_other_formats_and_sizes_agree() {
 }
 
 #[test]
+fn rebase_keeps_subclusters_apart() {
+    twins(&[
+        "qemu-img create -q -f qcow2 -o cluster_size=1M,extended_l2=on base 2M",
+        "qemu-img create -q -f qcow2 -o cluster_size=1M,extended_l2=on -b base -F qcow2 mid",
+        "qemu-io -c 'write -q -P 1 32k 32k' -c 'write -q -P 2 960k 32k' -c 'write -q -P 3 1M 1k' mid",
+        "qemu-img create -q -f qcow2 -o cluster_size=1M,extended_l2=on -b mid -F qcow2 top",
+        "qemu-io -c 'write -q -P 4 1056k 32k' top",
+    ])
+    .lines(&["qemu-img rebase -b base -F qcow2 top", "qemu-img map --output=json top", "qemu-img check top"])
+    .agree();
+}
+
+#[test]
+fn a_protocol_can_be_recorded_as_a_format() {
+    twins(CHAIN)
+        .lines(&[
+            "qemu-img rebase -u -b base -F host_device top",
+            "qemu-img info top",
+            "qemu-img rebase -u -b base -F nonesuch top",
+        ])
+        .agree();
+}
+
+#[test]
 fn commit_refuses_alike() {
     let mut twins = twins(CHAIN).without_files();
     twins.lines(&[

@@ -42,6 +42,21 @@ fn names_that_are_not_text() {
 }
 
 #[test]
+fn names_that_look_like_protocols() {
+    Twins::new(&["qemu-img create -q -f qcow2 base 1M"])
+        .lines(&[
+            "qemu-img create -f qcow2 -b base -F qcow2 file:image:top",
+            "qemu-img info file:image:top",
+            "qemu-img info --backing-chain --output json file:image:top",
+            "qemu-img map file:image:top",
+            "qemu-img convert -O qcow2 file:image:top file:an:other",
+            "qemu-img compare file:image:top file:an:other",
+            "qemu-img info image:top",
+        ])
+        .agree();
+}
+
+#[test]
 fn names_with_letters_of_all_kinds() {
     Twins::new(&["qemu-img create -q -f qcow2 'ünï' 1M"])
         .lines(&[

@@ -103,6 +103,7 @@ fn change(
 ) -> Result<(), Failure> {
     if let Some(format) = &args.backing_format
         && registry::by_name(format).is_none()
+        && !registry::is_elsewhere(format)
     {
         return Err(Failure::new(format!("Invalid format name: '{format}'")));
     }

@@ -166,7 +166,15 @@ impl Node {
     pub(super) fn parse(text: &str) -> Result<Self> {
         match protocol(text) {
             Some("json") => Self::from_flat(flat::parse_json(text)?),
-            Some("file") => Self::non_empty(&text["file:".len()..]),
+            Some("file") => {
+                let path = &text["file:".len()..];
+                // What looks like another protocol is none.
+                if protocol(path).is_some() {
+                    Self::non_empty(&format!("./{path}"))
+                } else {
+                    Self::non_empty(path)
+                }
+            }
             Some(other) => match NullNode::protocol(other) {
                 Some(null) => NullNode::named(null, text).map(Self::of_null),
                 None => Err(Error::Invalid(format!("Unknown protocol '{other}'"))),

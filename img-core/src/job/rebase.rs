@@ -32,6 +32,9 @@ const STEP_BYTES: u64 = 64 << 10;
 /// The unit of writing for formats without clusters.
 const DEFAULT_UNIT_BYTES: u32 = 65536;
 
+/// The least unit of writing: less is not worth telling apart.
+const LEAST_UNIT_BYTES: u64 = 4096;
+
 /// Threads beyond the number of cores, that have work while others wait for their turn to write.
 const SPARE_THREADS: usize = 1;
 
@@ -49,7 +52,12 @@ pub fn rebase(image: &Image, new: Option<&Image>, compress: bool, progress: &dyn
         [] => None,
         below => Some(Image::from_layers(below.to_vec())?),
     };
-    let unit = u64::from(top.cluster_size_bytes().unwrap_or(DEFAULT_UNIT_BYTES));
+    let cluster = u64::from(top.cluster_size_bytes().unwrap_or(DEFAULT_UNIT_BYTES));
+    let unit = match top.writer() {
+        // Parts of a cluster that the layer holds on their own stay silent on their own.
+        Some(writer) if !compress => writer.zero_granularity_bytes().max(LEAST_UNIT_BYTES).min(cluster),
+        _ => cluster,
+    };
     let below = old.iter().chain(new).flat_map(Image::layers);
     // Compressed clusters are decoded whole.
     let clusters = below.filter_map(|layer| layer.cluster_size_bytes()).map(u64::from);

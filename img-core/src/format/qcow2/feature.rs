@@ -77,15 +77,14 @@ impl FeatureName {
 
 /// The names in an image's table, whole entries only. An entry without a name ends the table.
 pub(super) fn parse_names(table: &[u8]) -> Vec<FeatureName> {
-    table
-        .chunks_exact(ENTRY_BYTES)
-        .take_while(|entry| entry[2] != 0)
-        .map(|entry| FeatureName {
-            field: entry[0],
-            bit: entry[1],
-            name: entry[2..].try_into().expect("a chunk has ENTRY_BYTES bytes"),
-        })
-        .collect()
+    let entry = |bytes: &[u8]| {
+        // The last one may be cut off where its name ends.
+        let mut entry = [0; ENTRY_BYTES];
+        entry[..bytes.len()].copy_from_slice(bytes);
+        let [field, bit, name @ ..] = entry;
+        FeatureName { field, bit, name }
+    };
+    table.chunks(ENTRY_BYTES).map(entry).take_while(|entry| entry.name[0] != 0).collect()
 }
 
 /// The table for an image whose own table held `names`: ours, and behind it theirs for bits unknown to us.
@@ -145,6 +144,8 @@ mod tests {
         table.resize(ENTRY_BYTES, 0);
         let names = parse_names(&table);
         assert_eq!(unsupported(&names, 1 << 40), "Unsupported qcow2 feature(s): time ?travel");
+        let cut_off = parse_names(&table[..2 + "time".len()]);
+        assert_eq!(unsupported(&cut_off, 1 << 40), "Unsupported qcow2 feature(s): time");
         assert_eq!(
             unsupported(&names, 1 << 40 | 0x60),
             "Unsupported qcow2 feature(s): time ?travel, Unknown incompatible feature: 60"
