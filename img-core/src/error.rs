@@ -138,6 +138,15 @@ pub enum Error {
         name: String,
     },
 
+    /// Nothing is written to an image any more: a change of several steps, or a flush, has failed since it was opened.
+    #[error("{}: nothing is written until the image is opened again: {cause}", text::from_path(file))]
+    Halted {
+        /// The image.
+        file: PathBuf,
+        /// What failed first.
+        cause: String,
+    },
+
     /// The caller asked a running job to stop.
     #[error("cancelled")]
     Cancelled,

@@ -118,7 +118,7 @@ impl<'a> History<'a> {
                 if failed {
                     // An image that cannot tell how things stand may refuse to go on until it is opened again.
                     return match error {
-                        Error::Invalid(text) if text.ends_with("until the image is opened again") => Ok(()),
+                        Error::Halted { .. } => Ok(()),
                         _ => Err(format!("{op:?} fails too: {error}")),
                     };
                 }

@@ -9,7 +9,6 @@ use crate::{
         Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    text,
 };
 
 /// Whether a layer still writes. After a change of several steps has failed between two of them, or a flush has, nobody
@@ -48,12 +47,8 @@ impl Halt {
         if !self.is_halted() {
             return Ok(());
         }
-        let cause = lock(&self.cause);
-        Err(Error::Invalid(format!(
-            "{}: nothing is written until the image is opened again: {}",
-            text::from_path(file),
-            cause.as_deref().expect("set before the flag is")
-        )))
+        let cause = lock(&self.cause).clone().expect("set before the flag is");
+        Err(Error::Halted { file: file.to_owned(), cause })
     }
 }
 
