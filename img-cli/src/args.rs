@@ -89,7 +89,7 @@ impl OwnProgressArgs {
     /// # Errors
     /// As [`ProgressArgs::style`].
     pub(crate) fn style(&self) -> Result<Style, Failure> {
-        ProgressArgs { progress: self.progress.clone() }.style(false)
+        self.as_theirs().style(false)
     }
 
     /// Whoever is to be told; `None` where nobody asked, and signals do what they do to any program.
@@ -97,7 +97,7 @@ impl OwnProgressArgs {
     /// # Errors
     /// As [`ProgressArgs::style`].
     pub(crate) fn reporter(&self, quiet: bool, context: &Context) -> Result<Option<Reporter>, Failure> {
-        let style = ProgressArgs { progress: self.progress.clone() }.style(quiet)?;
+        let style = self.as_theirs().style(quiet)?;
         if style == Style::Hidden { Ok(None) } else { Reporter::start(style, 1.0, context).map(Some) }
     }
 
@@ -106,8 +106,11 @@ impl OwnProgressArgs {
     /// # Errors
     /// As [`ProgressArgs::style`].
     pub(crate) fn of_filling(&self, quiet: bool, context: &Context) -> Result<Arc<Reporter>, Failure> {
-        let progress = ProgressArgs { progress: self.progress.clone() };
-        Reporter::start(progress.style_or_bar(quiet, context)?, 1.0, context).map(Arc::new)
+        Reporter::start(self.as_theirs().style_or_bar(quiet, context)?, 1.0, context).map(Arc::new)
+    }
+
+    fn as_theirs(&self) -> ProgressArgs {
+        ProgressArgs { progress: self.progress.clone() }
     }
 }
 

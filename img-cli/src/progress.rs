@@ -74,6 +74,12 @@ struct Received {
     progress: AtomicU64,
 }
 
+impl Received {
+    fn is_asked_to_stop(&self) -> bool {
+        self.stop.load(Ordering::Relaxed) != 0
+    }
+}
+
 impl Reporter {
     /// Starts listening to signals.
     pub(crate) fn start(style: Style, step_percent: f64, context: &Context) -> Result<Self, Failure> {
@@ -128,9 +134,9 @@ impl Reporter {
         }
     }
 
-    /// Who stops the writing of space when the job is asked to stop, and tells nothing of it.
-    pub(crate) fn stops(&self) -> Arc<dyn Watcher> {
-        Arc::new(Filling::new(Stops(Arc::clone(&self.signals)), 0))
+    /// Who knows whether the job is asked to stop, and tells nothing.
+    pub(crate) fn stops(&self) -> Stops {
+        Stops(Arc::clone(&self.signals))
     }
 
     /// Who tells of the writing of about so many bytes.
@@ -209,19 +215,19 @@ impl Progress for Reporter {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.signals.stop.load(Ordering::Relaxed) != 0
+        self.signals.is_asked_to_stop()
     }
 }
 
 /// See [`Reporter::stops`].
 #[derive(Debug)]
-struct Stops(Arc<Received>);
+pub(crate) struct Stops(Arc<Received>);
 
 impl Progress for Stops {
     fn advance(&self, _done: u64, _total: u64) {}
 
     fn is_cancelled(&self) -> bool {
-        self.0.stop.load(Ordering::Relaxed) != 0
+        self.0.is_asked_to_stop()
     }
 }
 

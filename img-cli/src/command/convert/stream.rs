@@ -13,10 +13,14 @@ use std::{
 
 use clap::ValueHint;
 use img_core::{
+    Error,
     format::{Driver, FrontReader, HostFile, registry},
     image::Image,
-    job::convert::{StreamOptions, StreamTarget, convert_stream},
-    storage::{StreamStorage, UnwrapOptions, Watcher, Wrapper, unwrap},
+    job::{
+        Progress as _,
+        convert::{StreamOptions, StreamTarget, convert_stream},
+    },
+    storage::{StreamStorage, UnwrapOptions, Wrapper, unwrap},
     text,
 };
 use rustix::{
@@ -32,7 +36,7 @@ use crate::{
     created::Created,
     error::{Failure, os_text},
     limits, names,
-    progress::Reporter,
+    progress::{Reporter, Stops},
     size,
 };
 
@@ -170,7 +174,7 @@ const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// A file whose bytes may be long in coming; who waits for them can be stopped.
 struct Awaited {
     file: File,
-    stop: Arc<dyn Watcher>,
+    stop: Stops,
 }
 
 impl Read for Awaited {
@@ -178,7 +182,10 @@ impl Read for Awaited {
         loop {
             let mut asked = [PollFd::new(&self.file, PollFlags::IN)];
             match rustix::event::poll(&mut asked, Some(&PATIENCE)) {
-                Ok(0) | Err(Errno::INTR) => self.stop.filled(0).map_err(io::Error::other)?,
+                Ok(0) | Err(Errno::INTR) if self.stop.is_cancelled() => {
+                    return Err(io::Error::other(Error::Cancelled));
+                }
+                Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) => return self.file.read(buf),
                 Err(errno) => return Err(errno.into()),
             }

@@ -1,8 +1,12 @@
 //! The target: judged, made and opened.
 
+use std::sync::Arc;
+
 use img_core::{
     format::{Driver, OpenMode, OptionDescription, OptionSet},
     image::{CacheMode, Image},
+    job::Filling,
+    storage::Watcher,
 };
 
 use super::Job;
@@ -74,7 +78,7 @@ impl Job<'_> {
         if let Some(data_file) = options.get("data_file") {
             created.expect(names::path(data_file));
         }
-        let watcher = self.reporter.stops();
+        let watcher: Arc<dyn Watcher> = Arc::new(Filling::new(self.reporter.stops(), 0));
         let make = Make { driver, file: self.target, options, known: &known, watcher: Some(&watcher) };
         let made = create::make_for("converting", make, self.context)?;
         created.add(made);

@@ -75,7 +75,7 @@ impl FeatureName {
     }
 }
 
-/// The names in an image's table, whole entries only. An entry without a name ends the table.
+/// The names in an image's table. An entry without a name ends the table.
 pub(super) fn parse_names(table: &[u8]) -> Vec<FeatureName> {
     let entry = |bytes: &[u8]| {
         // The last one may be cut off where its name ends.

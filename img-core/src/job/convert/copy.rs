@@ -244,7 +244,7 @@ impl<'a> Copy<'a> {
             throttle.pass(piece.len, || self.failed.is_before(ticket));
         }
         if !self.is_copied(piece.class) {
-            return self.in_turn(ticket, || self.write_zeroes(piece.start, piece.len));
+            return self.in_turn(ticket, || self.zero(piece.start, piece.len, true));
         }
         if piece.class == Class::Data && self.compress.is_none() && self.offload.load(Ordering::Relaxed) {
             return self.in_turn(ticket, || self.copy_by_host(piece, hands));
@@ -291,14 +291,11 @@ impl<'a> Copy<'a> {
         // Nothing is reserved yet: making a part of a cluster zero may take the target alone.
         let mut refusal = Ok(());
         hands.parts.retain(|part| {
-            let may_unmap = match part.is_data {
-                true => self.detected(&hands.read[part.start..part.end]),
-                false => Some(true),
-            };
+            let bytes = &hands.read[part.start..part.end];
+            let may_unmap = if part.is_data { self.detected(bytes) } else { Some(true) };
             let Some(may_unmap) = may_unmap else { return true };
             if refusal.is_ok() && (part.is_data || !self.target_is_zero) {
-                refusal =
-                    self.zero(piece.start + part.start as u64, (part.end - part.start) as u64, may_unmap);
+                refusal = self.zero(piece.start + part.start as u64, bytes.len() as u64, may_unmap);
             }
             false
         });
@@ -315,10 +312,6 @@ impl<'a> Copy<'a> {
             last_cluster = Some((end - 1) / self.target.cluster_bytes);
         }
         Ok(pass)
-    }
-
-    fn write_zeroes(&self, start: u64, len: u64) -> Result<()> {
-        self.zero(start, len, true)
     }
 
     fn zero(&self, start: u64, len: u64, may_unmap: bool) -> Result<()> {

@@ -239,13 +239,10 @@ impl Units {
 }
 
 fn write_cluster(image: &Image, target: &Target<'_>, guest: u64, stored: Stored<'_>) -> Result<()> {
-    if matches!(stored, Stored::Nothing) {
-        return Ok(());
-    }
     let mut reserved: Vec<Reserved<'_>> = Vec::new();
     let pass = image.pass();
     match stored {
-        Stored::Nothing => {}
+        Stored::Nothing => return Ok(()),
         Stored::AsItIs(cluster) => {
             let end = (guest + cluster.len() as u64).min(image.virtual_size_bytes());
             target.reserve(&pass, guest..end, 0, &mut reserved)?;
