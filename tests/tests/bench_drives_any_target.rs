@@ -207,6 +207,19 @@ fn a_device_is_driven_with_and_without_each_feature() {
 }
 
 #[test]
+fn sizes_have_suffixes_and_times_fractions() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let directory = directory.path();
+    create(directory, "raw");
+    let image = words(&["--image", "disk", "--format", "raw"]);
+    let result = run(directory, &image, &["--time", "0.1", "--block-size", "64k"]);
+    let op = &result["ops"][0];
+    let requests = op["requests"].as_u64().expect("a count");
+    assert!(requests > 0 && op["bytes"] == requests * 65536, "{result}");
+    assert!(result["elapsed-seconds"].as_f64() >= Some(0.1), "{result}");
+}
+
+#[test]
 fn a_rate_is_kept_and_the_backend_may_be_named() {
     let directory = tempfile::tempdir().expect("a directory");
     let directory = directory.path();
@@ -243,6 +256,9 @@ fn what_cannot_be_is_refused_by_name() {
         (&image, &["--verify"], "writes nothing"),
         (&image, &["--verify", "--pattern", "discard"], "writes nothing"),
         (&image, &["--verify", "--pattern", "write", "--block-size", "8388608"], "as many blocks of its own"),
+        (&image, &["--block-size", "4q"], "not a number of bytes"),
+        (&image, &["--time", "0"], "not a number of seconds above 0"),
+        (&image, &["--json", "missing/result"], "missing/result: No such file"),
         (&["run", "--nbd", "nbds://localhost"], &[], "'nbds' is not supported"),
         (&["run", "--nbd", "nbd://localhost", "--poll", "1"], &[], "cannot be used with"),
         (&["run", "--nbd", "nbd+unix:///?socket=nobody"], &[], "No such file"),

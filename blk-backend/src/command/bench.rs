@@ -1,7 +1,7 @@
 //! `blk-backend bench`: loads on disks, disks looked at after a crash, and results compared.
 
 use std::{
-    fs,
+    fs::{self, File},
     io::Write,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -11,6 +11,7 @@ use std::{
 use blk_backend::bench::{
     Job, Journal, Limit, Pattern, Verify, compare, run as run_job, to_json, verify, write_table,
 };
+use img_core::format::parse_size;
 use serde_json::Value;
 
 use super::{Failure, bench_target::TargetArgs};
@@ -50,7 +51,7 @@ struct RunArgs {
     /// Of a hundred requests of randrw, so many are reads
     #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100))]
     read_percent: u32,
-    /// Bytes of a request, a multiple of 512 up to 64 MiB
+    /// Bytes of a request, a multiple of 512 up to 64 MiB; 4k and 1M are understood
     #[arg(long, value_name = "BYTES", default_value_t = 4096, value_parser = block_bytes)]
     block_size: u64,
     /// Requests under way at once in each queue
@@ -65,9 +66,9 @@ struct RunArgs {
     /// Flush after so many requests that change the disk
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     flush_every: Option<u64>,
-    /// End after so long; 10 seconds where no number of requests is given either
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
-    time: Option<u64>,
+    /// End after so long, fractions included; 10 seconds where no number of requests is given either
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    time: Option<Duration>,
     /// End after so many requests of each queue
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
@@ -95,6 +96,9 @@ struct VerifyArgs {
     journal: PathBuf,
 }
 
+/// The length of a run that nothing else limits.
+const DEFAULT_TIME: Duration = Duration::from_secs(10);
+
 /// Reads under way at once while a disk is looked at.
 const VERIFY_DEPTH: u32 = 16;
 
@@ -108,7 +112,9 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
 }
 
 fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<(), Failure> {
-    let seconds = args.time.or(if args.count.is_none() { Some(10) } else { None });
+    let time = args.time.or(if args.count.is_none() { Some(DEFAULT_TIME) } else { None });
+    // Before the load: its result is not to be lost for want of a place.
+    let json = args.json.as_deref().map(|path| Ok((path, create(path)?))).transpose()?;
     let job = Job {
         pattern: args.pattern,
         read_percent: args.read_percent,
@@ -117,7 +123,7 @@ fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<(), Failure> {
         queues: args.queues,
         rate: args.rate.map(f64::from),
         flush_every: args.flush_every,
-        limit: Limit { time: seconds.map(Duration::from_secs), requests: args.count },
+        limit: Limit { time, requests: args.count },
         seed: args.seed,
     };
     let result = args.target.with(&job, |target| {
@@ -125,11 +131,18 @@ fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<(), Failure> {
         run_job(target, &job, verify.as_ref())
     })?;
     write_table(&job, &result, out)?;
-    if let Some(path) = &args.json {
+    if let Some((path, mut file)) = json {
         let text = format!("{:#}\n", to_json(args.target.name(), &job, &result));
-        fs::write(path, text).map_err(|error| named(path, &error))?;
+        let written = file.set_len(0).and_then(|()| file.write_all(text.as_bytes()));
+        written.map_err(|error| named(path, &error))?;
     }
     Ok(())
+}
+
+/// A file for a result; what it holds from before stays until there is a new one.
+fn create(path: &Path) -> Result<File, Failure> {
+    let opened = File::options().write(true).create(true).truncate(false).open(path);
+    opened.map_err(|error| named(path, &error))
 }
 
 fn look(args: &VerifyArgs, out: &mut dyn Write) -> Result<ExitCode, Failure> {
@@ -174,9 +187,14 @@ fn pattern(text: &str) -> Result<Pattern, String> {
 }
 
 fn block_bytes(text: &str) -> Result<u64, String> {
-    let bytes: u64 = text.parse().map_err(|_| format!("'{text}' is not a number of bytes"))?;
+    let bytes = parse_size(text).map_err(|_| format!("'{text}' is not a number of bytes"))?;
     if bytes == 0 || !bytes.is_multiple_of(512) || bytes > 64 << 20 {
         return Err(format!("{bytes} is not a multiple of 512 up to 64 MiB"));
     }
     Ok(bytes)
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let time = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    time.filter(|time| !time.is_zero()).ok_or_else(|| format!("'{text}' is not a number of seconds above 0"))
 }
