@@ -1,16 +1,18 @@
 //! Tables in memory: slices of 4 KiB (a cluster where clusters are smaller), found by host offset.
 //!
-//! A lookup that hits takes two short shared locks. A miss reads under the load lock of its shard, so that
+//! A lookup that hits takes one short shared lock. A miss reads under the load lock of its shard, so that
 //! a slice is read at most once and a slow reader can never put an old slice beside a newer one. Slices are
 //! changed only by whoever holds the layer's writer lock; changed slices stay until they were written, clean
 //! ones make room for others by the clock rule.
 //!
+//! Who takes a [`Slice`] along has it as it was at that moment: a change is made in place where nobody has the slice,
+//! and else to a copy, which takes its place in the cache.
+//!
 //! Who must not wait for a miss reads the slice himself, without that lock, and offers it
 //! ([`SliceCache::missing`], [`SliceCache::offer`]). It is kept only where nothing can have become of the slice meanwhile.
 //!
-//! What waits to be written is taken as it is at one moment ([`SliceCache::take_changes`], under the writer lock)
-//! and written without that lock. Until then its slices are frozen: whoever changes one meanwhile changes a copy,
-//! which takes its place in the cache and waits for the next time.
+//! What waits to be written is taken along, too ([`SliceCache::take_changes`], under the writer lock), and written
+//! without that lock. Whoever changes such a slice meanwhile changes a copy, which waits for the next time.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -35,52 +37,51 @@ const SHARDS: usize = 16;
 /// The longest single write of neighbouring slices.
 const WRITE_BACK_BYTES: u64 = 1 << 20;
 
-/// A piece of a table.
+/// A piece of a table as it was when it was asked for.
+pub(super) type Slice = Arc<[u8]>;
+
+/// A slice in the cache.
 #[derive(Debug)]
-pub(super) struct Slice {
-    bytes: RwLock<Box<[u8]>>,
+struct Kept {
+    slice: Slice,
     /// Looked at since the clock hand last passed.
     used: AtomicBool,
-    /// Being written as it is: a change is made to a copy.
-    frozen: AtomicBool,
 }
 
-impl Slice {
-    fn new(bytes: Box<[u8]>) -> Arc<Self> {
-        Arc::new(Self {
-            bytes: RwLock::new(bytes),
-            used: AtomicBool::new(true),
-            frozen: AtomicBool::new(false),
-        })
+impl Kept {
+    fn new(slice: Slice) -> Self {
+        Self { slice, used: AtomicBool::new(true) }
     }
 
-    /// The bytes, shared.
-    pub(super) fn read(&self) -> RwLockReadGuard<'_, Box<[u8]>> {
-        self.bytes.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Box<[u8]>> {
-        self.bytes.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn note_use(&self) {
+    fn look(&self) -> &Slice {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
+        &self.slice
     }
 
-    /// The big-endian word at `at` bytes into the slice.
-    pub(super) fn word(&self, at: usize) -> u64 {
-        u64::from_be_bytes(self.read()[at..at + 8].try_into().expect("eight bytes"))
+    /// Whether somebody has taken it along: it is being written, or will be looked at.
+    fn is_taken(&self) -> bool {
+        Arc::strong_count(&self.slice) > 1
     }
 }
 
-type Slices = HashMap<u64, Arc<Slice>, OffsetHash>;
+type Slices = HashMap<u64, Kept, OffsetHash>;
 
 #[derive(Debug, Default)]
 struct Shard {
     slices: RwLock<Slices>,
     load: Mutex<()>,
+}
+
+impl Shard {
+    fn read(&self) -> RwLockReadGuard<'_, Slices> {
+        self.slices.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Slices> {
+        self.slices.write().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Hashes host offsets in a few instructions. The factor is odd, and nobody knows it who makes an image.
@@ -125,7 +126,7 @@ impl Hasher for OffsetHasher {
 
 /// Slices of one kind of table.
 ///
-/// Lock order: a shard's `load`, its `slices`, `dirty`, a slice's bytes.
+/// Lock order: a shard's `load`, its `slices`, `dirty`.
 #[derive(Debug)]
 pub(super) struct SliceCache {
     shards: Box<[Shard]>,
@@ -157,9 +158,8 @@ impl SliceCache {
     }
 
     /// The slice that holds host byte `at`, and where in it that byte stands. Reads on a miss.
-    pub(super) fn get(&self, storage: &dyn Storage, at: u64) -> Result<(Arc<Slice>, usize)> {
-        let start = at & !(self.slice_bytes - 1);
-        let within = usize::try_from(at - start).expect("inside a slice");
+    pub(super) fn get(&self, storage: &dyn Storage, at: u64) -> Result<(Slice, usize)> {
+        let (start, within) = self.place(at);
         if let Some(slice) = self.peek(start) {
             return Ok((slice, within));
         }
@@ -173,28 +173,20 @@ impl SliceCache {
     }
 
     /// The slice that starts at `start`, when it is here.
-    pub(super) fn peek(&self, start: u64) -> Option<Arc<Slice>> {
-        let slices = self.shard(start).slices.read().unwrap_or_else(PoisonError::into_inner);
-        let slice = slices.get(&start)?;
-        slice.note_use();
-        Some(Arc::clone(slice))
+    pub(super) fn peek(&self, start: u64) -> Option<Slice> {
+        Some(Arc::clone(self.shard(start).read().get(&start)?.look()))
     }
 
     /// Shows `look` the slice that holds host byte `at`, when it is here, and where in it that byte stands. Nobody can
-    /// put slices into its shard, or change it, meanwhile.
+    /// put slices into its shard, or change one there, meanwhile.
     pub(super) fn look_at<T>(&self, at: u64, look: impl FnOnce(&[u8], usize) -> T) -> Option<T> {
-        let start = at & !(self.slice_bytes - 1);
-        let within = usize::try_from(at - start).expect("inside a slice");
-        let slices = self.shard(start).slices.read().unwrap_or_else(PoisonError::into_inner);
-        let slice = slices.get(&start)?;
-        slice.note_use();
-        Some(look(&slice.read(), within))
+        let (start, within) = self.place(at);
+        Some(look(self.shard(start).read().get(&start)?.look(), within))
     }
 
     /// The slice that holds host byte `at`, when it is here, and where in it that byte stands.
-    pub(super) fn peek_at(&self, at: u64) -> Option<(Arc<Slice>, usize)> {
-        let start = at & !(self.slice_bytes - 1);
-        let within = usize::try_from(at - start).expect("inside a slice");
+    pub(super) fn peek_at(&self, at: u64) -> Option<(Slice, usize)> {
+        let (start, within) = self.place(at);
         Some((self.peek(start)?, within))
     }
 
@@ -218,7 +210,7 @@ impl SliceCache {
                 slice => slice,
             };
             if let Some(slice) = slice {
-                bytes.copy_from_slice(&slice.read());
+                bytes.copy_from_slice(&slice);
             }
         }
         Ok(())
@@ -249,72 +241,57 @@ impl SliceCache {
         if self.age() != missing.age || bytes.len() != self.slice_len() || self.peek(start).is_some() {
             return false;
         }
-        self.keep(shard, start, bytes);
+        self.keep(shard, start, bytes.into());
         true
     }
 
     /// Changes the slice that holds host byte `at` and remembers that it must be written. `change` gets the
-    /// slice's bytes and where in them that byte stands. Reads on a miss.
+    /// slice's bytes and where in them that byte stands, and looks at nothing else in this cache. Reads on a miss.
     pub(super) fn update<T>(
         &self,
         storage: &dyn Storage,
         at: u64,
         change: impl FnOnce(&mut [u8], usize) -> T,
     ) -> Result<T> {
-        let start = at & !(self.slice_bytes - 1);
-        let within = usize::try_from(at - start).expect("inside a slice");
-        let slice = loop {
-            if let Some(slice) = self.begin_change(start) {
-                break slice;
+        let (start, within) = self.place(at);
+        let shard = self.shard(start);
+        let mut slices = loop {
+            let slices = shard.write();
+            if slices.contains_key(&start) {
+                break slices;
             }
-            let shard = self.shard(start);
+            drop(slices);
             let _load = lock(&shard.load);
             if self.peek(start).is_none() {
                 self.load(storage, shard, start)?;
             }
         };
-        let mut bytes = slice.write();
-        Ok(change(&mut bytes, within))
+        let slice = self.slice_to_change(&mut slices, start).expect("it is here");
+        Ok(change(slice, within))
     }
 
     /// [`Self::update`] where the slice is here; `None`, and `change` is not called, where it is not. No I/O.
     pub(super) fn update_cached<T>(&self, at: u64, change: impl FnOnce(&mut [u8], usize) -> T) -> Option<T> {
-        let start = at & !(self.slice_bytes - 1);
-        let within = usize::try_from(at - start).expect("inside a slice");
-        let slice = self.begin_change(start)?;
-        let mut bytes = slice.write();
-        Some(change(&mut bytes, within))
+        let (start, within) = self.place(at);
+        let mut slices = self.shard(start).write();
+        Some(change(self.slice_to_change(&mut slices, start)?, within))
     }
 
     /// The slice that starts at `start`, when it is here, marked as changed, which keeps it here.
-    fn begin_change(&self, start: u64) -> Option<Arc<Slice>> {
-        let shard = self.shard(start);
-        {
-            let slices = shard.slices.read().unwrap_or_else(PoisonError::into_inner);
-            let slice = slices.get(&start)?;
-            if !slice.frozen.load(Ordering::Acquire) {
-                self.lock_dirty().insert(start);
-                return Some(Arc::clone(slice));
-            }
-        }
-        // Who writes the frozen one keeps it; who found it in the cache before sees the map as it was then.
-        let mut slices = shard.slices.write().unwrap_or_else(PoisonError::into_inner);
-        let slice = slices.get_mut(&start)?;
-        let copy = Slice::new(slice.read().clone());
-        *slice = Arc::clone(&copy);
+    fn slice_to_change<'a>(&self, slices: &'a mut Slices, start: u64) -> Option<&'a mut [u8]> {
+        let kept = slices.get_mut(&start)?;
         self.lock_dirty().insert(start);
-        Some(copy)
+        Some(Arc::make_mut(&mut kept.slice))
     }
 
     /// Puts zeroes, to be written, where `range` stood. Both ends are multiples of a slice.
     pub(super) fn fill_with_zeroes(&self, range: Range<u64>) {
         let mut start = range.start;
         while start < range.end {
-            let slice = Slice::new(vec![0; self.slice_len()].into_boxed_slice());
             let shard = self.shard(start);
             let _load = lock(&shard.load);
             self.lock_dirty().insert(start);
-            shard.slices.write().unwrap_or_else(PoisonError::into_inner).insert(start, slice);
+            shard.write().insert(start, Kept::new(self.zeroes()));
             start += self.slice_bytes;
         }
     }
@@ -326,7 +303,7 @@ impl SliceCache {
         while start < range.end {
             let shard = self.shard(start);
             let _load = lock(&shard.load);
-            shard.slices.write().unwrap_or_else(PoisonError::into_inner).remove(&start);
+            shard.write().remove(&start);
             self.lock_dirty().remove(&start);
             start += self.slice_bytes;
         }
@@ -337,7 +314,7 @@ impl SliceCache {
         self.age.fetch_add(1, Ordering::SeqCst);
         for shard in &self.shards {
             let _load = lock(&shard.load);
-            shard.slices.write().unwrap_or_else(PoisonError::into_inner).clear();
+            shard.write().clear();
         }
         self.lock_dirty().clear();
     }
@@ -368,14 +345,10 @@ impl SliceCache {
     pub(super) fn take_changes(&self, wanted: impl Fn(u64) -> bool) -> Changes<'_> {
         let starts: Vec<u64> = self.lock_dirty().iter().copied().filter(|&start| wanted(start)).collect();
         let kept = |start| (start, self.peek(start).expect("a changed slice is kept"));
-        let slices: VecDeque<(u64, Arc<Slice>)> = starts.into_iter().map(kept).collect();
-        // In one go with respect to who makes room: a slice is in one of the two states at any time.
+        let slices: VecDeque<(u64, Slice)> = starts.into_iter().map(kept).collect();
+        // They are taken by now: who makes room leaves them, as it did before.
         let mut dirty = self.lock_dirty();
-        for (start, slice) in &slices {
-            debug_assert!(!slice.frozen.load(Ordering::Relaxed), "the slice at {start:#x} is being written");
-            slice.frozen.store(true, Ordering::Relaxed);
-            dirty.remove(start);
-        }
+        slices.iter().for_each(|(start, _)| _ = dirty.remove(start));
         drop(dirty);
         Changes { cache: self, slices }
     }
@@ -389,26 +362,35 @@ impl SliceCache {
         &self.shards[usize::try_from(index).expect("below the number of shards")]
     }
 
+    /// Where the slice that holds host byte `at` starts, and where in it that byte stands.
+    fn place(&self, at: u64) -> (u64, usize) {
+        let start = at & !(self.slice_bytes - 1);
+        (start, usize::try_from(at - start).expect("inside a slice"))
+    }
+
+    fn zeroes(&self) -> Slice {
+        std::iter::repeat_n(0, self.slice_len()).collect()
+    }
+
     fn lock_dirty(&self) -> MutexGuard<'_, BTreeSet<u64>> {
         lock(&self.dirty)
     }
 
     /// Reads a slice; the caller holds the shard's load lock.
-    fn load(&self, storage: &dyn Storage, shard: &Shard, start: u64) -> Result<Arc<Slice>> {
-        let mut bytes = vec![0; self.slice_len()].into_boxed_slice();
-        storage.read_at(&mut bytes, start)?;
-        Ok(self.keep(shard, start, bytes))
+    fn load(&self, storage: &dyn Storage, shard: &Shard, start: u64) -> Result<Slice> {
+        let mut slice = self.zeroes();
+        storage.read_at(Arc::get_mut(&mut slice).expect("nobody else has it"), start)?;
+        self.keep(shard, start, Arc::clone(&slice));
+        Ok(slice)
     }
 
     /// Puts a slice in as the file has it; the caller holds the shard's load lock, and it is not here.
-    fn keep(&self, shard: &Shard, start: u64, bytes: Box<[u8]>) -> Arc<Slice> {
-        let slice = Slice::new(bytes);
-        let mut slices = shard.slices.write().unwrap_or_else(PoisonError::into_inner);
+    fn keep(&self, shard: &Shard, start: u64, slice: Slice) {
+        let mut slices = shard.write();
         if slices.len() >= self.slices_per_shard {
             self.evict(&mut slices);
         }
-        slices.insert(start, Arc::clone(&slice));
-        slice
+        slices.insert(start, Kept::new(slice));
     }
 
     /// Drops a quarter of a full shard: clean slices not looked at since the last time first.
@@ -417,11 +399,11 @@ impl SliceCache {
         let keep = self.slices_per_shard - self.slices_per_shard.div_ceil(4);
         for second_round in [false, true] {
             let mut surplus = slices.len().saturating_sub(keep);
-            slices.retain(|start, slice| {
-                if surplus == 0 || dirty.contains(start) || slice.frozen.load(Ordering::Relaxed) {
+            slices.retain(|start, kept| {
+                if surplus == 0 || dirty.contains(start) || kept.is_taken() {
                     return true;
                 }
-                if slice.used.swap(false, Ordering::Relaxed) && !second_round {
+                if kept.used.swap(false, Ordering::Relaxed) && !second_round {
                     return true;
                 }
                 surplus -= 1;
@@ -437,7 +419,7 @@ impl SliceCache {
 pub(super) struct Changes<'a> {
     cache: &'a SliceCache,
     /// By host offset, in order.
-    slices: VecDeque<(u64, Arc<Slice>)>,
+    slices: VecDeque<(u64, Slice)>,
 }
 
 impl Changes<'_> {
@@ -461,14 +443,10 @@ impl Changes<'_> {
             let run = (0..limit).zip(&self.slices).take_while(in_a_row).count();
             allow(first..first + run as u64 * slice_bytes)?;
             self.cache.age.fetch_add(1, Ordering::SeqCst);
-            {
-                let guards: Vec<_> = self.slices.iter().take(run).map(|(_, slice)| slice.read()).collect();
-                let bufs: Vec<IoSlice<'_>> = guards.iter().map(|bytes| IoSlice::new(bytes)).collect();
-                storage.write_vectored_at(&bufs, first)?;
-            }
-            for (_, slice) in self.slices.drain(..run) {
-                slice.frozen.store(false, Ordering::Release);
-            }
+            let bufs: Vec<IoSlice<'_>> =
+                self.slices.iter().take(run).map(|(_, slice)| IoSlice::new(slice)).collect();
+            storage.write_vectored_at(&bufs, first)?;
+            self.slices.drain(..run);
         }
         Ok(wrote)
     }
@@ -477,12 +455,11 @@ impl Changes<'_> {
 impl Drop for Changes<'_> {
     fn drop(&mut self) {
         for (start, slice) in &self.slices {
-            let slices = self.cache.shard(*start).slices.read().unwrap_or_else(PoisonError::into_inner);
+            let slices = self.cache.shard(*start).read();
             // Where a copy took its place the copy waits already; what was forgotten stays so.
-            if slices.get(start).is_some_and(|present| Arc::ptr_eq(present, slice)) {
+            if slices.get(start).is_some_and(|present| Arc::ptr_eq(&present.slice, slice)) {
                 self.cache.lock_dirty().insert(*start);
             }
-            slice.frozen.store(false, Ordering::Release);
         }
     }
 }

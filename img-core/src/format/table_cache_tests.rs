@@ -36,7 +36,7 @@ fn drop_all_of_shard(cache: &SliceCache, file: &MemoryStorage, at: u64) {
 }
 
 fn first_byte(cache: &SliceCache, file: &MemoryStorage, at: u64) -> u8 {
-    cache.get(file, at).expect("read").0.read()[0]
+    cache.get(file, at).expect("read").0[0]
 }
 
 #[test]

@@ -144,18 +144,20 @@ impl Qcow2Layer {
         let Some((slice, within)) = self.map.l2.peek_at(first_at) else { return Ok(false) };
         let first = within / usize_of(entry_bytes);
         if usize_of(geometry.clusters_for(write.clusters.end - start))
-            > slice.read().len() / usize_of(entry_bytes) - first
+            > slice.len() / usize_of(entry_bytes) - first
         {
             return Ok(false);
         }
         for (index, guest) in guests.clone().enumerate() {
-            let entry = L2Entry::read(&slice.read(), first + index, geometry);
+            let entry = L2Entry::read(&slice, first + index, geometry);
             let was = self.map.checked(Found { entry, at: first_at + index as u64 * entry_bytes }, guest)?;
             if !matches!(write.kind, WriteKind::Reuse { .. }) {
                 self.check_given_up(was)?;
             }
         }
-        // Nobody changes entries while the state is held: those that were checked are those that are replaced.
+        // Nobody changes entries while the state is held: those that were checked are those that are replaced, in place
+        // when nobody has taken them along.
+        drop(slice);
         state.barrier = true;
         let changed = self.map.l2.update_cached(first_at, |bytes, _| {
             for (index, guest) in guests.enumerate() {

@@ -9,6 +9,7 @@ use std::{ops::Range, sync::Arc};
 
 use super::{
     entry::{COMPRESSED, COPIED, Cluster, L1Entry, L2Entry, OFFSET_MASK, ZERO, like_the_first},
+    extension::be64,
     geometry::Geometry,
 };
 use crate::{
@@ -81,7 +82,7 @@ impl TableMap {
             return Ok(L1Entry(0));
         }
         let (slice, within) = self.l1.get(&*self.file, root.l1_offset + l1_index * 8)?;
-        Ok(L1Entry(slice.word(within)))
+        Ok(L1Entry(be64(&slice, within)))
     }
 
     /// Host offset of the L2 table an L1 entry names, checked.
@@ -118,7 +119,7 @@ impl TableMap {
         let at = table + index * bytes;
         let (slice, within) = self.l2.get(&*self.file, at)?;
         let in_slice = within / usize::try_from(bytes).expect("8 or 16");
-        let entry = L2Entry::read(&slice.read(), in_slice, self.geometry);
+        let entry = L2Entry::read(&slice, in_slice, self.geometry);
         Ok(Found { entry, at })
     }
 
@@ -169,8 +170,7 @@ impl TableMap {
         while walk.at < walk.end {
             let entry_at = table + geometry.l2_index(walk.at) * geometry.l2_entry_bytes();
             let (slice, within) = self.l2.get(&*self.file, entry_at)?;
-            let bytes = slice.read();
-            walk.entries(&bytes[within..], entry_at)?;
+            walk.entries(&slice[within..], entry_at)?;
         }
         Ok(())
     }
@@ -258,10 +258,7 @@ impl TableMap {
         if l1_index >= root.l1_entries {
             return Some(L1Entry(0));
         }
-        let entry = |bytes: &[u8], at: usize| {
-            L1Entry(u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes")))
-        };
-        self.l1.look_at(root.l1_offset + l1_index * 8, entry)
+        self.l1.look_at(root.l1_offset + l1_index * 8, be64).map(L1Entry)
     }
 
     /// The guest offset up to which L1 stays empty after `l1_index`, at most `end`.
@@ -269,9 +266,8 @@ impl TableMap {
         let mut index = l1_index + 1;
         while index < root.l1_entries && end_of_table(self.geometry, index - 1) < end {
             let (slice, within) = self.l1.get(&*self.file, root.l1_offset + index * 8)?;
-            let bytes = slice.read();
             let left = usize::try_from(root.l1_entries - index).unwrap_or(usize::MAX);
-            let words = bytes[within..].as_chunks::<8>().0;
+            let words = slice[within..].as_chunks::<8>().0;
             let words = &words[..words.len().min(left)];
             let silent = words.iter().take_while(|&&word| u64::from_be_bytes(word) & OFFSET_MASK == 0);
             let silent = silent.count();

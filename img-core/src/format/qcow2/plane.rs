@@ -130,13 +130,12 @@ impl Qcow2Layer {
         let first_at = table + geometry.l2_index(guest.start) * entry_bytes;
         let Some((slice, within)) = self.map.l2.peek_at(first_at) else { return Ok(None) };
         let alike = {
-            let bytes = slice.read();
             let start = geometry.cluster_start(guest.start);
-            let entries = (bytes.len() - within) as u64 / entry_bytes;
+            let entries = (slice.len() - within) as u64 / entry_bytes;
             let limit = guest.end.min(start.saturating_add(entries * geometry.cluster_bytes()));
             self.alike(state, guest.start..limit, |at| {
                 let index = (at - start) / geometry.cluster_bytes();
-                let entry = L2Entry::read(&bytes[within..], usize_of(index), geometry);
+                let entry = L2Entry::read(&slice[within..], usize_of(index), geometry);
                 Ok(Found { entry, at: first_at + index * entry_bytes })
             })?
         };
@@ -250,11 +249,10 @@ impl Qcow2Layer {
         for _ in 0..SEARCHED_SLICES {
             let Some((at, index)) = self.cached_refcount_place(slice_first)? else { return Ok(None) };
             let Some((slice, _)) = self.refcount_blocks.peek_at(at) else { return Ok(None) };
-            let bytes = slice.read();
-            let per_slice = (bytes.len() * 8) >> order;
+            let per_slice = (slice.len() * 8) >> order;
             let mut start = index;
             for here in index..per_slice {
-                if refcount_get(&bytes, order, here) != 0 {
+                if refcount_get(&slice, order, here) != 0 {
                     start = here + 1;
                 } else if here + 1 - start >= usize_of(count) {
                     return Ok(Some(slice_first + (start - index) as u64));

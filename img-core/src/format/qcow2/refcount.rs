@@ -9,6 +9,7 @@ use std::{ops::Range, sync::atomic::Ordering};
 use super::{
     alloc::{Freed, State},
     entry::{OFFSET_MASK, REFCOUNT_TABLE_RESERVED},
+    extension::be64,
     geometry::{refcount_get, refcount_set},
     header::MAX_REFCOUNT_TABLE_BYTES,
     layer::Qcow2Layer,
@@ -37,7 +38,7 @@ impl Qcow2Layer {
         let Some(block) = self.refcount_block_of(cluster)? else { return Ok(0) };
         let (at, index) = self.refcount_place(block, cluster);
         let (slice, _) = self.refcount_blocks.get(self.image_file(), at)?;
-        Ok(refcount_get(&slice.read(), self.geometry.refcount_order, index))
+        Ok(refcount_get(&slice, self.geometry.refcount_order, index))
     }
 
     /// Calls `visit` with the counts of `clusters`, run by run: `None` where no block stands, or the bytes
@@ -60,7 +61,7 @@ impl Qcow2Layer {
                 let end = ((next / per_slice + 1) * per_slice).min(clusters.end);
                 let (at, index) = self.refcount_place(block, next);
                 let (slice, _) = self.refcount_blocks.get(self.image_file(), at)?;
-                let go_on = visit(next..end, Some((&slice.read(), index)));
+                let go_on = visit(next..end, Some((&slice[..], index)));
                 next = end;
                 go_on
             } else {
@@ -98,7 +99,7 @@ impl Qcow2Layer {
         }
         let at = self.header().refcount_table_offset + index * 8;
         let Some((slice, within)) = self.refcount_table.peek_at(at) else { return Ok(None) };
-        let block = self.checked_refcount_block(at, slice.word(within))?;
+        let block = self.checked_refcount_block(at, be64(&slice, within))?;
         Ok(block.map(|block| self.refcount_place(block, cluster)))
     }
 
@@ -110,7 +111,7 @@ impl Qcow2Layer {
         }
         let at = self.header().refcount_table_offset + index * 8;
         let (slice, within) = self.refcount_table.get(self.image_file(), at)?;
-        let word = slice.word(within);
+        let word = be64(&slice, within);
         self.checked_refcount_block(at, word)
     }
 
@@ -334,7 +335,7 @@ impl Qcow2Layer {
         self.refcount_table.fill_with_zeroes(table..area.end);
         for (index, at) in (old.start..old.end).step_by(8).enumerate() {
             let (slice, within) = self.refcount_table.get(self.image_file(), at)?;
-            let word = slice.word(within);
+            let word = be64(&slice, within);
             if word != 0 {
                 self.set_table_entry(table, index as u64, word)?;
             }

@@ -13,6 +13,7 @@ use std::{collections::HashSet, ops::Range, sync::atomic::Ordering};
 use super::{
     alloc::{Freed, State},
     entry::{COPIED, L2Entry},
+    extension::be64,
     geometry::refcount_get,
     header::MAX_L1_BYTES,
     layer::Qcow2Layer,
@@ -140,10 +141,9 @@ impl Qcow2Layer {
         while at < old_entries * 8 {
             let (slice, _) = self.map.l1.get(self.image_file(), old_offset + at)?;
             let used = usize_of((old_entries * 8 - at).min(self.map.l1.slice_bytes()));
-            let bytes = slice.read()[..used].to_vec();
             self.map
                 .l1
-                .update(self.image_file(), table + at, |new, _| new[..used].copy_from_slice(&bytes))?;
+                .update(self.image_file(), table + at, |new, _| new[..used].copy_from_slice(&slice[..used]))?;
             at += self.map.l1.slice_bytes();
         }
         self.note_place(Kind::ActiveL1, host);
@@ -331,7 +331,7 @@ impl Qcow2Layer {
         for index in 0..entries {
             let at = table + index * 8;
             let (slice, within) = self.refcount_table.get(self.image_file(), at)?;
-            let word = slice.word(within);
+            let word = be64(&slice, within);
             let Some(block) = self.checked_refcount_block(at, word)? else { continue };
             let own = block >> self.geometry.cluster_bits;
             let (mut used, order) = (0, self.geometry.refcount_order);

@@ -70,8 +70,7 @@ impl TableMap {
     /// Host offset of the L2 table of an L1 index, checked; `None` where there is none.
     pub(super) fn table(&self, l1_index: u64) -> Result<Option<u64>> {
         let (slice, within) = self.l1.get(&*self.file, self.l1_entry_at(l1_index))?;
-        let entry = entry_at(&slice.read(), within);
-        self.checked_table(l1_index, entry)
+        self.checked_table(l1_index, entry_at(&slice, within))
     }
 
     /// Host offset of the L2 table that an L1 entry names, checked; `None` where it names none.
@@ -87,7 +86,7 @@ impl TableMap {
     pub(super) fn cluster(&self, table: u64, guest: u64) -> Result<Cluster> {
         let at = table + self.geometry.l2_index(guest) * ENTRY_BYTES;
         let (slice, within) = self.l2.get(&*self.file, at)?;
-        let cluster = Cluster::from_entry(entry_at(&slice.read(), within));
+        let cluster = Cluster::from_entry(entry_at(&slice, within));
         self.checked(cluster, at)
     }
 
@@ -145,8 +144,7 @@ impl TableMap {
         while walk.at < guest.end {
             let l1_index = self.geometry.l1_index(walk.at);
             walk.end = self.geometry.end_of_table(l1_index).min(guest.end);
-            let Some((slice, within)) = self.l1.peek_at(self.l1_entry_at(l1_index)) else { return Ok(false) };
-            let entry = entry_at(&slice.read(), within);
+            let Some(entry) = self.l1.look_at(self.l1_entry_at(l1_index), entry_at) else { return Ok(false) };
             let Some(table) = self.checked_table(l1_index, entry)? else {
                 (walk.found)(Extent { len_bytes: walk.end - walk.at, place: Place::Unallocated });
                 walk.at = walk.end;
@@ -154,8 +152,9 @@ impl TableMap {
             };
             while walk.at < walk.end {
                 let host = walk.entry_place(table);
-                let Some((slice, within)) = self.l2.peek_at(host) else { return Ok(false) };
-                walk.entries(&slice.read()[within..], host)?;
+                let entries = |bytes: &[u8], within: usize| walk.entries(&bytes[within..], host);
+                let Some(result) = self.l2.look_at(host, entries) else { return Ok(false) };
+                result?;
             }
         }
         Ok(true)
@@ -168,10 +167,10 @@ impl TableMap {
             let l1_index = geometry.l1_index(guest.start);
             let end = geometry.end_of_table(l1_index).min(guest.end);
             let in_l1 = self.l1_entry_at(l1_index);
-            let Some((slice, within)) = self.l1.peek_at(in_l1) else {
+            let Some(entry) = self.l1.look_at(in_l1, entry_at) else {
                 return Ok((Entries::L1(in_l1..in_l1 + ENTRY_BYTES), end));
             };
-            let table = self.checked_table(l1_index, entry_at(&slice.read(), within))?;
+            let table = self.checked_table(l1_index, entry)?;
             let entries = table.map_or(Entries::None, |table| {
                 let in_table = |guest| table + geometry.l2_index(guest) * ENTRY_BYTES;
                 Entries::L2(in_table(guest.start)..in_table(end - 1) + ENTRY_BYTES)
@@ -190,8 +189,7 @@ impl TableMap {
         let mut index = l1_index + 1;
         while index <= last {
             let (slice, within) = self.l1.get(&*self.file, self.l1_entry_at(index))?;
-            let bytes = slice.read();
-            for entry in entries(&bytes[within..]) {
+            for entry in entries(&slice[within..]) {
                 if index > last {
                     break;
                 }
@@ -224,8 +222,7 @@ impl Walk<'_> {
         while self.at < self.end {
             let host = self.entry_place(table);
             let (slice, within) = self.map.l2.get(&*self.map.file, host)?;
-            let bytes = slice.read();
-            self.entries(&bytes[within..], host)?;
+            self.entries(&slice[within..], host)?;
         }
         Ok(())
     }

@@ -541,9 +541,8 @@ impl Sparse {
         let end = at + count * size;
         while at < end {
             let (slice, within) = self.tables.get(&*self.storage, at)?;
-            let bytes = slice.read();
-            let until = bytes.len().min(within + usize_of(end - at));
-            let part = &bytes[within..until];
+            let until = slice.len().min(within + usize_of(end - at));
+            let part = &slice[within..until];
             match size {
                 4 => out.extend(part.as_chunks().0.iter().map(|word| u64::from(u32::from_le_bytes(*word)))),
                 _ => out.extend(part.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word))),
