@@ -211,7 +211,7 @@ fn sizes_have_suffixes_and_times_fractions() {
     let directory = tempfile::tempdir().expect("a directory");
     let directory = directory.path();
     create(directory, "raw");
-    let image = words(&["--image", "disk", "--format", "raw"]);
+    let image = ["--image", "disk", "--format", "raw"];
     let result = run(directory, &image, &["--time", "0.1", "--block-size", "64k"]);
     let op = &result["ops"][0];
     let requests = op["requests"].as_u64().expect("a count");

@@ -114,7 +114,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
 fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<(), Failure> {
     let time = args.time.or(if args.count.is_none() { Some(DEFAULT_TIME) } else { None });
     // Before the load: its result is not to be lost for want of a place.
-    let json = args.json.as_deref().map(|path| Ok((path, create(path)?))).transpose()?;
+    let json = args.json.as_deref().map(|path| create(path).map(|file| (path, file))).transpose()?;
     let job = Job {
         pattern: args.pattern,
         read_percent: args.read_percent,

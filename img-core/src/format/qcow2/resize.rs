@@ -141,9 +141,9 @@ impl Qcow2Layer {
         while at < old_entries * 8 {
             let (slice, _) = self.map.l1.get(self.image_file(), old_offset + at)?;
             let used = usize_of((old_entries * 8 - at).min(self.map.l1.slice_bytes()));
-            self.map
-                .l1
-                .update(self.image_file(), table + at, |new, _| new[..used].copy_from_slice(&slice[..used]))?;
+            self.map.l1.update(self.image_file(), table + at, |new, _| {
+                new[..used].copy_from_slice(&slice[..used])
+            })?;
             at += self.map.l1.slice_bytes();
         }
         self.note_place(Kind::ActiveL1, host);
