@@ -72,7 +72,7 @@ pub(crate) struct Layer {
 }
 
 impl Layer {
-    fn new(file: &str, format: &'static str) -> Self {
+    pub(crate) fn new(file: &str, format: &'static str) -> Self {
         Self { file: file.to_owned(), format }
     }
 }

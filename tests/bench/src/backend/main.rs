@@ -70,6 +70,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     let load = || Ok::<_, io::Error>(std::fs::read_to_string("/proc/loadavg")?.trim_end().to_owned());
     say(&format!("load of the machine before: {}", load()?));
     rows::print_table(&bench, memory.path(), disk.path())?;
+    rows::print_map(&bench, memory.path())?;
     rows::print_scaling(&bench, memory.path())?;
     fio::print_table(&bench, memory.path(), disk.path())?;
     nbd::print_table(&bench, memory.path())?;

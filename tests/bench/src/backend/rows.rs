@@ -192,6 +192,38 @@ pub(crate) fn measure(
     })
 }
 
+/// Pairs of runs for each that the rows have, where the difference of the two is small.
+const MORE_PAIRS: u32 = 4;
+
+/// What the map of a format costs: the same file, in the same memory, as what it is and as the bytes it is made of.
+pub(crate) fn print_map(bench: &Bench, directory: &Path) -> io::Result<()> {
+    const NAME: &str = "qcow2 to raw";
+    if !NAME.contains(&bench.only) {
+        return Ok(());
+    }
+    say(NAME);
+    print("| randread, one file as qcow2 and as raw | I/O per CPU-s, qcow2 | raw | ratio (target) |");
+    print("| --- | ---: | ---: | ---: |");
+    let row = Row { kind: Kind::Qcow2, ..ROW };
+    let as_qcow2 = row.kind.make(directory)?;
+    let as_raw: Vec<Layer> = as_qcow2.iter().map(|layer| Layer::new(&layer.file, "raw")).collect();
+    for (side, whose, target) in [(Side::Ours, "ours", Some(0.95)), (Side::Theirs, "theirs", None)] {
+        let (mut mapped, mut plain) = (Vec::new(), Vec::new());
+        for run in 0..bench.runs * MORE_PAIRS {
+            for is_mapped in by_turns(run, true, false) {
+                let layers = if is_mapped { &as_qcow2 } else { &as_raw };
+                let figures = measure(bench, directory, &row, side, layers, 1)?.per_cpu_second;
+                if is_mapped { mapped.push(figures) } else { plain.push(figures) }
+            }
+        }
+        let ratio = median(mapped.iter().zip(&plain).map(|(mapped, plain)| mapped / plain).collect());
+        let (mapped, plain) = (median(mapped), median(plain));
+        print(&format!("| {whose} | {mapped:.0} | {plain:.0} | {} |", against(ratio, target)));
+    }
+    print("");
+    Ok(())
+}
+
 /// What a second queue brings.
 pub(crate) fn print_scaling(bench: &Bench, directory: &Path) -> io::Result<()> {
     const NAME: &str = "two queues";
