@@ -9,6 +9,7 @@
 //! `engine` depends on `disk` and `request`; the front ends depend on all three; none of them on another.
 #![deny(unsafe_code)]
 
+mod accept;
 pub mod bench;
 pub mod control;
 pub mod disk;
@@ -20,6 +21,3 @@ pub mod sandbox;
 mod sync;
 pub mod vhost_user;
 pub mod virtio;
-
-/// When the system has no descriptors or threads left, accepting is tried again after this.
-const BREATH: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };

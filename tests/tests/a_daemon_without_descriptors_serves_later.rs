@@ -14,10 +14,23 @@ const GET_FEATURES: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
 
 #[test]
 fn a_front_end_waits() {
+    // A reply of eight bytes.
+    let features = [1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0];
+    waits(&["vhost-user", "--socket", "socket"], "a front end has to wait", &GET_FEATURES, &features);
+}
+
+#[test]
+fn a_client_waits() {
+    waits(&["nbd", "--listen", "unix:socket"], "no client is served for now", &[], b"NBDMAGICIHAVEOPT");
+}
+
+/// Who connects without descriptors left is `told` of; with some again it asks, and gets an answer that begins so.
+fn waits(command: &[&str], told: &str, question: &[u8], answer: &[u8]) {
     let directory = tempfile::tempdir().expect("a directory");
     img(directory.path(), ["create", "-q", "-f", "qcow2", "disk", "1M"]).output().success();
     let mut daemon = Command::new(blk_backend_binary())
-        .args(["vhost-user", "--socket", "socket", "--image", "disk"])
+        .args(command)
+        .args(["--image", "disk"])
         .current_dir(directory.path())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -36,17 +49,17 @@ fn a_front_end_waits() {
     };
     // Those that it has it keeps.
     limit(3);
-    let mut front_end = UnixStream::connect(directory.path().join("socket")).expect("it listens");
+    let mut client = UnixStream::connect(directory.path().join("socket")).expect("it listens");
     line.clear();
-    while !line.contains("a front end has to wait: Too many open files") {
+    while !line.contains(&format!("{told}: Too many open files")) {
         line.clear();
         assert_ne!(stderr.read_line(&mut line).expect("a pipe"), 0, "it has ended");
     }
     limit(1000);
-    front_end.write_all(&GET_FEATURES).expect("it is there");
-    let mut answer = [0; 20];
-    front_end.read_exact(&mut answer).expect("it serves");
-    assert_eq!(answer[..12], [1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0], "a reply of eight bytes");
+    client.write_all(question).expect("it is there");
+    let mut found = vec![0; answer.len()];
+    client.read_exact(&mut found).expect("it serves");
+    assert_eq!(found, answer);
     daemon.kill().expect("it is there");
     daemon.wait().expect("our own child");
 }

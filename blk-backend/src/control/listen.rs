@@ -2,7 +2,7 @@
 
 use std::{
     fmt, fs, io,
-    net::{SocketAddr, TcpListener},
+    net::TcpListener,
     os::{
         fd::OwnedFd,
         unix::{
@@ -10,18 +10,13 @@ use std::{
             net::UnixListener,
         },
     },
-    path::{Path, PathBuf},
+    path::Path,
     str::FromStr,
-    thread::{self, JoinHandle},
 };
 
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
-    io::Errno,
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with},
-};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
-use crate::{BREATH, nbd::ListenAddress};
+use crate::{accept::Acceptor, nbd::ListenAddress};
 
 /// Where a control socket is: `unix:PATH`, or where that is allowed `tcp:[HOST:]PORT` on a loopback address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +38,21 @@ impl ControlAddress {
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.0.path()
+    }
+
+    /// Listens, and calls `serve` for each connection. Where the system has no more of something, clients wait: nobody
+    /// is told, as they find out themselves. Also where it listens, as [`listen_at`] tells it.
+    pub(super) fn accept(
+        &self,
+        mut serve: impl FnMut(OwnedFd) + Send + 'static,
+    ) -> io::Result<(Acceptor, ListenAddress)> {
+        let (listener, address) = listen_at(&self.0)?;
+        let serve = move |connection, _: &_| {
+            serve(connection);
+            Ok(())
+        };
+        let path = self.path().map(Path::to_owned);
+        Ok((Acceptor::start("control-accept", listener, path, |_| {}, serve)?, address))
     }
 
     /// Whether it is in the file system.
@@ -71,78 +81,17 @@ impl FromStr for ControlAddress {
     }
 }
 
-/// Accepts connections on a thread of its own until it is dropped.
-pub(super) struct Acceptor {
-    bell: OwnedFd,
-    thread: Option<JoinHandle<()>>,
-    path: Option<PathBuf>,
-    address: ListenAddress,
-}
-
-impl Acceptor {
-    /// Listens, and calls `accepted` for each connection.
-    pub(super) fn start(
-        address: &ControlAddress,
-        mut accepted: impl FnMut(OwnedFd) + Send + 'static,
-    ) -> io::Result<Self> {
-        let (listener, path, address): (OwnedFd, _, _) = match &address.0 {
-            ListenAddress::Unix(path) => (listen_unix(path)?.into(), Some(path.clone()), address.0.clone()),
-            ListenAddress::Tcp(address) => {
-                let (listener, address) = listen_tcp(*address)?;
-                (listener, None, ListenAddress::Tcp(address))
-            }
-        };
-        rustix::io::ioctl_fionbio(&listener, true)?;
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let heard = bell.try_clone()?;
-        let thread = thread::Builder::new()
-            .name("control-accept".to_owned())
-            .spawn(move || accept_all(&listener, &heard, &mut accepted))?;
-        Ok(Self { bell, thread: Some(thread), path, address })
-    }
-
-    pub(super) fn address(&self) -> &ListenAddress {
-        &self.address
-    }
-}
-
-impl Drop for Acceptor {
-    fn drop(&mut self) {
-        // The counter of an eventfd is full after 2^64 - 2 of these.
-        rustix::io::write(&self.bell, &1_u64.to_ne_bytes()).ok();
-        if let Some(thread) = self.thread.take() {
-            // A panic of it was told when it happened.
-            thread.join().ok();
-        }
-        if let Some(path) = &self.path {
-            // Somebody else may have taken the socket away.
-            fs::remove_file(path).ok();
-        }
-    }
-}
-
-fn accept_all(listener: &OwnedFd, bell: &OwnedFd, accepted: &mut impl FnMut(OwnedFd)) {
-    let mut out_of_breath = false;
-    loop {
-        let mut fds = [PollFd::new(bell, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        let listens = if out_of_breath { 1 } else { 2 };
-        let waited = poll(&mut fds[..listens], out_of_breath.then_some(&BREATH));
-        if !fds[0].revents().is_empty() {
-            return;
-        }
-        let was_out_of_breath = std::mem::replace(&mut out_of_breath, false);
-        match waited {
-            Ok(_) if was_out_of_breath => continue,
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(_) => {
-                out_of_breath = true;
-                continue;
-            }
-        }
-        match accept_with(listener, SocketFlags::CLOEXEC) {
-            Ok(socket) => accepted(socket),
-            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
-            Err(_) => out_of_breath = true,
+/// Listens at `address`. A TCP port of 0 becomes the one that was given.
+///
+/// # Errors
+/// As [`listen_unix`].
+pub(crate) fn listen_at(address: &ListenAddress) -> io::Result<(OwnedFd, ListenAddress)> {
+    match address {
+        ListenAddress::Unix(path) => Ok((listen_unix(path)?.into(), address.clone())),
+        ListenAddress::Tcp(wanted) => {
+            let listener = TcpListener::bind(wanted)?;
+            let bound = listener.local_addr()?;
+            Ok((listener.into(), ListenAddress::Tcp(bound)))
         }
     }
 }
@@ -170,12 +119,6 @@ pub(crate) fn listen_unix_anew(path: &Path) -> io::Result<UnixListener> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     listen(&socket, BACKLOG)?;
     Ok(socket.into())
-}
-
-fn listen_tcp(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
-    let listener = TcpListener::bind(address)?;
-    let bound = listener.local_addr()?;
-    Ok((listener.into(), bound))
 }
 
 /// Removes a socket that nobody listens on any more. Connects to it to find out, which a sandbox forbids.

@@ -16,11 +16,9 @@ use rustix::{
     time::{ClockId, clock_gettime},
 };
 
-use super::{
-    daemon::Daemon,
-    listen::{Acceptor, ControlAddress},
-};
+use super::{daemon::Daemon, listen::ControlAddress};
 use crate::{
+    accept::Acceptor,
     engine::{LaneSnapshot, OpKind, OpStats},
     nbd::ListenAddress,
 };
@@ -43,7 +41,10 @@ const LATENCY_BUCKETS: [u64; 13] = {
 };
 
 /// The metrics socket of a daemon; it is closed when this is dropped.
-pub struct Metrics(Acceptor);
+pub struct Metrics {
+    _acceptor: Acceptor,
+    address: ListenAddress,
+}
 
 impl Metrics {
     /// Listens.
@@ -55,13 +56,14 @@ impl Metrics {
             // A client that is gone needs no answer.
             serve(&daemon, &fd).ok();
         };
-        Ok(Self(Acceptor::start(address, answer)?))
+        let (acceptor, address) = address.accept(answer)?;
+        Ok(Self { _acceptor: acceptor, address })
     }
 
     /// Where it listens; a TCP port of 0 has become the one that was given.
     #[must_use]
     pub fn address(&self) -> &ListenAddress {
-        self.0.address()
+        &self.address
     }
 }
 

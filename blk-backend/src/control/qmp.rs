@@ -21,9 +21,10 @@ use super::{
     command::{Arguments, CommandError, Outcome},
     framer::{Framer, TooLong},
     general::{self, CAPABILITIES},
-    listen::{Acceptor, ControlAddress},
+    listen::ControlAddress,
     service::{Service, Subscriber},
 };
+use crate::accept::Acceptor;
 
 /// Clients at once.
 const MAX_SESSIONS: usize = 16;
@@ -61,7 +62,7 @@ impl<S: Service> Qmp<S> {
             next: AtomicU64::new(1),
         });
         let for_acceptor = Arc::clone(&shared);
-        let acceptor = Acceptor::start(address, move |fd| admit(&for_acceptor, fd))?;
+        let (acceptor, _) = address.accept(move |fd| admit(&for_acceptor, fd))?;
         Ok(Self { shared, acceptor: Some(acceptor) })
     }
 }

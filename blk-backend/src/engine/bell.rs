@@ -1,4 +1,4 @@
-//! What ends the sleep of a lane.
+//! What ends the sleep of a lane, and of others who wait for descriptors.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -9,15 +9,15 @@ use rustix::{
 
 /// An eventfd on watch.
 #[derive(Debug)]
-pub(super) struct Bell(OwnedFd);
+pub(crate) struct Bell(OwnedFd);
 
 impl Bell {
-    pub(super) fn new() -> Result<Self, Errno> {
+    pub(crate) fn new() -> Result<Self, Errno> {
         Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
     }
 
     /// From any thread. The counter is never read and cannot overflow in any life time: it only has to change.
-    pub(super) fn ring(&self) {
+    pub(crate) fn ring(&self) {
         rustix::io::write(&self.0, &1u64.to_ne_bytes()).expect("an eventfd that is far from full");
     }
 }

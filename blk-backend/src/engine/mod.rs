@@ -41,6 +41,7 @@ pub use mailbox::LaneWaker;
 pub use poll::Poll;
 pub use stats::{Histogram, LaneSnapshot, OpKind, OpStats};
 
+pub(crate) use bell::Bell;
 pub(crate) use clock::ThreadClock;
 pub(crate) use flight::Flight;
 pub(crate) use mailbox::Mailbox;

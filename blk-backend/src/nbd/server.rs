@@ -4,23 +4,18 @@
 
 use std::{
     collections::HashMap,
-    fmt, fs, io,
-    net::TcpListener,
+    fmt, io,
     os::fd::OwnedFd,
-    path::PathBuf,
+    path::Path,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    thread::{self, JoinHandle},
+    thread,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
-    io::Errno,
-    net::{SocketFlags, accept_with, sockopt},
-};
+use rustix::net::sockopt;
 
 use super::{
     address::ListenAddress,
@@ -30,8 +25,8 @@ use super::{
     socket::Socket,
 };
 use crate::{
-    BREATH,
-    control::listen_unix,
+    accept::Acceptor,
+    control::listen_at,
     engine::{Lane, LaneOptions, LaneWaker},
 };
 
@@ -44,7 +39,7 @@ const STOP_TIME: Duration = Duration::from_secs(10);
 /// How a server is run.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
-    /// Connections at once; further ones wait in the listening socket.
+    /// Connections at once, at least one; further ones wait in the listening socket.
     pub max_connections: usize,
     /// How the lanes of connections are made.
     pub lane: LaneOptions,
@@ -74,20 +69,15 @@ pub type Log = Arc<dyn Fn(&str) + Send + Sync>;
 pub struct Server {
     shared: Arc<Shared>,
     address: ListenAddress,
-    /// The socket in the file system, removed at the end.
-    path: Option<PathBuf>,
-    acceptor: Mutex<Option<JoinHandle<()>>>,
+    acceptor: Mutex<Option<Acceptor>>,
 }
 
 struct Shared {
     exports: Exports,
     options: ServerOptions,
     registry: Mutex<Registry>,
-    /// A connection has ended.
+    /// A connection has ended, or the server is to.
     ended: Condvar,
-    /// Readable when the acceptor has to look around.
-    bell: OwnedFd,
-    stopping: AtomicBool,
     log: Log,
     accepted: AtomicU64,
     violations: AtomicU64,
@@ -101,6 +91,8 @@ impl fmt::Debug for Shared {
 
 #[derive(Default)]
 struct Registry {
+    /// The server is to end: nobody waits for room any more.
+    stopping: bool,
     next: u64,
     live: HashMap<u64, Arc<Client>>,
 }
@@ -148,31 +140,29 @@ impl Server {
     /// When the address cannot be listened on; a socket that another server left in the file system is replaced, one
     /// that somebody still listens on is not.
     pub fn start(address: &ListenAddress, options: ServerOptions, log: Log) -> io::Result<Self> {
-        let (listener, address, path): (OwnedFd, _, _) = match address {
-            ListenAddress::Unix(path) => (listen_unix(path)?.into(), address.clone(), Some(path.clone())),
-            ListenAddress::Tcp(wanted) => {
-                let listener = TcpListener::bind(wanted)?;
-                let bound = listener.local_addr()?;
-                (listener.into(), ListenAddress::Tcp(bound), None)
-            }
-        };
-        rustix::io::ioctl_fionbio(&listener, true)?;
+        let (listener, address) = listen_at(address)?;
         let shared = Arc::new(Shared {
             exports: Exports::default(),
             options,
             registry: Mutex::default(),
             ended: Condvar::new(),
-            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            stopping: AtomicBool::new(false),
-            log,
+            log: Arc::clone(&log),
             accepted: AtomicU64::new(0),
             violations: AtomicU64::new(0),
         });
-        let for_thread = Arc::clone(&shared);
-        let acceptor = thread::Builder::new()
-            .name("nbd-accept".to_owned())
-            .spawn(move || accept_all(&for_thread, &listener))?;
-        Ok(Self { shared, address, path, acceptor: Mutex::new(Some(acceptor)) })
+        let for_acceptor = Arc::clone(&shared);
+        let acceptor = Acceptor::start(
+            "nbd-accept",
+            listener,
+            address.path().map(Path::to_owned),
+            move |error| log(&format!("no client is served for now: {error}")),
+            move |connection, _| {
+                admit(&for_acceptor, connection)?;
+                for_acceptor.wait_for_room();
+                Ok(())
+            },
+        )?;
+        Ok(Self { shared, address, acceptor: Mutex::new(Some(acceptor)) })
     }
 
     /// Where it listens; a TCP port of 0 has become the one that was given.
@@ -242,16 +232,9 @@ impl Server {
         let acceptor = self.acceptor.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(acceptor) = acceptor else { return };
         self.shared.exports.close();
-        self.shared.stopping.store(true, Ordering::Release);
-        self.shared.ring();
-        if acceptor.join().is_err() {
-            (self.shared.log)("the thread that accepts connections had panicked");
-        }
-        if let Some(path) = &self.path
-            && let Err(error) = fs::remove_file(path)
-        {
-            (self.shared.log)(&format!("{}: {error}", path.display()));
-        }
+        self.shared.registry().stopping = true;
+        self.shared.ended.notify_all();
+        drop(acceptor);
         self.shared.clients(|_| true).iter().for_each(|client| client.stop());
         self.shared.wait(|_| true);
     }
@@ -291,48 +274,12 @@ impl Shared {
         }
     }
 
-    fn ring(&self) {
-        // The counter of an eventfd is full after 2^64 - 2 of these.
-        rustix::io::write(&self.bell, &1_u64.to_ne_bytes()).ok();
-    }
-}
-
-/// The life of the thread that accepts.
-fn accept_all(shared: &Arc<Shared>, listener: &OwnedFd) {
-    let mut out_of_breath = false;
-    while !shared.stopping.load(Ordering::Acquire) {
-        let full = shared.registry().live.len() >= shared.options.max_connections;
-        let listens = !full && !out_of_breath;
-        let mut fds = [PollFd::new(&shared.bell, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        let fds = if listens { &mut fds[..] } else { &mut fds[..1] };
-        let waited = poll(fds, out_of_breath.then_some(&BREATH));
-        out_of_breath = false;
-        match waited {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => {
-                (shared.log)(&format!("waiting for connections: {errno}"));
-                out_of_breath = true;
-                continue;
-            }
-        }
-        // Empty it; what it says is looked at above.
-        rustix::io::read(&shared.bell, &mut [0; 8]).ok();
-        if !listens {
-            continue;
-        }
-        match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-            Ok(socket) => {
-                if let Err(error) = admit(shared, socket) {
-                    (shared.log)(&format!("a connection could not be served: {error}"));
-                    out_of_breath = true;
-                }
-            }
-            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
-            Err(errno) => {
-                (shared.log)(&format!("accepting connections: {errno}"));
-                out_of_breath = true;
-            }
-        }
+    /// Waits until there may be one more connection, or the server is to end.
+    fn wait_for_room(&self) {
+        let is_full = |registry: &mut Registry| {
+            registry.live.len() >= self.options.max_connections && !registry.stopping
+        };
+        drop(self.ended.wait_while(self.registry(), is_full).unwrap_or_else(PoisonError::into_inner));
     }
 }
 
@@ -381,7 +328,6 @@ impl Drop for Registered {
     fn drop(&mut self) {
         self.shared.registry().live.remove(&self.id);
         self.shared.ended.notify_all();
-        self.shared.ring();
     }
 }
 

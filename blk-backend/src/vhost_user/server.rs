@@ -5,7 +5,7 @@ use std::{
     io::{self, ErrorKind},
     net::Shutdown,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::AsFd,
         unix::{
             fs::FileTypeExt as _,
             net::{UnixListener, UnixStream},
@@ -13,13 +13,9 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    thread::JoinHandle,
 };
 
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
-    fs::{AtFlags, CWD, unlinkat},
-};
+use rustix::fs::{AtFlags, CWD, unlinkat};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::{
@@ -27,8 +23,9 @@ use super::{
     session::{Channel, Session},
 };
 use crate::{
-    BREATH,
+    accept::{Acceptor, wait_for},
     control::listen_unix_anew,
+    engine::Bell,
     virtio::{Device, DeviceEvent},
 };
 
@@ -39,9 +36,8 @@ pub type Told = Arc<dyn Fn(&str) + Send + Sync>;
 pub struct Server {
     device: Arc<Device>,
     path: PathBuf,
-    stop: Arc<OwnedFd>,
     connection: Connection,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    acceptor: Mutex<Option<Acceptor>>,
 }
 
 /// The connection there is, to be shut down under a front end that stops in the middle of a message.
@@ -68,18 +64,27 @@ impl Server {
     /// When the system refuses a thread or a descriptor.
     pub fn serve(device: Arc<Device>, listening: Listening, tell: Told) -> io::Result<Self> {
         let Listening { listener, path } = listening;
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let connection = Connection::default();
-        let door = Door {
+        let name = path.display().to_string();
+        let tell: Told = Arc::new(move |what| tell(&format!("{name}: {what}")));
+        let host = Host {
             device: Arc::clone(&device),
-            listener,
-            stop: Arc::clone(&stop),
             connection: Arc::clone(&connection),
-            name: path.display().to_string(),
-            tell,
+            channel: Channel::default(),
+            tell: Arc::clone(&tell),
         };
-        let thread = std::thread::Builder::new().name("vhost-user".to_owned()).spawn(move || door.serve())?;
-        Ok(Self { device, path, stop, connection, thread: Mutex::new(Some(thread)) })
+        host.observe_device();
+        let acceptor = Acceptor::start(
+            "vhost-user",
+            listener.into(),
+            Some(path.clone()),
+            move |error| tell(&format!("a front end has to wait: {error}")),
+            move |connection, end| {
+                host.serve(connection.into(), end);
+                Ok(())
+            },
+        )?;
+        Ok(Self { device, path, connection, acceptor: Mutex::new(Some(acceptor)) })
     }
 
     /// Where it listens.
@@ -107,16 +112,15 @@ impl Server {
 
     /// [`Self::stop`] for one that is shared: it serves nobody afterwards.
     pub(crate) fn finish(&self) {
-        let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
-        rustix::io::write(&self.stop, &1u64.to_ne_bytes()).expect("an eventfd that is written once");
+        let acceptor = self.acceptor.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(acceptor) = acceptor else { return };
+        acceptor.end();
         if let Some(connection) = &*self.connection.lock().unwrap_or_else(PoisonError::into_inner) {
             // It may be shut down already.
             connection.shutdown(Shutdown::Both).ok();
         }
-        // A panic of the thread was told on standard error.
-        thread.join().ok();
-        // Somebody may have taken it away already.
-        unlinkat(CWD, &self.path, AtFlags::empty()).ok();
+        // Which sets what was just looked at.
+        drop(acceptor);
     }
 }
 
@@ -144,7 +148,6 @@ impl Listening {
             Err(error) if error.kind() == ErrorKind::AddrInUse => take_over(path)?,
             result => result?,
         };
-        listener.set_nonblocking(true)?;
         Ok(Self { listener, path: path.to_owned() })
     }
 }
@@ -164,31 +167,29 @@ fn take_over(path: &Path) -> io::Result<UnixListener> {
     }
 }
 
-/// The thread of a server.
-struct Door {
+/// What the thread of a server serves front ends with.
+struct Host {
     device: Arc<Device>,
-    listener: UnixListener,
-    stop: Arc<OwnedFd>,
     connection: Connection,
-    name: String,
+    channel: Channel,
+    /// With the name of the socket.
     tell: Told,
 }
 
-impl Door {
-    fn serve(self) {
-        // The device tells its front end, if there is one just now.
-        let channel = Channel::default();
-        let (observer, name, tell) = (Arc::clone(&channel), self.name.clone(), Arc::clone(&self.tell));
+impl Host {
+    /// The device tells its front end, if there is one just now.
+    fn observe_device(&self) {
+        let (observer, tell) = (Arc::clone(&self.channel), Arc::clone(&self.tell));
         self.device.observe(move |event| {
             let told = match event {
-                DeviceEvent::Broken { why } => format!("{name}: a queue is broken: {why}"),
+                DeviceEvent::Broken { why } => format!("a queue is broken: {why}"),
                 // The guest was told.
                 DeviceEvent::Failed(_) => return,
                 DeviceEvent::Config => {
                     let channel = observer.lock().unwrap_or_else(PoisonError::into_inner);
                     match channel.as_ref().map(message::send_config_change) {
                         Some(Err(error)) => {
-                            format!("{name}: the front end was not told of a change: {error}")
+                            format!("the front end was not told of a change: {error}")
                         }
                         Some(Ok(())) | None => return,
                     }
@@ -196,72 +197,26 @@ impl Door {
             };
             tell(&told);
         });
-        while let Some(connection) = self.next_connection() {
-            if let Err(error) = self.converse(connection, &channel) {
-                self.tell(&format!("the connection is closed: {error}"));
-            }
-            *channel.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            self.device.reset();
-        }
     }
 
-    /// The next front end. `None` when the server stops.
-    fn next_connection(&self) -> Option<UnixStream> {
-        let mut is_told = false;
-        while self.wait_for(&self.listener) {
-            match self.listener.accept() {
-                Ok((connection, _)) => return Some(connection),
-                // It went away before it came.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        ErrorKind::WouldBlock | ErrorKind::Interrupted | ErrorKind::ConnectionAborted
-                    ) => {}
-                // No descriptors are left, say. The front end waits in the queue of the socket.
-                Err(error) => {
-                    if !std::mem::replace(&mut is_told, true) {
-                        self.tell(&format!("a front end has to wait: {error}"));
-                    }
-                    let mut stop = [PollFd::new(&self.stop, PollFlags::IN)];
-                    // Whatever comes of it: the loop looks again.
-                    poll(&mut stop, Some(&BREATH)).ok();
-                }
-            }
+    /// One front end, for as long as it is there.
+    fn serve(&self, connection: UnixStream, end: &Bell) {
+        if let Err(error) = self.converse(connection, end) {
+            (self.tell)(&format!("the connection is closed: {error}"));
         }
-        None
-    }
-
-    fn tell(&self, what: &str) {
-        (self.tell)(&format!("{}: {what}", self.name));
-    }
-
-    /// Waits until `source` is readable. False when the server stops.
-    fn wait_for(&self, source: &impl AsFd) -> bool {
-        loop {
-            let mut fds = [PollFd::new(&self.stop, PollFlags::IN), PollFd::new(source, PollFlags::IN)];
-            match poll(&mut fds, None) {
-                Ok(_) if !fds[0].revents().is_empty() => return false,
-                Ok(_) if !fds[1].revents().is_empty() => return true,
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => {
-                    self.tell(&format!("cannot wait: {errno}"));
-                    return false;
-                }
-            }
-        }
+        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.device.reset();
     }
 
     /// One connection, to its end.
-    fn converse(&self, connection: UnixStream, channel: &Channel) -> io::Result<()> {
-        connection.set_nonblocking(false)?;
+    fn converse(&self, connection: UnixStream, end: &Bell) -> io::Result<()> {
         let socket = connection.try_clone()?;
         *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection.try_clone()?);
-        let (name, told) = (self.name.clone(), Arc::clone(&self.tell));
-        let tell: Told = Arc::new(move |what| told(&format!("{name}: {what}")));
-        let session = Arc::new(Mutex::new(Session::new(&self.device, Arc::clone(channel), tell)));
+        let session = Session::new(&self.device, Arc::clone(&self.channel), Arc::clone(&self.tell));
+        let session = Arc::new(Mutex::new(session));
         let mut crate_side = BackendReqHandler::from_stream(connection, Arc::clone(&session));
-        while self.wait_for(&socket) {
+        while wait_for(&socket, end)? {
             match message::next(socket.as_fd())? {
                 Next::End => break,
                 Next::Theirs => match crate_side.handle_request() {
