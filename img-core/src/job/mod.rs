@@ -30,7 +30,6 @@ mod throttle;
 
 use std::{
     fmt,
-    num::NonZero,
     ops::Range,
     sync::{
         Arc,
@@ -38,7 +37,7 @@ use std::{
     },
 };
 
-use crate::{Error, Result, storage::Watcher};
+use crate::{Error, Result, storage::Watcher, sync};
 
 /// Where long work tells how far it is and asks whether to stop. Called from several threads.
 pub trait Progress: Sync {
@@ -98,12 +97,12 @@ const MAX_THREADS: usize = 16;
 
 /// How many cores this process may use, at most [`MAX_THREADS`].
 fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZero::get).min(MAX_THREADS)
+    sync::cores().min(MAX_THREADS)
 }
 
 /// How much of a disk is mapped at once by jobs that change it: few enough extents to hold, even where each
-/// sector is one.
-const WINDOW_BYTES: u64 = 16 << 20;
+/// sector is one. Small where schedules are explored, so that threads have a window each of a small disk.
+const WINDOW_BYTES: u64 = if cfg!(explore) { 16 << 10 } else { 16 << 20 };
 
 /// `range` in parts that end on multiples of `part_bytes`.
 fn windows(range: Range<u64>, part_bytes: u64) -> impl Iterator<Item = Range<u64>> {

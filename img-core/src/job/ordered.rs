@@ -5,16 +5,16 @@
 //! job ends the same way at any number of threads; [`Done`] reports progress as if pieces ended in order.
 //! [`in_order`] is a whole job of such pieces.
 
-use std::{
-    array,
-    collections::BTreeMap,
+use std::{array, collections::BTreeMap, sync::PoisonError};
+
+use crate::{
+    Error, Result,
     sync::{
-        Condvar, Mutex, MutexGuard, PoisonError,
+        Condvar, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
+        thread,
     },
 };
-
-use crate::{Error, Result};
 
 /// Locks, also after another thread panicked: the panic itself reaches the caller through the scope.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -105,7 +105,7 @@ pub(super) struct StopOnPanic<'a>(pub(super) &'a Turns);
 
 impl Drop for StopOnPanic<'_> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if thread::panicking() {
             self.0.stop_from(0);
         }
     }
@@ -220,7 +220,7 @@ pub(super) fn in_order<const STAGES: usize, H: Default, P>(
             }
         }
     };
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for _ in 1..threads {
             scope.spawn(run);
         }
@@ -265,7 +265,7 @@ mod tests {
     #[test]
     fn turns_come_in_order_whoever_is_first() {
         let (turns, seen, tickets) = (Turns::default(), Mutex::new(Vec::new()), AtomicU64::new(0));
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     loop {
@@ -285,7 +285,7 @@ mod tests {
     #[test]
     fn stopping_frees_those_who_wait_behind() {
         let turns = Turns::default();
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             let waits = scope.spawn(|| turns.wait(7).is_none());
             turns.stop_from(1);
             assert!(waits.join().expect("no panic"));

@@ -3,10 +3,7 @@
 //! Where the overlay holds nothing the guest reads through to the backing file. Those clusters that would read
 //! differently through the new one are written into the overlay first; then the name in it changes.
 
-use std::{
-    ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::ops::Range;
 
 use super::{
     Progress, WINDOW_BYTES,
@@ -20,6 +17,10 @@ use crate::{
     Error, JobStep, Result,
     format::{Backing, Codec, Extent, HostFile, Layer, Lease, Place},
     image::Image,
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        thread,
+    },
     zeroes::is_zero,
 };
 
@@ -83,7 +84,7 @@ pub fn rebase(image: &Image, new: Option<&Image>, compress: bool, progress: &dyn
         job.work();
     };
     let threads = size.div_ceil(job.window_bytes()).min((cores() + SPARE_THREADS) as u64);
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for _ in 1..threads {
             scope.spawn(work);
         }

@@ -1,11 +1,8 @@
 //! Writing no faster than asked (`-r`).
 
-use std::{
-    sync::Mutex,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use crate::job::ordered::lock;
+use crate::{job::ordered::lock, sync::Mutex};
 
 /// How long one nap lasts at most, so that cancelling is noticed.
 const NAP: Duration = Duration::from_millis(50);

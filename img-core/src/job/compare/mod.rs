@@ -4,7 +4,7 @@
 //! is equal unread. The rest is shared out to threads in pieces, and the lowest piece with something to say
 //! decides, so that the answer does not depend on who was faster.
 
-use std::{ops::Range, sync::Mutex};
+use std::ops::Range;
 
 use super::{
     Progress, cores,
@@ -15,6 +15,7 @@ use crate::{
     Error, JobStep, Result,
     format::{DirtyMap, Place},
     image::Image,
+    sync::{Mutex, thread},
     zeroes::is_zero,
 };
 
@@ -417,7 +418,7 @@ fn run(
             done.add(ticket, len, |sum| progress.advance(done_before + sum, total));
         }
     };
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for _ in 1..cores() {
             scope.spawn(work);
         }

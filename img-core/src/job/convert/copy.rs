@@ -1,12 +1,6 @@
 //! The threads of a conversion.
 
-use std::{
-    io::IoSlice,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::io::IoSlice;
 
 use super::{
     ConvertOptions,
@@ -28,6 +22,11 @@ use crate::{
         throttle::Throttle,
     },
     storage::DetectZeroes,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+        thread,
+    },
     zeroes::is_zero,
 };
 
@@ -149,7 +148,7 @@ impl<'a> Copy<'a> {
             let _stop = StopOnPanic(&self.turns);
             self.work(progress, total);
         };
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             for _ in 1..self.threads {
                 scope.spawn(work);
             }

@@ -5,11 +5,6 @@
 //! twice, once for their sizes. The sizes of the first [`KEPT_SIZES`] are kept from the survey; behind them, each
 //! table's clusters are compressed once more. A source that changes in between is found out, as sizes differ.
 
-use std::sync::{
-    Mutex,
-    atomic::{AtomicU64, Ordering},
-};
-
 use super::{
     ConvertOptions, Salvaged,
     copy::MAX_CONVERT_THREADS,
@@ -30,6 +25,10 @@ use crate::{
         throttle::Throttle,
     },
     storage::Pipe,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 /// How much a thread reads at once, unless a unit is larger.

@@ -3,7 +3,7 @@
 //! What a thread read and decoded is cut into units in its turn ([`Sink::gather`]), packed beside the others
 //! ([`Packed`]), and written in its turn again ([`Sink::write`]).
 
-use std::{ops::Range, sync::Mutex};
+use std::ops::Range;
 
 use super::{
     packed::{Packed, Packing, Stored},
@@ -20,6 +20,7 @@ use crate::{
         target::{Reserved, Target, write_error},
     },
     storage::{Pipe, Preallocation},
+    sync::Mutex,
 };
 
 /// Disks end on a sector.

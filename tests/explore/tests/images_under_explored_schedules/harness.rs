@@ -10,9 +10,9 @@ use std::{
 
 use img_core_explored::{
     Result,
-    format::{Attempt, OpenContext, OpenMode, OptionSet, Place, WriteStep, registry},
+    format::{Attempt, Layer, OpenContext, OpenMode, OptionSet, Place, WriteStep, registry},
     image::{Commit, Image, ImageExtent, WriteTicket},
-    storage::{Flush, Identity, Limits, Preallocation, Storage},
+    storage::{Flush, Identity, Limits, MemoryStorage, Preallocation, Storage},
 };
 use shuttle::{
     Config, Runner,
@@ -76,6 +76,16 @@ pub(crate) fn create(
 
 /// The image after `byte` was written to some ranges of its disk, by the library as it is.
 pub(crate) fn filled(format: &str, image: Bytes, ranges: &[Range<u64>], byte: u8) -> Bytes {
+    let bytes = changed(format, image, |image| {
+        for range in ranges {
+            image.write_at(&vec![byte; usize_of(range.end - range.start)], range.start).expect("written");
+        }
+    });
+    bytes.leak()
+}
+
+/// The image after `change`, by the library as it is.
+pub(crate) fn changed(format: &str, image: &[u8], change: impl FnOnce(&img_core::image::Image)) -> Vec<u8> {
     use img_core::{format, image::Image, storage};
     let memory = Arc::new(storage::MemoryStorage::from_bytes("filled", image));
     let options = format::OptionSet::new();
@@ -87,11 +97,9 @@ pub(crate) fn filled(format: &str, image: Bytes, ranges: &[Range<u64>], byte: u8
     let driver = format::registry::by_name(format).expect("a known format");
     let layer = driver.open(Arc::clone(&memory) as _, &context).expect("it is valid");
     let image = Image::from_layers(vec![layer]).expect("one layer");
-    for range in ranges {
-        image.write_at(&vec![byte; usize_of(range.end - range.start)], range.start).expect("written");
-    }
+    change(&image);
     image.close().expect("closed");
-    memory.to_vec().leak()
+    memory.to_vec()
 }
 
 /// Opens the files of a chain, top first, each of `format`; the top to be written, where every operation is a step.
@@ -131,16 +139,27 @@ fn open_stepped(
     top: Stepped,
     parent: Option<Arc<dyn Storage>>,
 ) -> Arc<Image> {
+    let mut layers = vec![open_layer(format, options, Arc::new(top), OpenMode::Write)];
+    layers.extend(parent.map(|parent| open_layer(format, &[], parent, OpenMode::Read)));
+    Arc::new(Image::from_layers(layers).expect("layers"))
+}
+
+/// Opens a file that is only read. Its operations are no steps.
+pub(crate) fn open_to_read(format: &str, bytes: &[u8]) -> Image {
+    let file = Arc::new(MemoryStorage::from_bytes("read", bytes));
+    Image::from_layers(vec![open_layer(format, &[], file, OpenMode::Read)]).expect("one layer")
+}
+
+fn open_layer(
+    format: &str,
+    options: &[(&str, &str)],
+    file: Arc<dyn Storage>,
+    mode: OpenMode,
+) -> Arc<dyn Layer> {
     let mut set = OptionSet::new();
     options.iter().for_each(|(name, value)| set.set(*name, *value));
-    let driver = registry::by_name(format).expect("a known format");
-    let layer = |storage, mode, options: &OptionSet| {
-        let context = OpenContext { mode, options, open_file: &|_, _| unreachable!("one file") };
-        driver.open(storage, &context).expect("it is valid")
-    };
-    let mut layers = vec![layer(Arc::new(top), OpenMode::Write, &set)];
-    layers.extend(parent.map(|parent| layer(parent, OpenMode::Read, &OptionSet::new())));
-    Arc::new(Image::from_layers(layers).expect("layers"))
+    let context = OpenContext { mode, options: &set, open_file: &|_, _| unreachable!("one file") };
+    registry::by_name(format).expect("a known format").open(file, &context).expect("it is valid")
 }
 
 /// A file at each operation on which another thread may go on.
@@ -246,7 +265,7 @@ impl Audited {
     pub(crate) fn new(
         format: &str,
         top: &[u8],
-        parent: Option<Bytes>,
+        parent: Option<&[u8]>,
         repairs: bool,
         leaks: bool,
     ) -> Result<Self, String> {

@@ -7,5 +7,6 @@
 
 mod every_format;
 mod harness;
+mod jobs;
 mod qcow2;
 mod vmdk;
