@@ -1,13 +1,17 @@
 //! The load generator puts the same jobs on an image of its own process, on devices behind vhost-user sockets and on
 //! NBD exports, ours and the reference's, and what it writes is where it says.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use img_tests::{
     command::{Output, Run, blk_backend_binary, img},
     daemon::Daemon,
     peer::Peer,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const NBD: &str = "nbd+unix:///?socket=socket";
@@ -269,4 +273,44 @@ fn what_cannot_be_is_refused_by_name() {
         let Output { code, stderr, .. } = bench(directory, &[target, options].concat());
         assert!(code != 0 && stderr.contains(why), "{target:?} {options:?}: {stderr}");
     }
+}
+
+/// Somebody ends a run of ten minutes: what it did until then is told, and verified.
+#[test]
+fn a_run_that_is_ended_early_has_a_result() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let directory = directory.path();
+    img(directory, ["create", "-q", "-f", "qcow2", "disk", "16M"]).output().success();
+    let job = ["--image", "disk", "--pattern", "randwrite", "--time", "600", "--flush-every", "10"];
+    let verify = ["--verify", "--journal", "journal", "--json", "result"];
+    let child = Command::new(blk_backend_binary())
+        .args(["bench", "run"].iter().chain(&job).chain(&verify))
+        .current_dir(directory)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it was built");
+    let journal = directory.join("journal");
+    // The first flush of the run has been noted.
+    while std::fs::metadata(&journal).map_or(0, |found| found.len()) <= 32 {
+        std::thread::yield_now();
+    }
+    kill_process(Pid::from_child(&child), Signal::INT).expect("it runs");
+    let ended = child.wait_with_output().expect("its end");
+    let stderr = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("the run was ended before its time"), "{stderr}");
+    let stdout = String::from_utf8_lossy(&ended.stdout);
+    assert!(stdout.contains("write ") && stdout.contains("verified: "), "{stdout}");
+    let text = std::fs::read_to_string(directory.join("result")).expect("it was written");
+    let result: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(result["interrupted"], true);
+    assert!(result["verified-blocks"].as_u64().is_some_and(|blocks| blocks > 0), "{text}");
+    // A job that is refused leaves the journal of this one alone.
+    let before = std::fs::read(&journal).expect("it is there");
+    let refused = ["run", "--image", "disk", "--pattern", "read", "--verify", "--journal", "journal"];
+    assert_eq!(bench(directory, &refused).code, 1);
+    assert!(std::fs::read(&journal).expect("it is there") == before);
+    let verified = ["verify", "--image", "disk", "--journal", "journal"];
+    assert!(bench(directory, &verified).success().contains(" 0 are wrong"));
 }

@@ -61,18 +61,20 @@ pub(super) struct Durable {
 /// A journal that is being written.
 #[derive(Debug)]
 pub(super) struct JournalWriter {
-    file: File,
+    /// There is one once the run has begun: until then the journal of an earlier run stays what it is.
+    file: Option<File>,
     path: PathBuf,
 }
 
 impl JournalWriter {
-    /// An empty file.
-    pub(super) fn create(path: &Path) -> io::Result<Self> {
-        let file = File::create(path).map_err(|error| named(path, &error))?;
-        Ok(Self { file, path: path.to_owned() })
+    /// A journal to be.
+    pub(super) fn new(path: &Path) -> Self {
+        Self { file: None, path: path.to_owned() }
     }
 
+    /// Makes the file, or makes it anew.
     pub(super) fn begin(&mut self, run_id: u64, block_bytes: u64, size_bytes: u64) -> io::Result<()> {
+        self.file = Some(File::create(&self.path).map_err(|error| named(&self.path, &error))?);
         let header = RawHeader {
             magic: MAGIC,
             run_id: run_id.into(),
@@ -102,7 +104,8 @@ impl JournalWriter {
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all(bytes).map_err(|error| named(&self.path, &error))
+        let file = self.file.as_mut().expect("the run has begun");
+        file.write_all(bytes).map_err(|error| named(&self.path, &error))
     }
 }
 
@@ -202,7 +205,7 @@ mod tests {
     fn written() -> Vec<u8> {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("journal");
-        let mut journal = JournalWriter::create(&path).expect("made");
+        let mut journal = JournalWriter::new(&path);
         journal.begin(7, 4096, 1 << 20).expect("written");
         let durable = |block, generation| Durable { block, generation };
         journal.note(&[durable(3, 2), durable(255, 1)]).expect("written");

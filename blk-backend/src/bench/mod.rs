@@ -32,7 +32,7 @@ pub use job::{Job, Limit, Pattern};
 pub use journal::Journal;
 pub use nbd::NbdTarget;
 pub use report::{SCHEMA, to_json, write_table};
-pub use run::{BenchError, OpResult, RunResult, run};
+pub use run::{BenchError, OpResult, RunResult, run, run_until};
 pub use stamp::Mismatch;
 pub use target::{Done, Facts, Shape, Target, TargetQueue};
 pub use verify::{Verified, Verify, verify};

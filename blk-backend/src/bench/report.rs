@@ -107,6 +107,7 @@ pub fn to_json(target: &str, job: &Job, result: &RunResult) -> Value {
         "cpu-seconds": result.cpu.as_secs_f64(),
         "backend-cpu-seconds": result.backend_cpu.map(|cpu| cpu.as_secs_f64()),
         "verified-blocks": result.verified_blocks,
+        "interrupted": result.interrupted,
         "ops": ops.collect::<Vec<_>>(),
     })
 }

@@ -2,7 +2,10 @@
 
 use std::{
     io,
-    sync::Barrier,
+    sync::{
+        Barrier,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{Scope, ScopedJoinHandle, scope},
     time::{Duration, Instant},
 };
@@ -49,6 +52,8 @@ pub struct RunResult {
     pub ops: Vec<OpResult>,
     /// Blocks that were read again and were right, when the job was verified.
     pub verified_blocks: Option<u64>,
+    /// Whether it was asked to end before a limit of the job was met.
+    pub interrupted: bool,
 }
 
 /// Why a job did not run to its end.
@@ -89,6 +94,19 @@ pub enum BenchError {
 /// # Errors
 /// [`BenchError`]: the first that a queue met.
 pub fn run(target: &dyn Target, job: &Job, verify: Option<&Verify>) -> Result<RunResult, BenchError> {
+    run_until(target, job, verify, &AtomicBool::new(false))
+}
+
+/// [`run`], which begins no request any more once `asked_to_end` is set; what it has done by then is its result.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_until(
+    target: &dyn Target,
+    job: &Job,
+    verify: Option<&Verify>,
+    asked_to_end: &AtomicBool,
+) -> Result<RunResult, BenchError> {
     let facts = target.facts();
     let blocks = check(&facts, job, verify.is_some())?;
     if let Some(verify) = verify {
@@ -98,7 +116,7 @@ pub fn run(target: &dyn Target, job: &Job, verify: Option<&Verify>) -> Result<Ru
     let (begin, end) = (Barrier::new(parties), Barrier::new(parties));
     let clocks = || Ok::<_, BenchError>((CpuClock::own().now()?, target.backend_cpu()?));
     let (before, after, results) = scope(|scope| {
-        let run = QueueRun { target, job, verify, blocks, begin: &begin, end: &end };
+        let run = QueueRun { target, job, verify, blocks, begin: &begin, end: &end, asked_to_end };
         let threads: Vec<_> = (0..job.queues).map(|number| run.spawn(scope, number)).collect();
         begin.wait();
         let before = clocks();
@@ -118,6 +136,7 @@ pub fn run(target: &dyn Target, job: &Job, verify: Option<&Verify>) -> Result<Ru
         backend_cpu: backend_before.zip(backend_after).map(|(before, after)| after.saturating_sub(before)),
         ops: Vec::new(),
         verified_blocks: verify.map(|_| queues.iter().map(|queue| queue.verified_blocks).sum()),
+        interrupted: queues.iter().any(|queue| queue.interrupted),
     };
     for queue in queues {
         total.add(queue);
@@ -198,6 +217,7 @@ struct QueueRun<'a> {
     blocks: u64,
     begin: &'a Barrier,
     end: &'a Barrier,
+    asked_to_end: &'a AtomicBool,
 }
 
 /// Comes to the barrier whatever happens, so that nobody waits there for ever.
@@ -214,6 +234,7 @@ struct Queue {
     elapsed: Duration,
     ops: Vec<OpResult>,
     verified_blocks: u64,
+    interrupted: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -257,7 +278,13 @@ impl<'a> QueueRun<'a> {
             requests,
             slots: vec![None; shape.depth],
             free: (0..shape.depth).rev().collect(),
-            counted: Queue { elapsed: Duration::ZERO, ops: Vec::new(), verified_blocks: 0 },
+            counted: Queue {
+                elapsed: Duration::ZERO,
+                ops: Vec::new(),
+                verified_blocks: 0,
+                interrupted: false,
+            },
+            asked_to_end: self.asked_to_end,
         };
         load.run(&mut *queue)?;
         drop(ends);
@@ -275,6 +302,7 @@ struct Load<'a> {
     slots: Vec<Option<UnderWay>>,
     free: Vec<usize>,
     counted: Queue,
+    asked_to_end: &'a AtomicBool,
 }
 
 impl Load<'_> {
@@ -288,8 +316,10 @@ impl Load<'_> {
         let mut done = Vec::with_capacity(self.slots.len());
         loop {
             let now = Instant::now();
-            let is_over =
+            let is_met =
                 end.is_some_and(|end| now >= end) || limit.requests.is_some_and(|most| asked >= most);
+            self.counted.interrupted |= !is_met && self.asked_to_end.load(Ordering::Relaxed);
+            let is_over = is_met || self.counted.interrupted;
             while !is_over
                 && limit.requests.is_none_or(|most| asked < most)
                 && (interval.is_none() || due <= now)

@@ -28,15 +28,15 @@ pub struct Verify {
 }
 
 impl Verify {
-    /// For one run. A journal is made at `journal`, or made anew.
+    /// For one run. When that begins, a journal is made at `journal`, or made anew.
     ///
     /// # Errors
-    /// [`BenchError::System`]: the file cannot be made.
+    /// [`BenchError::System`]: the system has no random numbers.
     pub fn new(journal: Option<&Path>) -> Result<Self, BenchError> {
         let mut run_id = [0; 8];
         getrandom(&mut run_id, GetRandomFlags::empty()).map_err(std::io::Error::from)?;
-        let journal = journal.map(JournalWriter::create).transpose()?;
-        Ok(Self { run_id: u64::from_le_bytes(run_id), journal: journal.map(Mutex::new) })
+        let journal = journal.map(JournalWriter::new).map(Mutex::new);
+        Ok(Self { run_id: u64::from_le_bytes(run_id), journal })
     }
 
     pub(super) fn run_id(&self) -> u64 {

@@ -9,12 +9,12 @@ use std::{
 };
 
 use blk_backend::bench::{
-    Job, Journal, Limit, Pattern, Verify, compare, run as run_job, to_json, verify, write_table,
+    Job, Journal, Limit, Pattern, Verify, compare, run_until, to_json, verify, write_table,
 };
 use img_core::format::parse_size;
 use serde_json::Value;
 
-use super::{Failure, bench_target::TargetArgs};
+use super::{Failure, bench_target::TargetArgs, signals};
 
 /// Measure how a disk bears a load
 #[derive(Debug, clap::Args)]
@@ -104,14 +104,15 @@ const VERIFY_DEPTH: u32 = 16;
 
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure> {
     match &args.command {
-        Command::Run(args) => measure(args, out)?,
+        Command::Run(args) => return measure(args, out),
         Command::Verify(args) => return look(args, out),
         Command::Compare { a, b } => compare(&read(a)?, &read(b)?, out)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<(), Failure> {
+fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<ExitCode, Failure> {
+    let asked_to_end = signals::flag_on_termination()?;
     let time = args.time.or(if args.count.is_none() { Some(DEFAULT_TIME) } else { None });
     // Before the load: its result is not to be lost for want of a place.
     let json = args.json.as_deref().map(|path| create(path).map(|file| (path, file))).transpose()?;
@@ -128,7 +129,7 @@ fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<(), Failure> {
     };
     let result = args.target.with(&job, |target| {
         let verify = if args.verify { Some(Verify::new(args.journal.as_deref())?) } else { None };
-        run_job(target, &job, verify.as_ref())
+        run_until(target, &job, verify.as_ref(), &asked_to_end)
     })?;
     write_table(&job, &result, out)?;
     if let Some((path, mut file)) = json {
@@ -136,7 +137,11 @@ fn measure(args: &RunArgs, out: &mut dyn Write) -> Result<(), Failure> {
         let written = file.set_len(0).and_then(|()| file.write_all(text.as_bytes()));
         written.map_err(|error| named(path, &error))?;
     }
-    Ok(())
+    if result.interrupted {
+        super::warn("the run was ended before its time; this is what it did until then");
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A file for a result; what it holds from before stays until there is a new one.

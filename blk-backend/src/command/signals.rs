@@ -1,7 +1,8 @@
-//! How a daemon is asked to end.
+//! How a daemon, or a load, is asked to end.
 
 use std::{
     io::{self, PipeReader},
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -11,6 +12,7 @@ use rustix::{
 };
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
+    flag,
     low_level::pipe,
 };
 
@@ -19,6 +21,17 @@ pub(crate) fn on_termination() -> io::Result<PipeReader> {
     let (asked, ask) = io::pipe()?;
     for signal in [SIGTERM, SIGINT, SIGHUP] {
         pipe::register(signal, ask.try_clone()?)?;
+    }
+    Ok(asked)
+}
+
+/// A flag that the first of these signals sets; the next one ends the process.
+pub(crate) fn flag_on_termination() -> io::Result<Arc<AtomicBool>> {
+    let asked = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT, SIGHUP] {
+        // In this order: the second signal finds the flag set.
+        flag::register_conditional_default(signal, Arc::clone(&asked))?;
+        flag::register(signal, Arc::clone(&asked))?;
     }
     Ok(asked)
 }
