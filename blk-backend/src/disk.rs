@@ -304,14 +304,11 @@ impl Disk {
         self.drained(|| {
             let image = self.image();
             let mut kept = self.change_log.lock().unwrap_or_else(PoisonError::into_inner);
-            *kept = None;
-            image.keep_change_log(None);
-            if log.is_some() {
-                image.flush()?;
-                image.keep_change_log(log.clone());
-            }
-            *kept = log;
-            Ok(())
+            // One that was kept learns of the flush: what it has noted is to be done again by nobody.
+            let flushed = if image.notes_changes() || log.is_some() { image.flush() } else { Ok(()) };
+            *kept = log.filter(|_| flushed.is_ok());
+            image.keep_change_log(kept.clone());
+            flushed
         })
     }
 

@@ -344,6 +344,10 @@ fn sockets_for_guests_come_and_go() {
         (json!({"logical-block-size": 513}), "a block size is a power of two from 512 to 4096, not 513"),
         (json!({"node-name": "nobody"}), "Cannot find device='' nor node-name='nobody'"),
         (json!({"addr": {"type": "unix", "path": "disk"}}), "Failed to bind socket to disk: there is a file"),
+        (
+            json!({"addr": {"type": "unix", "path": "qmp"}}),
+            "Failed to bind socket to qmp: a socket is there, and in a sandbox nobody can find out",
+        ),
         (json!({"addr": {"type": "fd", "str": "3"}}), "Parameter 'addr.type' does not accept value 'fd'"),
     ] {
         let found = monitor.failure("block-export-add", add("guest", more));

@@ -19,7 +19,7 @@ use img_tests::{
     guest::{
         Ask, GuestQueue, SharedRam,
         model::{DiskModel, next_ask},
-        vhost::{FrontEnd, USER_OFFSET, Wishes, addresses, region},
+        vhost::{FrontEnd, USER_OFFSET, Wishes, addresses, event, region},
     },
     pattern::Random,
 };
@@ -178,6 +178,54 @@ fn queues_stop_and_go_on_where_they_were() {
     front_end.frontend.set_vring_enable(0, true).expect("enabled");
     assert_eq!(queues[0].wait().status, 0);
     assert_eq!(queues[0].read(3, 1), vec![9; 512]);
+    drop(front_end);
+    served.stop();
+}
+
+/// Nothing in the protocol says what comes first.
+#[test]
+fn the_size_of_a_queue_may_come_behind_its_addresses() {
+    let served = serve(1);
+    let ram = SharedRam::for_queues(1, SLOTS);
+    let mut queues = queues(&ram, 1, true);
+    let mut front_end = FrontEnd::connect(&served.socket(), 1, None, Wishes::default());
+    front_end.share(&ram, false);
+    let frontend = &mut front_end.frontend;
+    frontend.set_vring_addr(0, &addresses(&queues[0])).expect("addresses");
+    frontend.set_vring_num(0, SIZE).expect("a size");
+    frontend.set_vring_base(0, 0).expect("a base");
+    frontend.set_vring_call(0, &event(&queues[0].call)).expect("a call descriptor");
+    frontend.set_vring_kick(0, &event(&queues[0].kick)).expect("a kick descriptor");
+    frontend.set_vring_enable(0, true).expect("enabled");
+    assert_eq!(queues[0].read(3, 1), vec![0; 512]);
+    drop(front_end);
+    served.stop();
+}
+
+/// A front end leaves a daemon that lives on, with writes that it has not flushed, and comes again with the same
+/// inflight memory: what others did to the disk meanwhile is not undone.
+#[test]
+fn nothing_is_done_again_that_was_not_lost() {
+    let served = serve(1);
+    let ram = SharedRam::for_queues(1, SLOTS);
+    let mut queues = queues(&ram, 1, true);
+    let mut front_end = FrontEnd::start(&served.socket(), &ram, &queues, None, Wishes::default());
+    assert_eq!(queues[0].ask(&Ask::Write { sector: 0, data: vec![1; 512] }).status, 0);
+    let inflight = front_end.inflight.take();
+    drop(front_end);
+    while served.server.is_connected() {
+        std::thread::yield_now();
+    }
+    let image = served.disk.image();
+    image.discard(0..65536).expect("inside");
+    image.flush().expect("space");
+    // It takes the place that was given up.
+    image.write_at(&[7; 65536], 1 << 20).expect("inside");
+    image.flush().expect("space");
+    drop(image);
+    let front_end = FrontEnd::start(&served.socket(), &ram, &queues, inflight, Wishes::default());
+    assert_eq!(queues[0].read(0, 1), vec![0; 512]);
+    assert_eq!(queues[0].read(2048, 1), vec![7; 512]);
     drop(front_end);
     served.stop();
 }

@@ -64,6 +64,9 @@ impl Server {
     /// When the system refuses a thread or a descriptor.
     pub fn serve(device: Arc<Device>, listening: Listening, tell: Told) -> io::Result<Self> {
         let Listening { listener, path } = listening;
+        // What a dead device wrote may stand where no table of the image says so, until the first front end has come and
+        // told: whoever else uses the disk meanwhile must not take those places.
+        device.keep_off_what_is_there(true);
         let connection = Connection::default();
         let name = path.display().to_string();
         let tell: Told = Arc::new(move |what| tell(&format!("{name}: {what}")));
@@ -163,6 +166,10 @@ fn take_over(path: &Path) -> io::Result<UnixListener> {
             unlinkat(CWD, path, AtFlags::empty())?;
             listen_unix_anew(path)
         }
+        Err(error) if error.kind() == ErrorKind::Unsupported => Err(io::Error::new(
+            ErrorKind::AddrInUse,
+            "a socket is there, and in a sandbox nobody can find out whether somebody listens there; remove it if not",
+        )),
         Err(error) => Err(error),
     }
 }

@@ -31,7 +31,7 @@ use crate::{
         config::CONFIG_BYTES,
         dirty_log::{DirtyLog, QueueLog},
         inflight::InflightRegion,
-        redo::RedoLog,
+        redo::{RedoError, RedoLog},
         ring::RingLayout,
         setup::{MAX_QUEUE_SIZE, QueueError, QueueSetup},
     },
@@ -175,9 +175,14 @@ impl Session {
         let (Some(rings), Some(kick), None) = (vring.rings, &vring.kick, &vring.thread) else {
             return Ok(());
         };
+        // Size and addresses may come in any order.
+        let rings = RingLayout { size: vring.size, ..rings };
         let copy = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose();
         let inflight = match &self.inflight {
-            None => None,
+            None => {
+                self.device.keep_off_what_is_there(false);
+                None
+            }
             Some(region) => Some(region.queue(index, rings.size).ok_or_else(|| {
                 failed(io::Error::other(format!(
                     "the inflight memory has no queue {index} of {}",
@@ -229,24 +234,33 @@ impl Session {
         Ok(())
     }
 
-    /// Takes inflight memory. What an earlier device noted in it and nobody flushed is done again first.
-    fn set_inflight(&mut self, region: Arc<InflightRegion>) {
+    /// Takes inflight memory. What an earlier device noted in it and nobody flushed is done again first. Where the host
+    /// refuses that, the guest waits rather than misses what it wrote: its front end is sent away, and finds all notes
+    /// in its memory when it comes again.
+    fn set_inflight(&mut self, region: Arc<InflightRegion>) -> Result<()> {
         let disk = self.device.disk();
         let redo = Arc::new(region.redo_log());
         match redo.replay(&disk.image()) {
             Ok(0) => {}
             Ok(count) => (self.tell)(&format!("{count} changes of a device that died were done again")),
+            Err(error @ RedoError::Image(_)) => return Err(failed(io::Error::other(error))),
             Err(error) => (self.tell)(&error.to_string()),
         }
         self.inflight = Some(region);
         if self.device.is_read_only() {
             // Its guest changes nothing, and what another one's does is noted elsewhere.
-            return;
+            return Ok(());
         }
         if let Err(error) = disk.keep_change_log(Some(Arc::clone(&redo) as Arc<dyn ChangeLog>)) {
             (self.tell)(&format!("changes are not noted for a device to come: {error}"));
         }
         self.redo = Some(redo);
+        Ok(())
+    }
+
+    fn check_no_queue_works(&self, otherwise: &'static str) -> Result<()> {
+        let works = self.vrings.iter().any(|vring| vring.thread.is_some());
+        if works { Err(Error::InvalidOperation(otherwise)) } else { Ok(()) }
     }
 
     fn index(&self, index: u8) -> Result<u16> {
@@ -489,8 +503,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         if num_queues > self.device.queues() || queue_size > MAX_QUEUE_SIZE {
             return Err(Error::InvalidParam);
         }
+        self.check_no_queue_works("the inflight memory changes while queues are started")?;
         let (region, file) = InflightRegion::create(num_queues, queue_size).map_err(failed)?;
-        self.set_inflight(region);
+        self.set_inflight(region)?;
         let len_bytes = InflightRegion::bytes(num_queues, queue_size) as u64;
         Ok((VhostUserInflight::new(len_bytes, 0, num_queues, queue_size), file))
     }
@@ -501,12 +516,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         if num_queues > self.device.queues() || queue_size > MAX_QUEUE_SIZE {
             return Err(Error::InvalidParam);
         }
-        if self.vrings.iter().any(|vring| vring.thread.is_some()) {
-            return Err(Error::InvalidOperation("the inflight memory changes while queues are started"));
-        }
+        self.check_no_queue_works("the inflight memory changes while queues are started")?;
         let region = InflightRegion::map(file, mmap_offset, size, num_queues, queue_size).map_err(failed)?;
-        self.set_inflight(region);
-        Ok(())
+        self.set_inflight(region)
     }
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {

@@ -192,6 +192,13 @@ impl Device {
         self.tell(&DeviceEvent::Config);
     }
 
+    /// Keeps new clusters off the part of the image's file that there is, or no longer; where the device writes at all.
+    pub(crate) fn keep_off_what_is_there(&self, keeps_off: bool) {
+        if !self.read_only {
+            self.disk.image().keep_off_what_is_there(keeps_off);
+        }
+    }
+
     /// Calls `observer` with what happens, on the thread where it happens.
     pub fn observe(&self, observer: impl Fn(&DeviceEvent) + Send + Sync + 'static) {
         self.observers.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(observer));

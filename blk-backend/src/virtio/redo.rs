@@ -5,7 +5,9 @@
 //! would be lost with it under a guest that lives on. So each change of the map is noted here before anyone sees it
 //! ([`ChangeLog`]), and the device that takes the place of a dead one does it again ([`RedoLog::replay`]): it reads
 //! the bytes from where they stand in the file, and writes them anew. Writes in place are not noted: what they wrote
-//! stands in a cluster that a note names as a whole, or that a flush made durable. The order, by number of the note:
+//! stands in a cluster that a note names as a whole, or that a flush made durable. Zeroes that a format puts in place
+//! (QED, VHD, VMDK) are such writes, though they are noted: only what is not stored when their turn comes is made zero.
+//! The order, by number of the note:
 //!
 //! 1. A note's place is taken; 2. the note is written as one of a change to come; 3. its number is: from now on it
 //!    counts. 4. The map is changed. 5. The note is one of a change that has happened, or is void when it has not.
@@ -13,8 +15,12 @@
 //!
 //! Dead before 5, the request was not answered, and is among the inflight heads; all of its bytes stand there since
 //! 1, and doing the note again gives the other bytes of its clusters to whoever wrote them after 4. Dead between a
-//! flush and 6, notes are done again that need not be, with the same bytes. The notes are read as a whole before
-//! the first is done: doing one may take a cluster that another names.
+//! flush and 6, notes are done again that need not be, with the same bytes.
+//!
+//! Dead while notes are done again, all of them are done once more. So none of the places that they name is taken until
+//! the last of them is durable: new clusters are put behind the end of the file meanwhile
+//! ([`Image::keep_off_what_is_there`]). The notes are read as a whole before the first is done, as a place may have been
+//! named twice.
 
 use std::{
     ops::Range,
@@ -26,8 +32,8 @@ use std::{
 
 use img_core::{
     Error,
-    format::HostFile,
-    image::{Change, ChangeLog, Image, NoteId},
+    format::{HostFile, Place},
+    image::{Change, ChangeLog, Image, ImageExtent, NoteId},
     storage::Identity,
 };
 use vm_memory::{MmapRegion, VolatileMemory};
@@ -97,7 +103,7 @@ pub enum RedoError {
     #[error("the front end's memory holds a note that cannot be: {0}")]
     Invalid(&'static str),
     /// The image.
-    #[error(transparent)]
+    #[error("changes of a device that died cannot be done again: {0}")]
     Image(#[from] Error),
 }
 
@@ -121,16 +127,21 @@ impl RedoLog {
     /// Does again what an earlier device noted and nobody flushed, durably, and forgets it: how many notes.
     ///
     /// # Errors
-    /// [`RedoError`]; the notes are forgotten then as well.
+    /// [`RedoError`]; the notes are forgotten then as well, but for [`RedoError::Image`]: they are kept, and so are the
+    /// places that they name, for the next try.
     pub fn replay(&self, image: &Image) -> Result<u64, RedoError> {
         let identity = image.storage(0, HostFile::IMAGE).and_then(|storage| storage.identity());
         let result = if self.load(AT_MAGIC) == MAGIC {
             let known = (self.load(AT_DEVICE), self.load(AT_INODE));
+            image.keep_off_what_is_there(true);
             self.replay_for(image, known == numbers(identity))
         } else {
             Ok(0)
         };
-        self.begin(identity);
+        if !matches!(result, Err(RedoError::Image(_))) {
+            self.begin(identity);
+            image.keep_off_what_is_there(false);
+        }
         result
     }
 
@@ -154,8 +165,16 @@ impl RedoLog {
         for note in &notes {
             match note {
                 Note::Mapped { guest_bytes, bytes } => image.write_at(bytes, guest_bytes.start)?,
-                Note::Zeroed(guest_bytes) => image.write_zeroes(guest_bytes.clone(), true)?,
-                Note::Discarded(guest_bytes) => image.discard(guest_bytes.clone())?,
+                Note::Zeroed(guest_bytes) => {
+                    for part in not_in_place(image, guest_bytes)? {
+                        image.write_zeroes(part, true)?;
+                    }
+                }
+                Note::Discarded(guest_bytes) => {
+                    for part in not_in_place(image, guest_bytes)? {
+                        image.discard(part)?;
+                    }
+                }
             }
         }
         image.flush()?;
@@ -249,6 +268,19 @@ impl RedoLog {
     }
 }
 
+/// The parts of a range of which the map has to say that they are zero. Where zeroes were put in place they stand in the
+/// file, or, by now, what was written over them: nobody noted that, and it must not become zero again.
+fn not_in_place(image: &Image, guest_bytes: &Range<u64>) -> img_core::Result<Vec<Range<u64>>> {
+    if !image.layers()[0].zeroes_in_place() {
+        return Ok(vec![guest_bytes.clone()]);
+    }
+    let mut extents = Vec::new();
+    image.map_range(guest_bytes.clone(), &mut extents)?;
+    let is_stored = |extent: &ImageExtent| extent.depth == 0 && matches!(extent.place, Place::Data { .. });
+    let parts = extents.iter().filter(|extent| !is_stored(extent));
+    Ok(parts.map(|part| part.guest_offset..part.guest_offset + part.len_bytes).collect())
+}
+
 /// Where the note of that number is.
 fn note(number: u64) -> usize {
     HEADER_BYTES + NOTE_BYTES * usize::try_from(number % NOTES).expect("below 65536")
@@ -332,171 +364,4 @@ impl ChangeLog for RedoLog {
 }
 
 #[cfg(test)]
-mod tests {
-    use img_core::{
-        format::{Attempt, HostOffset, Mapping, OpenMode},
-        image::{Commit, ImageName, OpenOptions},
-    };
-    use proptest::{collection::vec, prelude::*};
-    use vm_memory::Bytes;
-
-    use super::*;
-
-    const DISK_BYTES: u64 = 1 << 20;
-
-    fn image() -> (tempfile::NamedTempFile, Image) {
-        let file = tempfile::NamedTempFile::new().expect("a file");
-        file.as_file().set_len(DISK_BYTES).expect("space");
-        let name = ImageName::parse(file.path().to_str().expect("UTF-8")).expect("a plain name");
-        let options = OpenOptions { format: Some("raw".to_owned()), ..OpenOptions::new(OpenMode::Write) };
-        let image = Image::open(&name, &options).expect("it opens");
-        (file, image)
-    }
-
-    fn log() -> RedoLog {
-        RedoLog::new(Arc::new(MmapRegion::new(RedoLog::BYTES + 8).expect("memory")), 8)
-    }
-
-    fn happens(log: &RedoLog, change: Change<'_>) {
-        log.ended(log.begins(change), true);
-    }
-
-    fn mapping(start: u64, len_bytes: u64, at: u64) -> Mapping {
-        Mapping { guest_bytes: start..start + len_bytes, file: HostFile::IMAGE, at: HostOffset(at) }
-    }
-
-    /// A raw file stands in for an image that lost its tables: places are other guest bytes.
-    #[test]
-    fn what_was_noted_and_not_flushed_is_done_again_in_order() {
-        let (_file, image) = image();
-        image.write_at(&[7; 512], 0).expect("inside");
-        image.write_at(&[8; 512], 512).expect("inside");
-        let log = log();
-        assert_eq!(log.replay(&image).expect("new memory"), 0);
-        happens(&log, Change::Mapped(&mapping(8192, 512, 0)));
-        let begun = log.flush_begins();
-        happens(&log, Change::Mapped(&mapping(4096, 1024, 0)));
-        happens(&log, Change::Zeroed(&(4096..4608)));
-        // Reads the place as it was before the notes are done: not what the first note put there.
-        happens(&log, Change::Mapped(&mapping(0, 512, 512)));
-        log.flushed(begun);
-        assert_eq!(log.replay(&image).expect("its own notes"), 3);
-        let mut bytes = vec![0; 9216];
-        image.read_at(&mut bytes, 0).expect("inside");
-        assert!(bytes[..512].iter().all(|&byte| byte == 8));
-        assert!(bytes[4096..4608].iter().all(|&byte| byte == 0));
-        assert!(bytes[4608..5120].iter().all(|&byte| byte == 8));
-        assert!(bytes[8192..8704].iter().all(|&byte| byte == 0), "a flush covered it");
-        assert_eq!(log.replay(&image).expect("no notes"), 0);
-    }
-
-    #[test]
-    fn more_notes_than_there_is_room_for_are_told() {
-        let (_file, image) = image();
-        let log = log();
-        log.replay(&image).expect("new memory");
-        (0..NOTES / 4).for_each(|_| happens(&log, Change::Zeroed(&(0..512))));
-        assert!(log.wants_flush() && !log.is_nearly_full());
-        (0..NOTES).for_each(|_| happens(&log, Change::Zeroed(&(0..512))));
-        assert!(log.is_nearly_full());
-        assert!(matches!(log.replay(&image), Err(RedoError::Overflowed)));
-        happens(&log, Change::Zeroed(&(0..512)));
-        assert_eq!(log.replay(&image).expect("room again"), 1);
-    }
-
-    #[test]
-    fn a_flush_covers_no_change_that_is_still_to_come() {
-        let (_file, image) = image();
-        let log = log();
-        log.replay(&image).expect("new memory");
-        happens(&log, Change::Zeroed(&(0..512)));
-        let to_come = log.begins(Change::Zeroed(&(512..1024)));
-        happens(&log, Change::Zeroed(&(1024..1536)));
-        log.flushed(log.flush_begins());
-        assert_eq!(log.taken(), 2, "the one to come, and the one behind it");
-        log.ended(to_come, true);
-        log.flushed(log.flush_begins());
-        assert_eq!(log.taken(), 0);
-        let void = log.begins(Change::Zeroed(&(0..512)));
-        log.ended(void, false);
-        assert_eq!(log.replay(&image).expect("its own notes"), 0, "what never happened is not done");
-    }
-
-    /// A write into a new cluster is noted, with the zeroes around it; the write next to it in the same cluster is in
-    /// place, and is not. Both are there again when the device died before the table was written.
-    #[test]
-    fn what_is_written_in_place_into_a_noted_cluster_is_not_lost() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let path = directory.path().join("disk");
-        let name = crate::engine::tests::image(directory.path(), "disk", "qcow2", &[], DISK_BYTES, None);
-        let open = || Arc::new(Image::open(&name, &OpenOptions::new(OpenMode::Write)).expect("it opens"));
-        for through_memory in [false, true] {
-            let image = open();
-            let write = |byte, at| {
-                let bytes = [byte; 4096];
-                if !through_memory {
-                    return image.write_at(&bytes, at).expect("inside");
-                }
-                let mut steps = Vec::new();
-                let attempt = image.try_prepare_write(at..at + 4096, &mut steps).expect("inside");
-                let Attempt::Done(ticket) = attempt else { panic!("all is in memory") };
-                let file = image.storage(0, steps[0].file).expect("it has it");
-                file.write_at(&bytes, steps[0].at.0).expect("space");
-                assert!(matches!(ticket.try_commit(), Commit::Done));
-            };
-            // From here on memory knows the table and the counts.
-            let first = if through_memory { 128 << 10 } else { 0 };
-            image.write_at(&[1; 4096], first + (512 << 10)).expect("inside");
-            image.flush().expect("space");
-            let log = Arc::new(log());
-            log.replay(&image).expect("new memory");
-            image.keep_change_log(Some(Arc::clone(&log) as Arc<dyn ChangeLog>));
-            write(2, first + 8192);
-            write(3, first);
-            write(4, first + (60 << 10));
-            assert_eq!(log.taken(), 1);
-            let file = std::fs::read(&path).expect("it is there");
-            drop(image);
-            // As if it had not been closed.
-            std::fs::write(&path, file).expect("space");
-            let image = open();
-            assert_eq!(log.replay(&image).expect("its own notes"), 1);
-            for (byte, at) in [(2, 8192), (3, 0), (4, 60 << 10), (0, 4096), (0, 64 << 10)] {
-                let mut bytes = [9; 4096];
-                image.read_at(&mut bytes, first + at).expect("inside");
-                assert!(bytes.iter().all(|&found| found == byte), "{at} reads {}, not {byte}", bytes[0]);
-            }
-        }
-    }
-
-    #[test]
-    fn notes_of_another_image_are_refused() {
-        let ((_one, one), (_other, other)) = (image(), image());
-        let log = log();
-        log.replay(&one).expect("new memory");
-        happens(&log, Change::Zeroed(&(0..512)));
-        assert!(matches!(log.replay(&other), Err(RedoError::OtherImage)));
-    }
-
-    proptest! {
-        /// Whatever a front end gives back: an answer.
-        #[test]
-        fn hostile_notes_are_done_or_refused(words in vec(prop_oneof![0u64..4096, any::<u64>()], 0..64), sane: bool) {
-            let (_file, image) = image();
-            let log = log();
-            log.replay(&image).expect("new memory");
-            let view = log.memory.get_slice(8, RedoLog::BYTES).expect("inside");
-            let from = if sane { HEADER_BYTES } else { AT_HEAD };
-            for (at, word) in words.iter().enumerate() {
-                view.write_obj(*word, from + 8 * at).expect("inside");
-            }
-            if sane {
-                log.store(AT_HEAD, 8);
-                (0..8).for_each(|number| log.store(note(number) + NUMBER, number + 1));
-                (0..8).for_each(|number| log.store(note(number) + KIND, number % 5));
-            }
-            let _told_by_the_caller = log.replay(&image);
-            prop_assert_eq!(log.replay(&image).expect("no notes"), 0);
-        }
-    }
-}
+mod tests;

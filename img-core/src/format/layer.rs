@@ -380,6 +380,12 @@ pub trait Layer: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Whether zeroes and discards leave guest bytes that are stored where they are, and change them there, so that the
+    /// map says the same as before. No I/O.
+    fn zeroes_in_place(&self) -> bool {
+        false
+    }
+
     /// Begins a [`Lease`], which the caller ends with [`Self::end_lease`]. No I/O, never blocks, takes no memory.
     /// A layer whose map never gives a place to someone else has nothing to do.
     fn begin_lease(&self) -> LeaseToken {

@@ -330,6 +330,12 @@ pub trait LayerWriter: Send + Sync {
         None
     }
 
+    /// From now on nothing new is put where the file ends or before, though nothing may stand there; or, with false, it
+    /// is again. Formats that put everything behind the end anyway have nothing to do.
+    fn keep_off_what_is_there(&self, keeps_off: bool) {
+        let _ = keeps_off;
+    }
+
     /// Comes before [`Self::resize`] to a larger size. When it returns true, the map may be asked about, and
     /// changed for, guest bytes up to `virtual_size_bytes` and the end of their cluster: what the new size
     /// would show, of the layers below or of an earlier and larger disk, can be made zero before it shows.

@@ -101,6 +101,20 @@ impl Image {
         *self.noted.0.write().unwrap_or_else(PoisonError::into_inner) = log;
     }
 
+    /// From now on nothing new is put into the part of the file that there is now, or, with false, it is again: what
+    /// no table names there may be what the notes of a process that died speak of.
+    pub fn keep_off_what_is_there(&self, keeps_off: bool) {
+        if let Some(writer) = self.layers[0].writer() {
+            writer.keep_off_what_is_there(keeps_off);
+        }
+    }
+
+    /// Whether changes of the map are told to a log.
+    #[must_use]
+    pub fn notes_changes(&self) -> bool {
+        self.noted.is_kept()
+    }
+
     /// [`Self::flush`] for who holds a pass.
     pub(super) fn flush_inside(&self) -> Result<()> {
         let begun = self.flush_begins();

@@ -39,6 +39,8 @@ const HOST_LIMIT_BYTES: u64 = 1 << 56;
 pub(super) struct State {
     /// The search for free clusters starts here. No cluster below it is free.
     pub(super) free_index: u64,
+    /// No cluster below it is given out, free or not; 0 where all may be. See [`Self::search_start`].
+    pub(super) floor: u64,
     /// Where the next compressed cluster may start, inside a cluster that is partly filled; 0 for none.
     pub(super) free_byte: u64,
     /// What no table in memory refers to any more, while those on disk still may.
@@ -99,6 +101,18 @@ impl Freed {
 }
 
 impl State {
+    /// Where to look for free clusters: there are none before it, or none that may be given out.
+    pub(super) fn search_start(&self) -> u64 {
+        self.free_index.max(self.floor)
+    }
+
+    /// The next search starts at `next`, for which all from [`Self::search_start`] on was looked at.
+    pub(super) fn search_on_from(&mut self, next: u64) {
+        // What is free below the floor is found when that is gone.
+        let start = if self.floor > self.free_index { &mut self.floor } else { &mut self.free_index };
+        *start = next;
+    }
+
     /// Gives up a run. It can be used again after the next drain.
     pub(super) fn free(&mut self, freed: Freed) {
         self.pending_bytes += freed.host.end - freed.host.start;
@@ -237,9 +251,10 @@ impl Qcow2Layer {
         let order = self.geometry.refcount_order;
         let limit = HOST_LIMIT_BYTES >> self.geometry.cluster_bits;
         let file_end = self.end_bytes.load(Ordering::Relaxed) >> self.geometry.cluster_bits;
-        let mut start = state.free_index;
+        let from = state.search_start();
+        let mut start = from;
         let mut is_lost = false;
-        self.visit_refcounts(state.free_index..limit, |clusters, counts| {
+        self.visit_refcounts(from..limit, |clusters, counts| {
             if let Some((bytes, first)) = counts {
                 let end = first + usize_of(clusters.end - clusters.start);
                 let cluster_at = |index: usize| clusters.start + (index - first) as u64;
@@ -256,7 +271,7 @@ impl Qcow2Layer {
                     start = cluster_at(free);
                 }
             }
-            is_lost = start > file_end.saturating_add(MAX_LOST_CLUSTERS).max(state.free_index);
+            is_lost = start > file_end.saturating_add(MAX_LOST_CLUSTERS).max(from);
             clusters.end - start < count && !is_lost
         })?;
         if is_lost {
@@ -269,8 +284,20 @@ impl Qcow2Layer {
                 self.path().display()
             )));
         }
-        state.free_index = start + count;
+        state.search_on_from(start + count);
         Ok(start)
+    }
+
+    /// Gives out no cluster any more that the file has now, or all of them again.
+    pub(super) fn keep_off_what_is_there(&self, keeps_off: bool) {
+        let mut state = self.state();
+        let end = self.end_bytes.load(Ordering::Relaxed);
+        state.floor = 0;
+        if keeps_off {
+            state.floor = end.div_ceil(self.geometry.cluster_bytes());
+            // The rest of a cluster that is partly filled is a place as well.
+            state.free_byte = 0;
+        }
     }
 
     /// Remembers that the file, in memory at least, reaches to `end`.

@@ -28,7 +28,6 @@ use crate::{
         HostUse, Layer, LayerWriter, LeaseToken, MissingTable, OpenContext, OpenMode, Repair, Snapshots,
         halt::Halt,
         table_cache::{SliceCache, lock},
-        unwatched,
         waiters::Waiters,
     },
     storage::{Flush, Storage},
@@ -190,8 +189,7 @@ impl Qcow2Layer {
         // not durable may be gone after a power cut, and what it replaced must not be overwritten before.
         self.image_file().flush(Flush::Data)?;
         let mut header = self.header().clone();
-        let report =
-            super::check::check(self.storage(), &mut header, Repair::All, &mut |_: Finding| {}, &unwatched)?;
+        let report = super::check::repair_after_death(self.storage(), &mut header)?;
         if report.check_errors != 0 || report.corruptions != 0 {
             return Err(Error::Invalid("Could not repair dirty image".to_owned()));
         }

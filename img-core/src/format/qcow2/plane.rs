@@ -236,7 +236,7 @@ impl Qcow2Layer {
         }
         self.note_counted_once(first..first + count);
         state.barrier = true;
-        state.free_index = first + count;
+        state.search_on_from(first + count);
         self.note_allocated(host.end);
         Ok(Some(host.start))
     }
@@ -245,7 +245,7 @@ impl Qcow2Layer {
     /// over slices without a free cluster, but over no free run that is too short and may go on in the next slice.
     fn find_free_cached(&self, state: &State, count: u64) -> Result<Option<u64>> {
         let order = self.geometry.refcount_order;
-        let mut slice_first = state.free_index;
+        let mut slice_first = state.search_start();
         for _ in 0..SEARCHED_SLICES {
             let Some((at, index)) = self.cached_refcount_place(slice_first)? else { return Ok(None) };
             let Some((slice, _)) = self.refcount_blocks.peek_at(at) else { return Ok(None) };

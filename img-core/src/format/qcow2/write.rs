@@ -572,6 +572,10 @@ impl LayerWriter for Qcow2Layer {
         })
     }
 
+    fn keep_off_what_is_there(&self, keeps_off: bool) {
+        self.keep_off_what_is_there(keeps_off);
+    }
+
     fn prepare_growth(&self, virtual_size_bytes: u64) -> Result<bool> {
         self.before_resize()?;
         self.guard(self.reach_behind(virtual_size_bytes)).map(|()| true)

@@ -218,6 +218,10 @@ impl Layer for QedLayer {
         Some(u32::try_from(self.map.geometry.cluster_bytes()).expect("at most 64 MiB"))
     }
 
+    fn zeroes_in_place(&self) -> bool {
+        true
+    }
+
     fn file(&self, file: HostFile) -> Option<&Arc<dyn Storage>> {
         (file == HostFile::IMAGE).then_some(&self.map.file)
     }

@@ -234,6 +234,10 @@ impl Layer for VmdkLayer {
         self.grain_bytes().and_then(|bytes| u32::try_from(bytes).ok())
     }
 
+    fn zeroes_in_place(&self) -> bool {
+        true
+    }
+
     fn file(&self, file: HostFile) -> Option<&Arc<dyn Storage>> {
         self.files.get(file.0 as usize)
     }

@@ -213,6 +213,10 @@ impl Layer for SparseLayer {
         Some(u32::try_from(self.map.block_bytes).expect("read from 32 bits"))
     }
 
+    fn zeroes_in_place(&self) -> bool {
+        true
+    }
+
     /// Between a sector, which a map may change at, and a block, which it nearly always does.
     fn extent_granularity_bytes(&self) -> Option<u32> {
         const USUAL_BYTES: u64 = 8 * SECTOR_BYTES;

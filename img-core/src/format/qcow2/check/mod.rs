@@ -80,8 +80,25 @@ pub(super) fn check(
     let mode = match repair {
         Repair::Nothing => Mode::NOTHING,
         Repair::Leaks => Mode::LEAKS,
-        Repair::All => Mode { leaks: true, errors: true },
+        Repair::All => Mode::ALL,
     };
+    check_as(mode, storage, header, findings, watch)
+}
+
+/// [`check`] with all repairs, of an image whose last writer died: what it wrote, and no table says, may be known to
+/// somebody else still. Nothing that the file holds is overwritten by new structures.
+pub(super) fn repair_after_death(storage: &Arc<dyn Storage>, header: &mut Header) -> Result<CheckReport> {
+    let mode = Mode { keeps_off: true, ..Mode::ALL };
+    check_as(mode, storage, header, &mut |_: Finding| {}, &unwatched)
+}
+
+fn check_as(
+    mode: Mode,
+    storage: &Arc<dyn Storage>,
+    header: &mut Header,
+    findings: &mut dyn FnMut(Finding),
+    watch: &CheckWatch<'_>,
+) -> Result<CheckReport> {
     let mut teller = Teller::new(findings, mode);
     if !mode.repairs() {
         audit(storage.as_ref(), header, mode, (&mut teller, None), watch)?;
@@ -151,11 +168,14 @@ fn read_pointers(storage: &dyn Storage, header: &mut Header) -> Result<()> {
 struct Mode {
     leaks: bool,
     errors: bool,
+    /// New reference counts go behind the end of the file.
+    keeps_off: bool,
 }
 
 impl Mode {
-    const NOTHING: Self = Self { leaks: false, errors: false };
-    const LEAKS: Self = Self { leaks: true, errors: false };
+    const NOTHING: Self = Self { leaks: false, errors: false, keeps_off: false };
+    const LEAKS: Self = Self { leaks: true, ..Self::NOTHING };
+    const ALL: Self = Self { leaks: true, errors: true, keeps_off: false };
 
     fn repairs(self) -> bool {
         self.leaks || self.errors
@@ -291,6 +311,9 @@ fn counts<'a>(
         teller.line("Rebuilding refcount structure".to_owned());
         let mut guard = Guard::new(&image);
         guard.add(&past_end);
+        if mode.keeps_off {
+            guard.add(&[(0, image.subject.file_bytes)]);
+        }
         let rebuilt = rebuild::rebuild(&mut image.subject, &mut census.counters, &guard, teller)?;
         image.blocks = rebuilt;
         teller.report.corruptions = 0;
