@@ -4,13 +4,18 @@
 use std::sync::{Arc, OnceLock};
 
 use img_core_explored::{
+    Result,
+    image::Image,
     job::{
         Unwatched,
         compare::{CompareOptions, Comparison, compare},
         convert::{ConvertOptions, convert},
         rebase::rebase,
     },
-    storage::MemoryStorage,
+    storage::{
+        MemoryStorage, Storage,
+        testing::{FailAt, Operation},
+    },
 };
 use shuttle::rand::{Rng, thread_rng};
 
@@ -156,30 +161,73 @@ impl Kind {
 }
 
 /// A conversion onto an image that exists, whose threads meet in its clusters.
+struct Conversion {
+    source: Image,
+    expected: Vec<u8>,
+    memory: Arc<MemoryStorage>,
+    options: ConvertOptions,
+}
+
+impl Conversion {
+    fn drawn(kind: &Kind) -> Self {
+        let (source, expected) = kind.source();
+        let old = kind.held(kind.images().empty, &mut vec![0; usize_of(kind.disk_bytes())]);
+        let mut random = thread_rng();
+        let options = ConvertOptions {
+            threads: Some(THREADS),
+            sparse_bytes: [0, 512, 1536, 4096][random.gen_range(0..4_usize)],
+            out_of_order: random.gen_bool(0.5),
+            compress: kind.compresses && random.gen_bool(0.3),
+            copy_offload: random.gen_bool(0.2),
+            target_is_zero: false,
+            ..ConvertOptions::default()
+        };
+        Self {
+            source: harness::open_to_read("qcow2", &source),
+            expected,
+            memory: Arc::new(MemoryStorage::from_bytes("target", &old)),
+            options,
+        }
+    }
+
+    /// Into the image on `storage`, which is the memory or has it below.
+    fn run(&self, kind: &Kind, storage: Arc<dyn Storage>) -> Result<()> {
+        let parent =
+            kind.images().parent.map(|bytes| Arc::new(MemoryStorage::from_bytes("parent", bytes)) as _);
+        let target = harness::open(kind.format, &[], storage, parent);
+        let sources = std::slice::from_ref(&self.source);
+        let converted = convert(sources, &target, &self.options, &|_, error| panic!("{error}"), &Unwatched);
+        // An image that writes nothing any more says so again.
+        let closed = Arc::into_inner(target).expect("nobody else holds it").close();
+        converted.and(closed)
+    }
+}
+
 fn conversions(kind: &'static Kind, schedules: u64) {
     explore(schedules, move || {
-        let (source, expected) = kind.source();
-        let source = harness::open_to_read("qcow2", &source);
-        let images = kind.images();
-        let old = kind.held(images.empty, &mut vec![0; usize_of(kind.disk_bytes())]);
-        let memory = Arc::new(MemoryStorage::from_bytes("target", &old));
-        let parent = images.parent.map(|bytes| Arc::new(MemoryStorage::from_bytes("parent", bytes)) as _);
-        let target = harness::open(kind.format, &[], Arc::clone(&memory) as _, parent);
-        let options = {
-            let mut random = thread_rng();
-            ConvertOptions {
-                threads: Some(THREADS),
-                sparse_bytes: [0, 512, 1536, 4096][random.gen_range(0..4_usize)],
-                out_of_order: random.gen_bool(0.5),
-                compress: kind.compresses && random.gen_bool(0.3),
-                copy_offload: random.gen_bool(0.2),
-                target_is_zero: false,
-                ..ConvertOptions::default()
-            }
-        };
-        convert(&[source], &target, &options, &|_, error| panic!("{error}"), &Unwatched).expect("converted");
-        close(target);
-        kind.check(&memory.to_vec(), images.parent, &expected);
+        let conversion = Conversion::drawn(kind);
+        conversion.run(kind, Arc::clone(&conversion.memory) as _).expect("converted");
+        kind.check(&conversion.memory.to_vec(), kind.images().parent, &conversion.expected);
+    });
+}
+
+/// One write to the target fails under a conversion: it ends, says so, and leaves an image that is sound.
+fn failures(kind: &'static Kind, schedules: u64) {
+    explore(schedules, move || {
+        let conversion = Conversion::drawn(kind);
+        let is_write = |operation| operation == Operation::Write;
+        let nth = thread_rng().gen_range(0..60);
+        let failing = Arc::new(FailAt::once(Arc::clone(&conversion.memory) as _, is_write, nth));
+        let converted = conversion.run(kind, Arc::clone(&failing) as _);
+        let has_failed = failing.seen() > nth;
+        assert_eq!(converted.is_err(), has_failed, "{converted:?}");
+        let image = conversion.memory.to_vec();
+        if has_failed {
+            let (parent, repairs) = (kind.images().parent, kind.format != "qcow2");
+            Audited::new(kind.format, &image, parent, repairs, true).unwrap_or_else(|why| panic!("{why}"));
+        } else {
+            kind.check(&image, kind.images().parent, &conversion.expected);
+        }
     });
 }
 
@@ -211,6 +259,31 @@ fn conversions_to_vmdk() {
 #[test]
 fn conversions_to_vpc() {
     conversions(&VPC, 20);
+}
+
+#[test]
+fn failures_under_conversions_to_qcow2() {
+    failures(&QCOW2, 60);
+}
+
+#[test]
+fn failures_under_conversions_to_subclusters() {
+    failures(&SUBCLUSTERS, 40);
+}
+
+#[test]
+fn failures_under_conversions_to_qed() {
+    failures(&QED, 40);
+}
+
+#[test]
+fn failures_under_conversions_to_vmdk() {
+    failures(&VMDK, 40);
+}
+
+#[test]
+fn failures_under_conversions_to_vpc() {
+    failures(&VPC, 20);
 }
 
 /// An overlay reads the same over another parent, and over none.
