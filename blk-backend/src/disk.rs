@@ -224,13 +224,17 @@ impl Disk {
 
     /// Does something while no request is under way. The same care as with [`pause`](Self::pause).
     pub fn drained<T>(&self, change: impl FnOnce() -> T) -> T {
+        let _one = self.changing();
+        self.paused(change)
+    }
+
+    fn paused<T>(&self, change: impl FnOnce() -> T) -> T {
         struct Resume<'a>(&'a Disk);
         impl Drop for Resume<'_> {
             fn drop(&mut self) {
                 self.0.resume();
             }
         }
-        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         self.pause();
         let _resume = Resume(self);
         change()
@@ -241,7 +245,9 @@ impl Disk {
     /// # Errors
     /// Those of [`Image::resize`].
     pub fn resize(&self, size_bytes: u64) -> Result<()> {
-        self.drained(|| self.image().resize(size_bytes, Preallocation::Off))?;
+        // Until the observers know: who is told of two sizes is told of the newer one last.
+        let _one = self.changing();
+        self.paused(|| self.image().resize(size_bytes, Preallocation::Off))?;
         self.tell(DiskEvent::Resized { size_bytes: self.size_bytes() });
         Ok(())
     }
@@ -344,7 +350,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Calls `observer` after each change that a front end tells its guest about, on the thread that made it.
+    /// Calls `observer` after each change that a front end tells its guest about, on the thread that made it. No other
+    /// change to the disk as a whole is made meanwhile: `observer` makes none, either.
     pub fn observe(self: &Arc<Self>, observer: impl Fn(DiskEvent) + Send + Sync + 'static) -> Observation {
         let mut observers = self.observers();
         let number = observers.made;
@@ -386,7 +393,7 @@ impl Disk {
     /// # Errors
     /// When metadata or data cannot be written or flushed.
     pub fn close(&self) -> Result<()> {
-        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.changing();
         self.pause();
         self.image().layers()[0].writer().map_or(Ok(()), |writer| writer.close())
     }
@@ -396,6 +403,10 @@ impl Disk {
         let observers: Vec<Observer> =
             self.observers().present.iter().map(|(_, observer)| Arc::clone(observer)).collect();
         observers.iter().for_each(|observer| observer(event));
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lanes(&self) -> MutexGuard<'_, Lanes> {
@@ -443,6 +454,23 @@ mod tests {
     };
 
     const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn sizes_are_told_in_their_order() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let name = image(dir.path(), "disk", "qcow2", &[], MIB, None);
+        let disk = Disk::open(&name, &DiskOptions::default()).expect("it was just made");
+        let (observed, told) = (Arc::downgrade(&disk), Arc::new(AtomicU64::new(0)));
+        let count = Arc::clone(&told);
+        let _watch = disk.observe(move |_| {
+            let disk = observed.upgrade().expect("it is being changed");
+            assert!(disk.changing.try_lock().is_err(), "the next change waits until all know of this one");
+            assert!(!disk.pauses.is_any(), "requests do not");
+            count.fetch_add(1, SeqCst);
+        });
+        disk.resize(2 * MIB).expect("resized");
+        assert_eq!(told.load(SeqCst), 1);
+    }
 
     #[test]
     fn a_disk_keeps_no_observer_that_is_gone() {
