@@ -68,7 +68,15 @@ struct LaneQueue {
 impl TargetQueue for LaneQueue {
     fn submit(&mut self, slot: usize, op: Op, offset: u64, len_bytes: u64) -> Result<(), BenchError> {
         let run = [self.memory.run(slot)];
-        let segments = if op.moves_bytes() { self.memory.segments(&run) } else { Segments::NONE };
+        let segments = if op.moves_bytes() {
+            // SAFETY: the run was just given, and `lane` is dropped before `memory`.
+            #[allow(unsafe_code, reason = "the promise of a request's memory")]
+            unsafe {
+                self.memory.segments(&run)
+            }
+        } else {
+            Segments::NONE
+        };
         let request = Request { tag: slot as u64, op, offset, len_bytes, segments };
         match self.lane.submit(&request) {
             Submitted::Taken => Ok(()),

@@ -43,10 +43,13 @@ impl Blocks {
         iovec { iov_base: start.as_ptr().cast(), iov_len: self.block_bytes }
     }
 
-    /// The memory of a request that ends before these blocks are dropped. (`run` drains its lane, or drops it, which
-    /// waits for what is under way, before it drops them.)
-    pub(super) fn segments<'a>(&self, run: &'a [iovec; 1]) -> Segments<'a> {
-        // SAFETY: the blocks live until the lane is done with them, and no reference to them exists.
+    /// The memory of a request.
+    ///
+    /// # Safety
+    /// `run` comes from [`Self::run`], and these blocks are dropped after the lane that the request is given to.
+    pub(super) unsafe fn segments<'a>(&self, run: &'a [iovec; 1]) -> Segments<'a> {
+        // SAFETY: the caller sees to it that the memory is there until the lane, which waits for what it has when it is
+        // dropped, is done with it; no reference to it exists.
         unsafe { Segments::new(run) }
     }
 }

@@ -67,10 +67,14 @@ impl Lent {
     }
 
     /// The memory as a request takes it. `run` comes from [`Self::run`].
+    ///
+    /// # Panics
+    /// When it does not.
     pub(super) fn segments<'a>(&self, run: &'a [iovec; 1]) -> Segments<'a> {
-        assert_eq!(run[0].iov_base, self.start.as_ptr().cast(), "the run of this memory");
-        // SAFETY: `run` was checked to lie inside the memory, which stays allocated until `take_back`, after the lane's
-        // answer; no reference to it exists before. Dropping `self` leaks.
+        let is_own = run[0].iov_base == self.start.as_ptr().cast();
+        assert!(is_own && run[0].iov_len <= self.pages * PAGE_BYTES, "the run of this memory");
+        // SAFETY: `run` lies inside the memory, which stays allocated until `take_back`, whose caller promises that the
+        // lane has answered, and to which no reference exists before. Dropping `self` leaks.
         unsafe { Segments::new(run) }
     }
 
@@ -173,6 +177,8 @@ fn class_of(len_bytes: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
 
     #[test]
@@ -202,6 +208,8 @@ mod tests {
     fn memory_comes_back_with_what_was_written_there() {
         let lent = Pool::default().take(5000, false).unwrap().lend();
         let run = lent.run(5000);
+        let longer = [iovec { iov_len: 8193, ..run[0] }];
+        assert!(catch_unwind(AssertUnwindSafe(|| lent.segments(&longer))).is_err(), "two pages were taken");
         let segments = lent.segments(&run);
         let first = segments.vectors()[0].iov_base.cast::<u8>();
         // SAFETY: the memory is lent to nobody but this test.
