@@ -15,7 +15,7 @@ use super::{
 use crate::disk::Disk;
 
 /// "Block size constraints": the size that is told as preferred, the default of the protocol and the page of a host.
-const PREFERRED_BLOCK_BYTES: u32 = 4096;
+pub(super) const PREFERRED_BLOCK_BYTES: u32 = 4096;
 
 /// How a disk is offered.
 #[derive(Clone, Debug, Default)]
@@ -122,11 +122,6 @@ impl Export {
 
     pub(super) fn size_bytes(&self) -> u64 {
         self.disk.size_bytes()
-    }
-
-    #[expect(clippy::unused_self, reason = "an answer about the export")]
-    pub(super) fn preferred_block_bytes(&self) -> u32 {
-        PREFERRED_BLOCK_BYTES
     }
 
     /// "Transmission flags". All connections share one disk, whose flush covers what any of them wrote: hence

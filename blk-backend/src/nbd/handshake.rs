@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::{
     command::Framing,
     context::{self, Selected},
-    export::{Export, Exports},
+    export::{Export, Exports, PREFERRED_BLOCK_BYTES},
     option::{self, BadOption, InfoRequest, MetaRequest},
     wire::{
         self, Greeting, MAX_PAYLOAD_BYTES, OPTION_MAGIC, OPTION_REPLY_MAGIC, RawOption, RawOptionReply,
@@ -231,7 +231,7 @@ impl<S: Read + Write> Handshake<'_, S> {
             self.reply(option, rep::INFO, &data);
         }
         // Told even when it was not asked for, as in the reference: any alignment is accepted either way.
-        let sizes = [1, export.preferred_block_bytes(), MAX_PAYLOAD_BYTES];
+        let sizes = [1, PREFERRED_BLOCK_BYTES, MAX_PAYLOAD_BYTES];
         let mut block_size = head(info::BLOCK_SIZE);
         block_size.extend(sizes.iter().flat_map(|size| size.to_be_bytes()));
         self.reply(option, rep::INFO, &block_size);

@@ -73,7 +73,7 @@ impl Waiting {
 impl Straight {
     /// A way, where the system has one.
     pub(super) fn new() -> Self {
-        Self { pipe: pipe().ok(), buffer: Vec::new(), waiting: Waiting::NONE, extents: Vec::new() }
+        Self { pipe: new_pipe().ok(), buffer: Vec::new(), waiting: Waiting::NONE, extents: Vec::new() }
     }
 
     /// Whether reads of that length are worth a try.
@@ -92,23 +92,23 @@ impl Straight {
     pub(super) fn fill(&mut self, image: &Arc<Image>, guest_bytes: &Range<u64>) -> bool {
         assert!(self.waiting.is_none(), "one read at a time");
         if image.layers()[0].reuses_places() {
-            let is_copied = self.copy(image, guest_bytes);
+            let is_copied = self.fill_buffer(image, guest_bytes);
             self.waiting = if is_copied { Waiting::Copied(0..self.buffer.len()) } else { Waiting::NONE };
             return is_copied;
         }
         let mut piped = 0;
-        let filled = self.pipe(image, guest_bytes, &mut piped);
+        let filled = self.fill_pipe(image, guest_bytes, &mut piped);
         self.waiting = Waiting::Piped(piped);
         if !filled && piped > 0 {
             // What is there of it goes with the pipe.
-            self.pipe = pipe().ok();
+            self.pipe = new_pipe().ok();
             self.waiting = Waiting::NONE;
         }
         filled
     }
 
     /// Fills the buffer.
-    fn copy(&mut self, image: &Arc<Image>, guest_bytes: &Range<u64>) -> bool {
+    fn fill_buffer(&mut self, image: &Arc<Image>, guest_bytes: &Range<u64>) -> bool {
         let Ok(Attempt::Done(_ticket)) = image.try_map(guest_bytes.clone(), &mut self.extents) else {
             return false;
         };
@@ -138,7 +138,7 @@ impl Straight {
     }
 
     /// Fills the pipe, and counts in `piped` what it has then.
-    fn pipe(&mut self, image: &Arc<Image>, guest_bytes: &Range<u64>, piped: &mut usize) -> bool {
+    fn fill_pipe(&mut self, image: &Arc<Image>, guest_bytes: &Range<u64>, piped: &mut usize) -> bool {
         let Some((_, pipe)) = &self.pipe else { return false };
         // Whatever is wrong the lane finds out as well, and tells.
         let Ok(Attempt::Done(_ticket)) = image.try_map(guest_bytes.clone(), &mut self.extents) else {
@@ -297,7 +297,7 @@ fn page_bytes() -> u64 {
 }
 
 /// A pipe that holds as much as one may.
-fn pipe() -> io::Result<(PipeReader, PipeWriter)> {
+fn new_pipe() -> io::Result<(PipeReader, PipeWriter)> {
     let (reader, writer) = io::pipe()?;
     let bytes = libc::c_int::try_from(PIPE_BYTES).expect("it fits");
     // SAFETY: no memory is named.
