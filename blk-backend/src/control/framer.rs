@@ -28,11 +28,11 @@ impl Framer {
 
     /// The next text that is whole.
     pub(super) fn next(&mut self) -> Result<Option<Vec<u8>>, TooLong> {
+        if self.seen == 0 {
+            let blank = self.bytes.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+            self.bytes.drain(..blank);
+        }
         while let Some(byte) = self.bytes.get(self.seen).copied() {
-            if self.seen == 0 && byte.is_ascii_whitespace() {
-                self.bytes.remove(0);
-                continue;
-            }
             self.seen += 1;
             if self.ends_at(byte) {
                 let rest = self.bytes.split_off(self.seen);

@@ -54,7 +54,7 @@ impl Metrics {
     pub fn start(address: &ControlAddress, daemon: Arc<Daemon>) -> io::Result<Self> {
         let answer = move |fd: OwnedFd| {
             // A client that is gone needs no answer.
-            serve(&daemon, &fd).ok();
+            serve(&daemon, fd).ok();
         };
         let (acceptor, address) = address.accept(answer)?;
         Ok(Self { _acceptor: acceptor, address })
@@ -68,16 +68,16 @@ impl Metrics {
 }
 
 /// Answers one HTTP request.
-fn serve(daemon: &Daemon, fd: &OwnedFd) -> io::Result<()> {
+fn serve(daemon: &Daemon, fd: OwnedFd) -> io::Result<()> {
     // Bytes go through the descriptor alone; what kind of socket it is does not matter.
-    let mut stream = TcpStream::from(fd.try_clone()?);
+    let mut stream = TcpStream::from(fd);
     stream.set_write_timeout(Some(PATIENCE))?;
     let deadline = Instant::now() + PATIENCE;
     let mut request = Vec::new();
     while !request.windows(4).any(|end| end == b"\r\n\r\n") && request.len() < MAX_REQUEST_BYTES {
         let left = deadline.saturating_duration_since(Instant::now());
         let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
-        if poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left))? == 0 {
+        if poll(&mut [PollFd::new(&stream, PollFlags::IN)], Some(&left))? == 0 {
             return Ok(());
         }
         let mut some = [0; 1024];

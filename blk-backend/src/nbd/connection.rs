@@ -319,8 +319,9 @@ impl<'a> Connection<'a> {
 
     fn succeed(&mut self, index: u32) {
         let flight = self.flights.get(index);
-        let (to, of_read) = (flight.to, matches!(flight.operation, Operation::Read { .. }));
-        self.output.push(|out| to.success(out, of_read), Body::Nothing);
+        let (to, operation) = (flight.to, flight.operation);
+        let in_chunks = matches!(operation, Operation::Read { .. } | Operation::BlockStatus { .. });
+        self.output.push(|out| to.success(out, in_chunks), Body::Nothing);
         self.release(index);
     }
 
@@ -363,7 +364,8 @@ impl<'a> Connection<'a> {
             asked.map(|known| Ok((known.id, status::descriptors(&image, &known.context, &query)?))).collect();
         let to = self.flights.get(index).to;
         match found {
-            Ok(found) if found.is_empty() => self.succeed_with_none(index),
+            // A filter may name no context at all.
+            Ok(found) if found.is_empty() => self.succeed(index),
             Ok(found) => {
                 let last = found.len() - 1;
                 for (at, (id, runs)) in found.iter().enumerate() {
@@ -376,13 +378,6 @@ impl<'a> Connection<'a> {
                 self.fail(index, NbdError::from_errno(errno.raw_os_error()), &error.to_string());
             }
         }
-    }
-
-    /// A filter may name no context at all: the reply is then an empty one.
-    fn succeed_with_none(&mut self, index: u32) {
-        let to = self.flights.get(index).to;
-        self.output.push(|out| to.success(out, true), Body::Nothing);
-        self.release(index);
     }
 
     fn send(&mut self) -> Result<()> {

@@ -66,11 +66,11 @@ impl Addressee {
     }
 
     /// The request succeeded and there is nothing (more) to say. Smallest form that the framing allows: structured
-    /// connections may be answered simply where there is no payload ("Structured reply chunk message"), but a
-    /// READ may not, nor anything under extended headers.
-    pub(super) fn success(self, out: &mut Vec<u8>, of_read: bool) {
+    /// connections may be answered simply where there is no payload ("Structured reply chunk message"), but commands
+    /// that are answered `in_chunks` may not, nor anything under extended headers.
+    pub(super) fn success(self, out: &mut Vec<u8>, in_chunks: bool) {
         match self.framing {
-            Framing::Structured if of_read => self.chunk(out, chunk::NONE, true, 0),
+            Framing::Structured if in_chunks => self.chunk(out, chunk::NONE, true, 0),
             Framing::Extended => self.chunk(out, chunk::NONE, true, 0),
             Framing::Simple | Framing::Structured => self.simple(out, 0),
         }

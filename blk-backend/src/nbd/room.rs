@@ -1,4 +1,4 @@
-//! Word of room to send, for a lane that hears of readable descriptors only.
+//! Room to send, for a lane that hears of readable descriptors only.
 
 use std::{
     io,
@@ -9,8 +9,7 @@ use rustix::event::{Timespec, epoll};
 
 use super::socket::Socket;
 
-/// Tells a lane, which hears of readable descriptors, that a socket has room to send: an epoll instance is readable
-/// when it has something to tell.
+/// Tells that a socket has room to send: an epoll instance is readable when it has something to tell.
 pub(super) struct RoomWatch(OwnedFd);
 
 impl RoomWatch {

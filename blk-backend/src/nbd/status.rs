@@ -33,15 +33,14 @@ pub(super) struct Query {
 /// # Errors
 /// When tables cannot be read.
 pub(super) fn descriptors(image: &Image, context: &Context, query: &Query) -> Result<Vec<Descriptor>> {
-    let entries = || map::entries(image, query.offset, Some(query.len_bytes));
     let mut runs = Runs { runs: Vec::new(), most: if query.one { 1 } else { MAX_DESCRIPTORS } };
+    let mut fill = |flags: fn(&MapEntry) -> u32| {
+        let entries = map::entries(image, query.offset, Some(query.len_bytes));
+        runs.fill(entries.map(|entry| entry.map(|entry| (entry.length_bytes, flags(&entry)))))
+    };
     match context {
-        Context::Allocation => {
-            runs.fill(entries().map(|entry| entry.map(|entry| (entry.length_bytes, allocation(&entry)))))?;
-        }
-        Context::Depth => {
-            runs.fill(entries().map(|entry| entry.map(|entry| (entry.length_bytes, depth(&entry)))))?;
-        }
+        Context::Allocation => fill(allocation)?,
+        Context::Depth => fill(depth)?,
         Context::Bitmap(bitmap) => {
             let map = bitmap.map().expect("contexts are fixed when they are selected");
             runs.fill(dirty(map, query.offset, query.len_bytes).map(Ok))?;

@@ -99,15 +99,17 @@ impl Worker {
         if !is_inside(&rings, &ram) {
             return Err(RingError::RingOutside.into());
         }
+        let descriptors = usize::from(rings.size);
         // What was used is in the ring itself. Taken off the available ring is what was used, and what is marked.
         let next_used = rings.used_idx(&ram)?;
-        let mut next_avail = setup.next_avail;
-        let mut heads = VecDeque::with_capacity(usize::from(rings.size));
-        if let Some(inflight) = &mut inflight {
-            heads.extend(inflight.recover(next_used)?);
-            let marked = u16::try_from(heads.len()).expect("at most a queue of them");
-            next_avail = next_used.wrapping_add(marked);
-        }
+        let mut heads = VecDeque::with_capacity(descriptors);
+        let next_avail = match &mut inflight {
+            None => setup.next_avail,
+            Some(inflight) => {
+                heads.extend(inflight.recover(next_used)?);
+                next_used.wrapping_add(u16::try_from(heads.len()).expect("at most a queue of them"))
+            }
+        };
         let event_idx = setup.features.has(Features::EVENT_IDX);
         // One more for the queue's own flush.
         let depth = u32::from(rings.size) + 1;
@@ -115,7 +117,6 @@ impl Worker {
         if let Some(kick) = &setup.kick {
             lane.watch(kick.as_fd(), KICK)?;
         }
-        let descriptors = usize::from(rings.size);
         let mut worker = Self {
             lane,
             depth: descriptors,

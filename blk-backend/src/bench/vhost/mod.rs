@@ -152,17 +152,8 @@ impl Talk<'_> {
             return Err(BenchError::Job(format!("{} queues, and the device has {most}", job.queues)));
         }
         self.say("SET_FEATURES", |frontend| frontend.set_features(features.0))?;
-        let inflight = if options.inflight && protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
-            let queues = u16::try_from(job.queues).map_err(|_| self.protocol("65536 queues or more"))?;
-            let wish = VhostUserInflight::new(0, 0, queues, plan.descriptors);
-            let (description, file) =
-                self.say("GET_INFLIGHT_FD", |frontend| frontend.get_inflight_fd(&wish))?;
-            let fd = file.as_raw_fd();
-            self.say("SET_INFLIGHT_FD", |frontend| frontend.set_inflight_fd(&description, fd))?;
-            Some(file)
-        } else {
-            None
-        };
+        let has_inflight = options.inflight && protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        let inflight = if has_inflight { Some(self.inflight(job.queues, plan.descriptors)?) } else { None };
         let memory = SharedMemory::new(&plan, job.queues)?;
         self.share(&memory, options.memory_slots)?;
         Ok(VhostTarget {
@@ -202,6 +193,16 @@ impl Talk<'_> {
             self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         Ok(agreed)
+    }
+
+    /// Has inflight memory made, and gives it to the device.
+    fn inflight(&mut self, queues: u32, descriptors: u16) -> Result<File, BenchError> {
+        let queues = u16::try_from(queues).map_err(|_| self.protocol("65536 queues or more"))?;
+        let wish = VhostUserInflight::new(0, 0, queues, descriptors);
+        let (description, file) = self.say("GET_INFLIGHT_FD", |frontend| frontend.get_inflight_fd(&wish))?;
+        let fd = file.as_raw_fd();
+        self.say("SET_INFLIGHT_FD", |frontend| frontend.set_inflight_fd(&description, fd))?;
+        Ok(file)
     }
 
     fn config(&mut self) -> Result<RawConfig, BenchError> {

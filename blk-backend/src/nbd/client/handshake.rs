@@ -107,7 +107,7 @@ impl Negotiated {
     }
 }
 
-/// The whole dialogue.
+/// The whole dialogue: whether replies are structured, and the export.
 fn agree(stream: &mut (impl Read + Write), export: &str) -> io::Result<(bool, ExportInfo)> {
     let greeting: Greeting = receive(stream)?;
     if (greeting.server_magic.get(), greeting.option_magic.get()) != (SERVER_MAGIC, OPTION_MAGIC) {
@@ -125,6 +125,11 @@ fn agree(stream: &mut (impl Read + Write), export: &str) -> io::Result<(bool, Ex
     if !structured && !is_error(kind) {
         return Err(broken(format!("reply {kind:#x} to STRUCTURED_REPLY")));
     }
+    Ok((structured, go(stream, export)?))
+}
+
+/// Chooses the export, and hears what the server says of it.
+fn go(stream: &mut (impl Read + Write), export: &str) -> io::Result<ExportInfo> {
     let name_bytes = u32::try_from(export.len()).map_err(|_| broken("a name that is too long"))?;
     let wanted = [1, info::BLOCK_SIZE].map(u16::to_be_bytes).concat();
     ask(stream, option::GO, &[&name_bytes.to_be_bytes(), export.as_bytes(), &wanted].concat())?;
@@ -160,7 +165,7 @@ fn agree(stream: &mut (impl Read + Write), export: &str) -> io::Result<(bool, Ex
     }
     let (size_bytes, flags) =
         found.ok_or_else(|| broken("the server does not say how large the export is"))?;
-    Ok((structured, ExportInfo { size_bytes, flags, least_block_bytes, most_payload_bytes }))
+    Ok(ExportInfo { size_bytes, flags, least_block_bytes, most_payload_bytes })
 }
 
 /// The bytes of a field. The length of `data` was checked.
