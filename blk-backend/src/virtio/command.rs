@@ -27,20 +27,21 @@ pub enum Status {
 /// The head of `struct virtio_blk_req` (5.2.6).
 #[derive(Clone, Copy, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
-struct RawHeader {
-    kind: U32,
-    reserved: U32,
-    sector: U64,
+pub(crate) struct RawHeader {
+    /// One of [`kind`].
+    pub(crate) kind: U32,
+    pub(crate) reserved: U32,
+    pub(crate) sector: U64,
 }
 const _: () = assert!(size_of::<RawHeader>() == 16);
 
 /// `struct virtio_blk_discard_write_zeroes` (5.2.6).
 #[derive(Clone, Copy, Default, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
-struct RawRange {
-    sector: U64,
-    num_sectors: U32,
-    flags: U32,
+pub(crate) struct RawRange {
+    pub(crate) sector: U64,
+    pub(crate) num_sectors: U32,
+    pub(crate) flags: U32,
 }
 const RANGE_BYTES: u64 = size_of::<RawRange>() as u64;
 const _: () = assert!(RANGE_BYTES == 16);
@@ -48,12 +49,15 @@ const _: () = assert!(RANGE_BYTES == 16);
 /// `unmap` of `flags`.
 const UNMAP: u32 = 1;
 
-const T_IN: u32 = 0;
-const T_OUT: u32 = 1;
-const T_FLUSH: u32 = 4;
-const T_GET_ID: u32 = 8;
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
+/// `VIRTIO_BLK_T_...` (5.2.6).
+pub(crate) mod kind {
+    pub(crate) const IN: u32 = 0;
+    pub(crate) const OUT: u32 = 1;
+    pub(crate) const FLUSH: u32 = 4;
+    pub(crate) const GET_ID: u32 = 8;
+    pub(crate) const DISCARD: u32 = 11;
+    pub(crate) const WRITE_ZEROES: u32 = 13;
+}
 
 /// What a request wants. Its data memory is what is left in the chain: `writable` for reads and the id, `readable`
 /// for writes.
@@ -158,13 +162,13 @@ fn command(
     take_front(ram, &mut chain.readable, header.as_mut_bytes()).map_err(broken)?;
     let sector = header.sector.get();
     match header.kind.get() {
-        T_IN => {
+        kind::IN => {
             nothing_in(&chain.readable)?;
             let len_bytes = total_bytes(&chain.writable);
             let at_bytes = disk.range(sector, len_bytes).ok_or(Status::IoError)?;
             Ok(Command::In { at_bytes, len_bytes })
         }
-        T_OUT => {
+        kind::OUT => {
             nothing_in(&chain.writable)?;
             let len_bytes = total_bytes(&chain.readable);
             let at_bytes = disk.range(sector, len_bytes).ok_or(Status::IoError)?;
@@ -173,10 +177,10 @@ fn command(
             }
             Ok(Command::Out { at_bytes, len_bytes })
         }
-        T_FLUSH => Ok(Command::Flush),
-        T_GET_ID => nothing_in(&chain.readable).map(|()| Command::GetId),
-        T_DISCARD => read_ranges(ram, chain, disk, ranges, false).map(|()| Command::Discard),
-        T_WRITE_ZEROES => read_ranges(ram, chain, disk, ranges, true).map(|()| Command::WriteZeroes),
+        kind::FLUSH => Ok(Command::Flush),
+        kind::GET_ID => nothing_in(&chain.readable).map(|()| Command::GetId),
+        kind::DISCARD => read_ranges(ram, chain, disk, ranges, false).map(|()| Command::Discard),
+        kind::WRITE_ZEROES => read_ranges(ram, chain, disk, ranges, true).map(|()| Command::WriteZeroes),
         _ => Err(Status::Unsupported),
     }
 }

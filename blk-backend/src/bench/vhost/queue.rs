@@ -18,10 +18,7 @@ use rustix::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address as _, Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-use zerocopy::{
-    Immutable, IntoBytes,
-    little_endian::{U32, U64},
-};
+use zerocopy::{IntoBytes, little_endian::U32};
 
 use super::{
     VhostTarget,
@@ -36,38 +33,15 @@ use crate::{
     request::Op,
     virtio::{
         Features, GuestRam, Status,
+        command::{RawHeader, RawRange, kind},
         config::SECTOR_BYTES,
         driver::{DriverQueue, F_INDIRECT, F_NEXT, F_WRITE},
         ring::RingLayout,
     },
 };
 
-/// Request types (5.2.6).
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const DISCARD: u32 = 11;
-
 /// What stands at the status byte before the device has answered.
 const NO_STATUS: u8 = 0xaa;
-
-/// `struct virtio_blk_req` (5.2.6): what the device reads first.
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct RawHeader {
-    kind: U32,
-    reserved: U32,
-    sector: U64,
-}
-
-/// `struct virtio_blk_discard_write_zeroes` (5.2.6).
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct RawRange {
-    sector: U64,
-    sectors: U32,
-    flags: U32,
-}
 
 /// See the module.
 pub(super) struct RingQueue<'a> {
@@ -234,27 +208,27 @@ impl<'a> RingQueue<'a> {
 impl TargetQueue for RingQueue<'_> {
     fn submit(&mut self, slot: usize, op: Op, offset: u64, len_bytes: u64) -> Result<(), BenchError> {
         let places = self.slots[slot].places;
-        let (kind, data) = match op {
-            Op::Read => (IN, Some((places.data, len_bytes, true))),
-            Op::Write { fua: false } => (OUT, Some((places.data, len_bytes, false))),
-            Op::Flush => (FLUSH, None),
+        let (asked, data) = match op {
+            Op::Read => (kind::IN, Some((places.data, len_bytes, true))),
+            Op::Write { fua: false } => (kind::OUT, Some((places.data, len_bytes, false))),
+            Op::Flush => (kind::FLUSH, None),
             Op::Discard { fua: false } => {
-                let sectors = u32::try_from(len_bytes / SECTOR_BYTES)
+                let num_sectors = u32::try_from(len_bytes / SECTOR_BYTES)
                     .map_err(|_| BenchError::Job(format!("a discard of {len_bytes} bytes")))?;
                 let range = RawRange {
                     sector: (offset / SECTOR_BYTES).into(),
-                    sectors: sectors.into(),
+                    num_sectors: num_sectors.into(),
                     flags: U32::ZERO,
                 };
                 self.ram.write_slice(range.as_bytes(), places.range).expect("the memory was made for it");
-                (DISCARD, Some((places.range, size_of::<RawRange>() as u64, false)))
+                (kind::DISCARD, Some((places.range, size_of::<RawRange>() as u64, false)))
             }
             Op::Write { fua: true } | Op::Discard { fua: true } | Op::WriteZeroes { .. } | Op::Cache => {
                 return Err(BenchError::Job(format!("virtio-blk has no request for {op:?}")));
             }
         };
-        let sector = if kind == IN || kind == OUT { offset / SECTOR_BYTES } else { 0 };
-        let header = RawHeader { kind: kind.into(), reserved: U32::ZERO, sector: sector.into() };
+        let sector = if asked == kind::IN || asked == kind::OUT { offset / SECTOR_BYTES } else { 0 };
+        let header = RawHeader { kind: asked.into(), reserved: U32::ZERO, sector: sector.into() };
         self.ram.write_slice(header.as_bytes(), places.header).expect("the memory was made for it");
         self.ram.write_obj(NO_STATUS, places.status).expect("the memory was made for it");
         self.slots[slot].under_way = true;
