@@ -1,11 +1,12 @@
 //! The CPU time of a process: ours, or the one that serves.
 #![allow(unsafe_code, reason = "the clock of another process")]
 
-use std::{io, mem::MaybeUninit, os::fd::AsFd, time::Duration};
+use std::{io, os::fd::AsFd, time::Duration};
 
 use rustix::net::sockopt::socket_peercred;
 
 use super::run::BenchError;
+use crate::engine::read_clock;
 
 /// The clock of a process: user and system time of all its threads, also of those that have ended.
 #[derive(Clone, Copy, Debug)]
@@ -54,14 +55,7 @@ impl CpuClock {
     /// # Errors
     /// [`BenchError::Gone`] when the process is gone.
     pub fn now(&self) -> Result<Duration, BenchError> {
-        let mut now = MaybeUninit::<libc::timespec>::uninit();
-        // SAFETY: the pointer is to a live, exclusively borrowed local of the right type.
-        if unsafe { libc::clock_gettime(self.clock, now.as_mut_ptr()) } != 0 {
-            return Err(gone(self.pid.unwrap_or(0), &io::Error::last_os_error()));
-        }
-        // SAFETY: the call succeeded, so it was filled.
-        let now = unsafe { now.assume_init() };
-        Ok(Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0)))
+        read_clock(self.clock).map_err(|error| gone(self.pid.unwrap_or(0), &error))
     }
 }
 

@@ -1,7 +1,7 @@
-//! CPU time of a thread, as others read it: the thread itself pays nothing for that.
+//! CPU time of a thread or process, as others read it: they themselves pay nothing for that.
 #![allow(unsafe_code)]
 
-use std::{mem::MaybeUninit, time::Duration};
+use std::{io, mem::MaybeUninit, time::Duration};
 
 /// The CPU time that a thread has spent since this was made on it.
 #[derive(Debug)]
@@ -17,26 +17,30 @@ impl ThreadClock {
         // SAFETY: the calling thread lives, and `clock` is ours.
         let failed = unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &raw mut clock) };
         assert_eq!(failed, 0, "every thread that lives has a clock");
-        Self { clock, began: now(clock).expect("the calling thread lives") }
+        Self { clock, began: read_clock(clock).expect("the calling thread lives") }
     }
 
     /// What it has spent. The thread lives.
     pub(crate) fn spent(&self) -> Duration {
-        now(self.clock).map_or(Duration::ZERO, |now| now.saturating_sub(self.began))
+        read_clock(self.clock).map_or(Duration::ZERO, |now| now.saturating_sub(self.began))
     }
 }
 
-/// `None` when the thread is gone.
-fn now(clock: libc::clockid_t) -> Option<Duration> {
+/// What a clock says.
+///
+/// # Errors
+/// When its thread or process is gone.
+pub(crate) fn read_clock(clock: libc::clockid_t) -> io::Result<Duration> {
     let mut time = MaybeUninit::<libc::timespec>::uninit();
     // SAFETY: `time` is ours; the kernel fills it when it returns 0.
     let time = unsafe {
         if libc::clock_gettime(clock, time.as_mut_ptr()) != 0 {
-            return None;
+            return Err(io::Error::last_os_error());
         }
         time.assume_init()
     };
-    Some(Duration::new(u64::try_from(time.tv_sec).ok()?, u32::try_from(time.tv_nsec).ok()?))
+    // CPU time is never negative, and nanoseconds are below 10^9.
+    Ok(Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0)))
 }
 
 #[cfg(test)]

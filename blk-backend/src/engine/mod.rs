@@ -42,7 +42,7 @@ pub use poll::Poll;
 pub use stats::{Histogram, LaneSnapshot, OpKind, OpStats};
 
 pub(crate) use bell::Bell;
-pub(crate) use clock::ThreadClock;
+pub(crate) use clock::{ThreadClock, read_clock};
 pub(crate) use flight::Flight;
 pub(crate) use mailbox::Mailbox;
 pub(crate) use pause::Pauses;
