@@ -232,6 +232,8 @@ impl Server {
         let acceptor = self.acceptor.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(acceptor) = acceptor else { return };
         self.shared.exports.close();
+        // First, so that who goes on when nobody has to wait for room any more lets nobody in.
+        acceptor.end();
         self.shared.registry().stopping = true;
         self.shared.ended.notify_all();
         drop(acceptor);
@@ -360,5 +362,38 @@ fn serve(shared: &Shared, client: &Client) -> Result<(), End> {
         Ok(()) => Ok(()),
         Err(ConnectionError::Io(error)) => Err(End::Io(error)),
         Err(ConnectionError::Violation(violation)) => Err(End::Violation(violation.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Read as _, os::unix::net::UnixStream};
+
+    use super::*;
+
+    #[test]
+    fn clients_beyond_the_limit_wait_for_room_and_not_beyond_the_end() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("socket");
+        let options = ServerOptions { max_connections: 1, ..ServerOptions::default() };
+        let log: Log = Arc::new(|_: &str| {});
+        let server = Server::start(&ListenAddress::Unix(path.clone()), options, log).expect("it listens");
+        let connect = || UnixStream::connect(&path).expect("it listens");
+        let greeting = |client: &mut UnixStream| {
+            let mut bytes = [0; 18];
+            client.read_exact(&mut bytes).map(|()| bytes.starts_with(b"NBDMAGIC"))
+        };
+        let (mut first, mut second) = (connect(), connect());
+        assert!(greeting(&mut first).expect("there is room"));
+        second.set_read_timeout(Some(Duration::from_millis(100))).expect("a socket");
+        assert!(greeting(&mut second).is_err(), "there is no room");
+        second.set_read_timeout(None).expect("a socket");
+        drop(first);
+        assert!(greeting(&mut second).expect("there is room"));
+        let mut third = connect();
+        server.stop();
+        assert!(greeting(&mut third).is_err(), "nobody is let in");
+        assert_eq!(server.counts().accepted, 2);
+        assert!(!path.exists());
     }
 }
