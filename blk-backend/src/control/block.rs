@@ -329,6 +329,7 @@ fn where_allowed(error: Error) -> CommandError {
 }
 
 fn snapshot_create<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {
+    let _one = service.nodes().change();
     let (device, name) = (arguments.text("device"), arguments.text("name"));
     let node = service.nodes().find(device, device)?;
     if name.is_empty() {
@@ -346,6 +347,7 @@ fn snapshot_create<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcom
 }
 
 fn snapshot_delete<S: Service>(service: &S, arguments: &Arguments<'_>) -> Outcome {
+    let _one = service.nodes().change();
     let device = arguments.text("device");
     let node = service.nodes().find(device, device)?;
     let (id, name) = (arguments.maybe_text("id"), arguments.maybe_text("name"));
@@ -381,6 +383,41 @@ fn snapshots(node: &Node) -> Result<Vec<SnapshotInfo>, CommandError> {
             Err(CommandError::new(format!(
                 "Block format '{format}' used by device '{name}' does not support feature 'internal snapshots'"
             )))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{Arc, Barrier},
+        thread,
+    };
+
+    use super::*;
+    use crate::{
+        control::Daemon,
+        disk::{Disk, DiskOptions},
+        engine::tests::image,
+        nbd::ServerOptions,
+    };
+
+    #[test]
+    fn of_two_clients_who_want_the_same_name_one_has_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let name = image(dir.path(), "disk", "qcow2", &[], 1 << 20, None);
+        let disk = Disk::open(&name, &DiskOptions::default()).expect("it was just made");
+        let daemon = Daemon::new(ServerOptions::default(), Arc::new(|_: &str| {})).expect("a daemon");
+        daemon.add_node("disk0", &disk, CacheMode::Writeback).expect("the name is free");
+        for round in 0..50 {
+            let both = Barrier::new(2);
+            let take = || {
+                let arguments = json!({"device": "disk0", "name": format!("s{round}")});
+                both.wait();
+                snapshot_create(&*daemon, &Arguments(arguments.as_object().expect("it is one"))).is_ok()
+            };
+            let taken = thread::scope(|scope| [scope.spawn(take), scope.spawn(take)].map(|one| one.join()));
+            assert_eq!(taken.map(|one| u32::from(one.expect("no panic"))).iter().sum::<u32>(), 1, "{round}");
         }
     }
 }

@@ -75,7 +75,7 @@ impl Node {
 #[derive(Debug, Default)]
 pub struct Nodes {
     list: Mutex<Vec<Node>>,
-    /// One command at a time gives names to layers.
+    /// One command at a time gives names to layers and to their snapshots.
     changing: Mutex<()>,
 }
 
@@ -153,7 +153,7 @@ impl Nodes {
         }
     }
 
-    /// Held by commands that change what layers are called.
+    /// Held by commands that change what layers are called, or which snapshots they have: names are looked at first.
     pub(super) fn change(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
