@@ -12,7 +12,7 @@ use std::{ops::Range, sync::Arc, time::Instant};
 
 use img_core::{
     format::HostFile,
-    image::{Commit, Image},
+    image::{Commit, Image, Lookaside},
     storage::Limits,
 };
 
@@ -47,6 +47,7 @@ impl Lane {
     fn change_image(&mut self) {
         self.generation = self.disk.generation();
         self.image = self.disk.image();
+        self.lookaside = Lookaside::of(&self.image);
         self.direct = Direct::of(&self.image);
         if let Some(ring) = self.backend.ring() {
             self.transfers.forget_files(ring);
@@ -79,11 +80,11 @@ impl Lane {
     fn read(&mut self, index: u32) {
         let Some(ring) = self.backend.ring() else { return self.hand_over(index, Task::All(Op::Read)) };
         let slot = self.slots.get(index);
-        let mut way = self.transfers.read(ring, &self.image, index, slot);
+        let mut way = self.transfers.read(ring, &mut self.lookaside, index, slot);
         if way == Way::Busy {
             // Whoever ends from here on wakes the lane; who has ended already is not in the way any more.
             self.image.wake_on_progress(&self.progress);
-            way = self.transfers.read(ring, &self.image, index, slot);
+            way = self.transfers.read(ring, &mut self.lookaside, index, slot);
         }
         match way {
             Way::Pushed => self.begin_moving(index),

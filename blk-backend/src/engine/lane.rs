@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use img_core::image::Image;
+use img_core::image::{Image, Lookaside};
 
 use super::{
     backend::{Backend, EngineChoice, EngineInUse},
@@ -93,6 +93,8 @@ pub struct Lane {
     /// [`Disk::image`], as of `generation`. Looked at again whenever the lane becomes active.
     pub(super) image: Arc<Image>,
     pub(super) generation: u64,
+    /// What is remembered of the map of `image`.
+    pub(super) lookaside: Lookaside,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) slots: Slots,
     /// Taken while the disk is paused, in order.
@@ -131,6 +133,7 @@ impl Lane {
         Ok(Self {
             generation: disk.generation(),
             direct: Direct::of(&image),
+            lookaside: Lookaside::of(&image),
             image,
             disk: Arc::clone(disk),
             slots: Slots::new(depth),

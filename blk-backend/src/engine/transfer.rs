@@ -9,7 +9,7 @@ use std::{ops::Range, sync::Arc};
 
 use img_core::{
     format::{Attempt, HostFile, HostOffset, Place, WriteStep},
-    image::{FlushTicket, Image, ImageExtent, TableTicket, Ticket, WriteTicket},
+    image::{FlushTicket, Image, ImageExtent, Lookaside, TableTicket, Ticket, WriteTicket},
 };
 
 use super::{
@@ -121,11 +121,14 @@ impl Transfers {
     }
 
     /// Tries to read without a worker.
-    pub(super) fn read(&mut self, ring: &mut Ring, image: &Arc<Image>, index: u32, slot: &mut Slot) -> Way {
-        let mut extents = std::mem::take(&mut self.extents);
-        let attempt = image.try_map(slot.guest_bytes.clone(), &mut extents);
-        self.extents = extents;
-        let ticket = match attempt {
+    pub(super) fn read(
+        &mut self,
+        ring: &mut Ring,
+        lookaside: &mut Lookaside,
+        index: u32,
+        slot: &mut Slot,
+    ) -> Way {
+        let ticket = match lookaside.try_map(slot.guest_bytes.clone(), &mut self.extents) {
             Ok(Attempt::Done(ticket)) => ticket,
             Ok(Attempt::Busy) => return Way::Busy,
             // What is wrong is told by the worker.
@@ -134,7 +137,7 @@ impl Transfers {
         self.places.clear();
         slot.lists.clear();
         slot.pending = 0;
-        if !self.plan_read(ring, image, &mut slot.lists, Memory::Request(&slot.runs), 0) {
+        if !self.plan_read(ring, lookaside.image(), &mut slot.lists, Memory::Request(&slot.runs), 0) {
             return Way::Blocks;
         }
         slot.hold = Some(Hold::Read(ticket));

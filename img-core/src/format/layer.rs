@@ -410,6 +410,13 @@ pub trait Layer: Send + Sync + fmt::Debug {
         Ok(false)
     }
 
+    /// Counts what may change an answer of the map, of which answers can be remembered: it grows before the change can be
+    /// seen, and before anything that the change gives up is given out again. It may grow for less. `None` where nobody
+    /// counts. No I/O, never blocks.
+    fn map_changes(&self) -> Option<u64> {
+        None
+    }
+
     /// The first piece of a table for lack of which [`Self::try_map_range`] cannot answer, so that somebody who must not
     /// wait for it can read it himself, and [offer](Self::offer_table) it, and ask again. As [`Self::try_map_range`] in
     /// all else. `None` where something else is the matter, or the layer takes no offers.

@@ -137,6 +137,8 @@ pub(super) struct SliceCache {
     /// Counts what makes bytes old that somebody has read from the file: writes of slices that have begun, and slices
     /// that were forgotten.
     age: AtomicU64,
+    /// Counts what may change what is found here, before it can be found.
+    changes: AtomicU64,
 }
 
 impl SliceCache {
@@ -149,6 +151,7 @@ impl SliceCache {
             slices_per_shard: usize::try_from(per_shard).unwrap_or(usize::MAX),
             dirty: Mutex::default(),
             age: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
         }
     }
 
@@ -216,6 +219,11 @@ impl SliceCache {
         Ok(())
     }
 
+    /// Grows before what is found here changes. Where it has not grown since before a look, the look would find the same.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::SeqCst)
+    }
+
     /// Grows with all that may make bytes old that were read from the file before.
     pub(super) fn age(&self) -> u64 {
         self.age.load(Ordering::SeqCst)
@@ -256,7 +264,7 @@ impl SliceCache {
         let (start, within) = self.place(at);
         let shard = self.shard(start);
         let mut slices = loop {
-            let slices = shard.write();
+            let slices = self.begin_change(shard);
             if slices.contains_key(&start) {
                 break slices;
             }
@@ -273,8 +281,15 @@ impl SliceCache {
     /// [`Self::update`] where the slice is here; `None`, and `change` is not called, where it is not. No I/O.
     pub(super) fn update_cached<T>(&self, at: u64, change: impl FnOnce(&mut [u8], usize) -> T) -> Option<T> {
         let (start, within) = self.place(at);
-        let mut slices = self.shard(start).write();
+        let mut slices = self.begin_change(self.shard(start));
         Some(change(self.slice_to_change(&mut slices, start)?, within))
+    }
+
+    /// The slices of a shard, to be changed. Counted when nobody can look at them any more.
+    fn begin_change<'a>(&self, shard: &'a Shard) -> RwLockWriteGuard<'a, Slices> {
+        let slices = shard.write();
+        self.changes.fetch_add(1, Ordering::SeqCst);
+        slices
     }
 
     /// The slice that starts at `start`, when it is here, marked as changed, which keeps it here.
@@ -291,7 +306,7 @@ impl SliceCache {
             let shard = self.shard(start);
             let _load = lock(&shard.load);
             self.lock_dirty().insert(start);
-            shard.write().insert(start, Kept::new(self.zeroes()));
+            self.begin_change(shard).insert(start, Kept::new(self.zeroes()));
             start += self.slice_bytes;
         }
     }
@@ -303,7 +318,7 @@ impl SliceCache {
         while start < range.end {
             let shard = self.shard(start);
             let _load = lock(&shard.load);
-            shard.write().remove(&start);
+            self.begin_change(shard).remove(&start);
             self.lock_dirty().remove(&start);
             start += self.slice_bytes;
         }
@@ -314,7 +329,7 @@ impl SliceCache {
         self.age.fetch_add(1, Ordering::SeqCst);
         for shard in &self.shards {
             let _load = lock(&shard.load);
-            shard.write().clear();
+            self.begin_change(shard).clear();
         }
         self.lock_dirty().clear();
     }

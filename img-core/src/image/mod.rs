@@ -3,7 +3,7 @@
 //! `name` and `open` turn names into layers; `merged` keeps the map of the layers that do not change; `read`
 //! and `write` move guest bytes over the map, `codec` decodes, and `gate` holds requests back while the whole
 //! image changes (`whole`: resize, snapshots, close). `plane` is for threads that move the bytes themselves and must
-//! not wait.
+//! not wait, and `lookaside` what such a thread remembers of the map.
 
 #[cfg(test)]
 mod chain_tests;
@@ -14,6 +14,7 @@ mod flat;
 pub(crate) mod flat_model;
 mod gate;
 mod host;
+mod lookaside;
 mod merged;
 mod name;
 mod null_node;
@@ -32,6 +33,7 @@ mod write;
 
 pub use change_log::{Change, ChangeLog, NoteId};
 pub(crate) use host::data_file_path;
+pub use lookaside::Lookaside;
 pub use name::ImageName;
 pub(crate) use open::probe;
 pub use open::{CacheMode, OpenOptions, Warning};
@@ -122,6 +124,17 @@ impl ImageExtent {
             return;
         }
         extents.push(self);
+    }
+
+    /// Leaves what of it lies in a range. False where nothing does.
+    fn cut_to(&mut self, guest_bytes: &Range<u64>) -> bool {
+        let (start, end) = (self.guest_offset.max(guest_bytes.start), self.end().min(guest_bytes.end));
+        if start >= end {
+            return false;
+        }
+        self.place = self.place.advanced(start - self.guest_offset);
+        (self.guest_offset, self.len_bytes) = (start, end - start);
+        true
     }
 }
 

@@ -12,7 +12,7 @@
 //! | [`Attempt::Busy`] | park the request, [ask to be woken](Image::wake_on_progress), try again |
 //! | [`Attempt::Blocks`] | hand the request to a thread that may block, which calls [`Image::read_vectored_at`] or [`Image::write_vectored_at`] |
 //!
-//! Where a read blocks for lack of a piece of a table, [`Image::missing_table`] names it: the caller may move those bytes as
+//! A thread that asks often asks through a [`Lookaside`](super::Lookaside). Where a read blocks for lack of a piece of a table, [`Image::missing_table`] names it: the caller may move those bytes as
 //! any others, offer them, and try again.
 //!
 //! [`Image::try_flush`] answers alike where a flush is nothing but syncs of files, which the caller does.
@@ -101,16 +101,7 @@ impl Image {
         extents.clear();
         let Some(ticket) = self.try_enter() else { return Ok(Attempt::Busy) };
         self.check_inside(&guest_bytes)?;
-        let mut is_plain = true;
-        let is_known = self.map_cached(guest_bytes, &mut |extent| {
-            is_plain &= !matches!(extent.place, Place::Encoded { .. });
-            extent.push_to(extents);
-        });
-        if is_known && is_plain {
-            return Ok(Attempt::Done(ticket));
-        }
-        extents.clear();
-        Ok(Attempt::Blocks)
+        Ok(self.map_entered(ticket, guest_bytes, extents))
     }
 
     /// The first piece of a table for lack of which [`Self::try_map`] answers [`Attempt::Blocks`]. `None` where that has
@@ -194,8 +185,37 @@ impl Image {
         self.layers.get(depth)?.file(file)
     }
 
+    /// [`Self::try_map`] for who has a ticket, and no extents yet.
+    pub(super) fn map_entered(
+        &self,
+        ticket: Ticket,
+        guest_bytes: Range<u64>,
+        extents: &mut Vec<ImageExtent>,
+    ) -> Attempt<Ticket> {
+        if self.map_cached(guest_bytes, &mut |extent| extent.push_to(extents)) {
+            return Self::answer(ticket, extents);
+        }
+        extents.clear();
+        Attempt::Blocks
+    }
+
+    /// The answer where the map has told all extents.
+    pub(super) fn answer(ticket: Ticket, extents: &mut Vec<ImageExtent>) -> Attempt<Ticket> {
+        if extents.iter().all(|extent| !matches!(extent.place, Place::Encoded { .. })) {
+            return Attempt::Done(ticket);
+        }
+        extents.clear();
+        Attempt::Blocks
+    }
+
+    /// [`Layer::map_changes`](crate::format::Layer::map_changes) of the whole chain.
+    pub(super) fn map_changes(&self) -> Option<u64> {
+        let top = &self.layers[0];
+        if top.writer().is_some() { top.map_changes() } else { Some(0) }
+    }
+
     /// `None` while someone has, or wants, the image alone.
-    fn try_enter(self: &Arc<Self>) -> Option<Ticket> {
+    pub(super) fn try_enter(self: &Arc<Self>) -> Option<Ticket> {
         self.gate.try_enter()?.keep();
         // Before the map is asked; see `Lease`.
         let lease = self.layers[0].begin_lease();
@@ -203,7 +223,7 @@ impl Image {
     }
 
     /// [`Self::map_range`] from memory alone; false where that is not enough, or something is wrong.
-    fn map_cached(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(ImageExtent)) -> bool {
+    pub(super) fn map_cached(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(ImageExtent)) -> bool {
         if self.layers[0].writer().is_none() {
             return self.frozen.map_cached(guest_bytes, found).unwrap_or(false);
         }

@@ -48,6 +48,8 @@ pub(super) struct Qcow2Layer {
     backing: Option<Backing>,
     pub(super) data_file: Option<Arc<dyn Storage>>,
     header: RwLock<Header>,
+    /// Grows whenever `header` changes; see [`Layer::map_changes`].
+    header_changes: AtomicU64,
     /// Held by who changes the header, on disk and then in memory; who reads it does not wait for the disk.
     header_turn: Mutex<()>,
     virtual_size_bytes: AtomicU64,
@@ -157,6 +159,7 @@ impl Qcow2Layer {
             end_bytes,
             has_sparse_data: OnceLock::new(),
             tracking: Tracking::default(),
+            header_changes: AtomicU64::new(0),
             header_turn: Mutex::default(),
             runtime,
             header: RwLock::new(header),
@@ -225,8 +228,7 @@ impl Qcow2Layer {
         change(&mut changed);
         let written = changed.write(self.image_file()).and_then(|()| self.image_file().flush(Flush::Data));
         self.or_halt(written)?;
-        self.virtual_size_bytes.store(changed.virtual_size_bytes, Ordering::SeqCst);
-        *self.header.write().unwrap_or_else(PoisonError::into_inner) = changed;
+        self.replace_header(changed);
         Ok(())
     }
 
@@ -288,10 +290,17 @@ impl Qcow2Layer {
         let mut places = self.places.write().unwrap_or_else(PoisonError::into_inner);
         *places = Places::new(self.geometry, self.runtime.overlap);
         self.places_known.store(false, Ordering::SeqCst);
-        self.virtual_size_bytes.store(header.virtual_size_bytes, Ordering::SeqCst);
         self.end_bytes.store(self.image_file().len_bytes()?, Ordering::Relaxed);
-        *self.header.write().unwrap_or_else(PoisonError::into_inner) = header;
+        self.replace_header(header);
         Ok(())
+    }
+
+    /// Makes a header that is on disk the one in memory.
+    fn replace_header(&self, header: Header) {
+        self.virtual_size_bytes.store(header.virtual_size_bytes, Ordering::SeqCst);
+        let mut present = self.header.write().unwrap_or_else(PoisonError::into_inner);
+        self.header_changes.fetch_add(1, Ordering::SeqCst);
+        *present = header;
     }
 
     /// See [`Halt::is_halted`].
@@ -444,6 +453,12 @@ impl Layer for Qcow2Layer {
 
     fn try_map_range(&self, guest_bytes: Range<u64>, found: &mut dyn FnMut(Extent)) -> Result<bool> {
         self.map.map_cached(self.root(), guest_bytes, found)
+    }
+
+    fn map_changes(&self) -> Option<u64> {
+        // Each of them only grows: the sum is what it was when all are.
+        let of_tables = self.map.l1.changes().wrapping_add(self.map.l2.changes());
+        Some(of_tables.wrapping_add(self.header_changes.load(Ordering::SeqCst)))
     }
 
     fn missing_table(&self, guest_bytes: Range<u64>) -> Option<MissingTable> {

@@ -250,6 +250,11 @@ impl Layer for QedLayer {
         self.map.map_cached(guest_bytes, found)
     }
 
+    fn map_changes(&self) -> Option<u64> {
+        // Each of them only grows: the sum is what it was when both are.
+        Some(self.map.l1.changes().wrapping_add(self.map.l2.changes()))
+    }
+
     fn missing_table(&self, guest_bytes: Range<u64>) -> Option<MissingTable> {
         // What is wrong is met and told by who may wait.
         self.map.missing(guest_bytes).ok().flatten()

@@ -11,7 +11,7 @@ use std::{
 use img_core_explored::{
     Result,
     format::{Attempt, Layer, OpenContext, OpenMode, OptionSet, Place, WriteStep, registry},
-    image::{Commit, Image, ImageExtent, WriteTicket},
+    image::{Commit, Image, ImageExtent, Lookaside, Ticket, WriteTicket},
     storage::{Flush, Identity, Limits, MemoryStorage, Preallocation, Storage},
 };
 use shuttle::{
@@ -382,12 +382,26 @@ fn around(image: &Arc<Image>, ticket: &WriteTicket, guest: Range<u64>) -> Option
     Some(bytes)
 }
 
-/// Reads as a queue does, with time between the answer and the bytes.
+/// Reads as somebody does who seldom asks, with time between the answer and the bytes.
 pub(crate) fn read(image: &Arc<Image>, guest: Range<u64>) -> Vec<u8> {
+    read_by(image, &guest, |extents| image.try_map(guest.clone(), extents))
+}
+
+/// Reads as a queue does, which remembers the map.
+pub(crate) fn read_remembering(lookaside: &mut Lookaside, guest: Range<u64>) -> Vec<u8> {
+    let image = Arc::clone(lookaside.image());
+    read_by(&image, &guest, |extents| lookaside.try_map(guest.clone(), extents))
+}
+
+fn read_by(
+    image: &Arc<Image>,
+    guest: &Range<u64>,
+    mut map: impl FnMut(&mut Vec<ImageExtent>) -> Result<Attempt<Ticket>>,
+) -> Vec<u8> {
     let mut bytes = vec![0xee; usize_of(guest.end - guest.start)];
     let mut extents = Vec::new();
     loop {
-        let attempt = when_free(image, || image.try_map(guest.clone(), &mut extents).expect("inside"));
+        let attempt = when_free(image, || map(&mut extents).expect("inside"));
         if let Attempt::Done(_ticket) = attempt {
             fill(image, &extents, guest.start, &mut bytes);
             return bytes;

@@ -7,13 +7,15 @@ use std::sync::{
 
 use img_core_explored::{
     format::{DirtyMap, MAX_MAP_BYTES},
-    image::Image,
+    image::{Image, Lookaside},
     storage::{MemoryStorage, Storage, testing::CrashRecorder},
 };
 
 use shuttle::sync::atomic::AtomicBool;
 
-use super::harness::{self, Audited, Bytes, Tear, close, explore, flush, join, read, spawn, write};
+use super::harness::{
+    self, Audited, Bytes, Tear, close, explore, flush, join, read, read_remembering, spawn, write,
+};
 
 const CLUSTER: u64 = 512;
 /// Of two L2 tables.
@@ -70,7 +72,7 @@ fn allocations_have_their_clusters_to_themselves() {
     });
 }
 
-/// The table cache: slices are read, changed, frozen by a flush, copied and dropped under readers. A reader sees what
+/// The table cache: slices are read, changed, taken along by a flush, copied and dropped under readers. A reader sees what
 /// was there before a write or after it, and never goes back.
 #[test]
 fn readers_see_writes_once_and_for_all() {
@@ -202,6 +204,71 @@ fn a_reader_never_sees_what_was_written_for_another_place() {
         let guest = audited(&memory.to_vec(), false).expect("a sound image");
         let at = |cluster: u64| guest[usize::try_from(cluster * CLUSTER).expect("small")];
         assert_eq!((at(0), at(20), at(30)), (0, 2, 3));
+    });
+}
+
+/// What a queue remembers of the map: a discard that has returned is seen, and what stood there before is not taken for
+/// what somebody else has put into the place since.
+#[test]
+fn what_is_remembered_is_forgotten_before_its_place_is_given_out() {
+    explore(150, || {
+        let (memory, image) = new_image();
+        let unit = 0..8 * CLUSTER;
+        write(&image, unit.clone(), 1);
+        flush(&image);
+        let discarded = Arc::new(AtomicBool::new(false));
+        let is_discarded = Arc::clone(&discarded);
+        let threads = [
+            spawn(&image, move |image| {
+                let mut lookaside = Lookaside::of(image);
+                for _ in 0..4 {
+                    let was_discarded = discarded.load(Ordering::SeqCst);
+                    let seen = read_remembering(&mut lookaside, CLUSTER..3 * CLUSTER);
+                    assert!(seen.iter().all(|byte| *byte <= u8::from(!was_discarded)), "{seen:?}");
+                }
+            }),
+            spawn(&image, move |image| {
+                image.discard(unit).expect("discarded");
+                is_discarded.store(true, Ordering::SeqCst);
+                flush(image);
+                write(image, 20 * CLUSTER..28 * CLUSTER, 2);
+                flush(image);
+            }),
+        ];
+        join(threads);
+        close(image);
+        let guest = audited(&memory.to_vec(), false).expect("a sound image");
+        let at = |cluster: u64| guest[usize::try_from(cluster * CLUSTER).expect("small")];
+        assert_eq!((at(0), at(20), at(27)), (0, 2, 2));
+    });
+}
+
+/// What is remembered, and clusters that a write moves, as a snapshot has them.
+#[test]
+fn what_is_remembered_follows_a_write_that_moves_it() {
+    explore(150, || {
+        let (memory, image) = new_image();
+        write(&image, 0..8 * CLUSTER, 1);
+        let written = Arc::new(AtomicBool::new(false));
+        let is_written = Arc::clone(&written);
+        let threads = [
+            spawn(&image, move |image| {
+                let mut lookaside = Lookaside::of(image);
+                for _ in 0..4 {
+                    let least = if written.load(Ordering::SeqCst) { 2 } else { 1 };
+                    let seen = read_remembering(&mut lookaside, CLUSTER..2 * CLUSTER);
+                    assert!(seen.iter().all(|byte| (least..=2).contains(byte)), "{seen:?}, not {least}");
+                }
+            }),
+            spawn(&image, move |image| {
+                image.snapshot_create("s", (1, 0)).expect("taken");
+                write(image, 0..8 * CLUSTER, 2);
+                is_written.store(true, Ordering::SeqCst);
+            }),
+        ];
+        join(threads);
+        close(image);
+        audited(&memory.to_vec(), false).expect("a sound image");
     });
 }
 
