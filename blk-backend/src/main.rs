@@ -34,7 +34,10 @@ fn main() -> ExitCode {
         Command::Nbd(args) => command::nbd::run(args, &mut out),
         Command::VhostUser(args) => command::vhost_user::run(args, &mut out),
     };
-    match result.and_then(|code| out.flush().map(|()| code).map_err(command::Failure::from)) {
+    // What daemons say has been said, or could not be, long ago.
+    let has_results = matches!(cli.command, Command::Bench(_) | Command::Host(_));
+    let flushed = if has_results { out.flush() } else { Ok(()) };
+    match result.and_then(|code| flushed.map(|()| code).map_err(command::Failure::from)) {
         Ok(code) => code,
         Err(failure) => failure.tell(&mut io::stderr().lock()),
     }

@@ -59,6 +59,14 @@ impl From<img_core::Error> for Failure {
     }
 }
 
+/// Tells who reads standard output that a daemon serves. It does so, too, where nobody can be told.
+fn announce(out: &mut dyn Write, tell: impl FnOnce(&mut dyn Write) -> io::Result<()>) {
+    match tell(out).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => warn(&format!("standard output: {error}")),
+        _ => {}
+    }
+}
+
 /// Tells the user something that stops nothing.
 fn warn(text: &str) {
     // Where standard error is closed nobody wants to know.

@@ -81,9 +81,10 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     let export = server.add(Export::new(Arc::clone(&disk), export)?)?;
     daemon.adopt_server(server, export, &args.node_name, &args.node_name)?;
     let controls = args.control.start(&daemon)?;
-    writeln!(out, "listening on {address}")?;
-    controls.announce(out)?;
-    out.flush()?;
+    super::announce(out, |out| {
+        writeln!(out, "listening on {address}")?;
+        controls.announce(out)
+    });
     controls.serve_until_end(&daemon, &asked_to_end)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -123,11 +123,10 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     }
     let controls = args.control.start(&daemon)?;
     // Who reads this finds the control socket as well.
-    for path in &paths {
-        writeln!(out, "listening on {}", path.display())?;
-    }
-    controls.announce(out)?;
-    out.flush()?;
+    super::announce(out, |out| {
+        paths.iter().try_for_each(|path| writeln!(out, "listening on {}", path.display()))?;
+        controls.announce(out)
+    });
     controls.serve_until_end(&daemon, &asked_to_end)?;
     Ok(ExitCode::SUCCESS)
 }
