@@ -290,6 +290,8 @@ impl Lane {
     fn look_around(&mut self) {
         let mut content = std::mem::take(&mut self.content);
         if self.mailbox.take(&mut content) {
+            // Others had time for it: their work is not done in the moment in which it was handed over.
+            self.now = None;
             for Finished { slot: index, result, runs } in content.finished.drain(..) {
                 self.slots.get(index).runs = runs;
                 self.end(index, result);

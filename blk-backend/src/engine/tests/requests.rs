@@ -1,5 +1,7 @@
 //! What each request does.
 
+use std::time::{Duration, Instant};
+
 use img_core::format::Attempt;
 
 use super::client::{Client, directories, engines, fresh_disk, image};
@@ -11,6 +13,25 @@ use crate::{
 
 const MIB: u64 = 1 << 20;
 const WRITE_ZEROES: Op = Op::WriteZeroes { may_unmap: true, fast_only: false, fua: false };
+
+/// Also for a worker that is done before the lane looks around for the first time.
+#[test]
+fn a_request_takes_as_long_as_it_is_not_answered() {
+    const LONG: Duration = Duration::from_millis(5);
+    for engine in engines() {
+        let (_dir, disk) = fresh_disk("qcow2", 4 * MIB);
+        let mut client = Client::new(&disk, engine);
+        // A new cluster, for which a worker finds a place.
+        let tag = client.submit_write(0, &[1; 512]);
+        let asked = Instant::now();
+        while asked.elapsed() < LONG {
+            std::hint::spin_loop();
+        }
+        assert_eq!(client.wait(tag).0, Ok(()));
+        let nanoseconds = disk.stats().op(OpKind::Write).nanoseconds;
+        assert!(u128::from(nanoseconds) >= LONG.as_nanos(), "{engine:?}: {nanoseconds} ns");
+    }
+}
 
 #[test]
 fn every_request_does_what_it_says() {
