@@ -66,7 +66,7 @@ impl Server {
         let Listening { listener, path } = listening;
         // What a dead device wrote may stand where no table of the image says so, until the first front end has come and
         // told: whoever else uses the disk meanwhile must not take those places.
-        device.keep_off_what_is_there(true);
+        device.keep_off_what_is_there(true).map_err(io::Error::other)?;
         let connection = Connection::default();
         let name = path.display().to_string();
         let tell: Told = Arc::new(move |what| tell(&format!("{name}: {what}")));

@@ -180,7 +180,7 @@ impl Session {
         let copy = |fd: &Option<OwnedFd>| fd.as_ref().map(OwnedFd::try_clone).transpose();
         let inflight = match &self.inflight {
             None => {
-                self.device.keep_off_what_is_there(false);
+                self.device.keep_off_what_is_there(false).map_err(io::Error::other).map_err(failed)?;
                 None
             }
             Some(region) => Some(region.queue(index, rings.size).ok_or_else(|| {

@@ -193,10 +193,8 @@ impl Device {
     }
 
     /// Keeps new clusters off the part of the image's file that there is, or no longer; where the device writes at all.
-    pub(crate) fn keep_off_what_is_there(&self, keeps_off: bool) {
-        if !self.read_only {
-            self.disk.image().keep_off_what_is_there(keeps_off);
-        }
+    pub(crate) fn keep_off_what_is_there(&self, keeps_off: bool) -> img_core::Result<()> {
+        if self.read_only { Ok(()) } else { self.disk.image().keep_off_what_is_there(keeps_off) }
     }
 
     /// Calls `observer` with what happens, on the thread where it happens.

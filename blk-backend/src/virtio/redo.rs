@@ -6,8 +6,8 @@
 //! ([`ChangeLog`]), and the device that takes the place of a dead one does it again ([`RedoLog::replay`]): it reads
 //! the bytes from where they stand in the file, and writes them anew. Writes in place are not noted: what they wrote
 //! stands in a cluster that a note names as a whole, or that a flush made durable. Zeroes that a format puts in place
-//! (QED, VHD, VMDK) are such writes, though they are noted: only what is not stored when their turn comes is made zero.
-//! The order, by number of the note:
+//! (QED, VHD, VMDK) are such writes, though they are noted: only what is not stored is made zero again. The order, by
+//! number of the note:
 //!
 //! 1. A note's place is taken; 2. the note is written as one of a change to come; 3. its number is: from now on it
 //!    counts. 4. The map is changed. 5. The note is one of a change that has happened, or is void when it has not.
@@ -19,8 +19,7 @@
 //!
 //! Dead while notes are done again, all of them are done once more. So none of the places that they name is taken until
 //! the last of them is durable: new clusters are put behind the end of the file meanwhile
-//! ([`Image::keep_off_what_is_there`]). The notes are read as a whole before the first is done, as a place may have been
-//! named twice.
+//! ([`Image::keep_off_what_is_there`]), and nothing is written over them but what they have.
 
 use std::{
     ops::Range,
@@ -32,22 +31,24 @@ use std::{
 
 use img_core::{
     Error,
-    format::{HostFile, Place},
-    image::{Change, ChangeLog, Image, ImageExtent, NoteId},
+    format::HostFile,
+    image::{Change, ChangeLog, Image, NoteId},
     storage::Identity,
 };
 use vm_memory::{MmapRegion, VolatileMemory};
+
+use self::outcome::{Became, Outcome};
+
+mod outcome;
 
 /// Notes that there is room for. A flush is asked for when a quarter of them is taken, and new requests wait from the
 /// half on, so that those under way find room.
 const NOTES: u64 = NOTE_PLACES as u64;
 const NOTE_PLACES: usize = 65536;
 
-/// Bytes that notes may speak of before a flush is asked for: they are read into memory to be done again.
+/// Bytes that notes may speak of before a flush is asked for: so long a guest waits, at most about, for them to be moved
+/// when its device has died.
 const MOST_BYTES: u64 = 256 << 20;
-
-/// Bytes that are read for notes at most: those of requests under way come on top of [`MOST_BYTES`].
-const MOST_REPLAYED_BYTES: u64 = 1 << 30;
 
 /// "REDOLOG1".
 const MAGIC: u64 = u64::from_le_bytes(*b"REDOLOG1");
@@ -107,13 +108,6 @@ pub enum RedoError {
     Image(#[from] Error),
 }
 
-/// One note that counts.
-enum Note {
-    Mapped { guest_bytes: Range<u64>, bytes: Vec<u8> },
-    Zeroed(Range<u64>),
-    Discarded(Range<u64>),
-}
-
 impl RedoLog {
     /// Bytes of shared memory for a log.
     pub const BYTES: usize = HEADER_BYTES + NOTE_BYTES * NOTE_PLACES;
@@ -133,14 +127,14 @@ impl RedoLog {
         let identity = image.storage(0, HostFile::IMAGE).and_then(|storage| storage.identity());
         let result = if self.load(AT_MAGIC) == MAGIC {
             let known = (self.load(AT_DEVICE), self.load(AT_INODE));
-            image.keep_off_what_is_there(true);
+            image.keep_off_what_is_there(true)?;
             self.replay_for(image, known == numbers(identity))
         } else {
             Ok(0)
         };
         if !matches!(result, Err(RedoError::Image(_))) {
             self.begin(identity);
-            image.keep_off_what_is_there(false);
+            image.keep_off_what_is_there(false)?;
         }
         result
     }
@@ -157,33 +151,21 @@ impl RedoLog {
         if self.load(AT_OVERFLOWED) != 0 || count > NOTES {
             return Err(RedoError::Overflowed);
         }
-        let mut notes = Vec::new();
-        let mut left_bytes = MOST_REPLAYED_BYTES;
+        let in_place = image.layers()[0].zeroes_in_place();
+        let (mut outcome, mut found) = (Outcome::default(), 0);
         for number in 0..count {
-            notes.extend(self.read(tail.wrapping_add(number), image, &mut left_bytes)?);
-        }
-        for note in &notes {
-            match note {
-                Note::Mapped { guest_bytes, bytes } => image.write_at(bytes, guest_bytes.start)?,
-                Note::Zeroed(guest_bytes) => {
-                    for part in not_in_place(image, guest_bytes)? {
-                        image.write_zeroes(part, true)?;
-                    }
-                }
-                Note::Discarded(guest_bytes) => {
-                    for part in not_in_place(image, guest_bytes)? {
-                        image.discard(part)?;
-                    }
-                }
+            if let Some((guest_bytes, became)) = self.read(tail.wrapping_add(number), image)? {
+                outcome.add(guest_bytes, became, in_place);
+                found += 1;
             }
         }
+        outcome.bring_about(image)?;
         image.flush()?;
-        Ok(notes.len() as u64)
+        Ok(found)
     }
 
-    /// The note of that number with the bytes that it speaks of. `None` when it was not finished, or lies behind the
-    /// end of a disk that shrank.
-    fn read(&self, number: u64, image: &Image, left_bytes: &mut u64) -> Result<Option<Note>, RedoError> {
+    /// The note of that number. `None` when it was not finished, or lies behind the end of a disk that shrank.
+    fn read(&self, number: u64, image: &Image) -> Result<Option<(Range<u64>, Became)>, RedoError> {
         let at = note(number);
         if self.load(at + NUMBER) != number.wrapping_add(1) {
             return Ok(None);
@@ -195,31 +177,26 @@ impl RedoLog {
             return Ok(None);
         }
         let kind = self.load(at + KIND) & !TO_COME;
-        Ok(Some(match kind & 0xff {
+        let became = match kind & 0xff {
             VOID => return Ok(None),
-            ZEROED => Note::Zeroed(guest_bytes),
-            DISCARDED => Note::Discarded(guest_bytes),
+            ZEROED => Became::Zeroed,
+            DISCARDED => Became::Discarded,
             MAPPED => {
-                let len_bytes = guest_bytes.end - guest_bytes.start;
-                *left_bytes = left_bytes
-                    .checked_sub(len_bytes)
-                    .ok_or(RedoError::Invalid("it speaks of too many bytes"))?;
-                let file = u32::try_from(kind >> FILE_SHIFT).map_err(|_| RedoError::Invalid("its file"))?;
-                let file = image.storage(0, HostFile(file)).ok_or(RedoError::Invalid("its file"))?;
+                let number = u32::try_from(kind >> FILE_SHIFT).map_err(|_| RedoError::Invalid("its file"))?;
+                let file = HostFile(number);
+                let storage = image.storage(0, file).ok_or(RedoError::Invalid("its file"))?;
                 let place = self.load(at + PLACE);
-                let inside = place.checked_add(len_bytes).is_some_and(|end| {
-                    file.len_bytes().is_ok_and(|file_bytes| end <= file_bytes.next_multiple_of(1 << 21))
+                let inside = place.checked_add(guest_bytes.end - guest_bytes.start).is_some_and(|end| {
+                    storage.len_bytes().is_ok_and(|file_bytes| end <= file_bytes.next_multiple_of(1 << 21))
                 });
                 if !inside {
                     return Err(RedoError::Invalid("its place is behind the end of the file"));
                 }
-                let mut bytes =
-                    vec![0; usize::try_from(len_bytes).map_err(|_| RedoError::Invalid("its length"))?];
-                file.read_at(&mut bytes, place)?;
-                Note::Mapped { guest_bytes, bytes }
+                Became::Mapped { file, place }
             }
             _ => return Err(RedoError::Invalid("its kind")),
-        }))
+        };
+        Ok(Some((guest_bytes, became)))
     }
 
     /// Whether it is time for a flush.
@@ -266,19 +243,6 @@ impl RedoLog {
     fn store(&self, offset: usize, value: u64) {
         self.word(offset).store(value, Ordering::SeqCst);
     }
-}
-
-/// The parts of a range of which the map has to say that they are zero. Where zeroes were put in place they stand in the
-/// file, or, by now, what was written over them: nobody noted that, and it must not become zero again.
-fn not_in_place(image: &Image, guest_bytes: &Range<u64>) -> img_core::Result<Vec<Range<u64>>> {
-    if !image.layers()[0].zeroes_in_place() {
-        return Ok(vec![guest_bytes.clone()]);
-    }
-    let mut extents = Vec::new();
-    image.map_range(guest_bytes.clone(), &mut extents)?;
-    let is_stored = |extent: &ImageExtent| extent.depth == 0 && matches!(extent.place, Place::Data { .. });
-    let parts = extents.iter().filter(|extent| !is_stored(extent));
-    Ok(parts.map(|part| part.guest_offset..part.guest_offset + part.len_bytes).collect())
 }
 
 /// Where the note of that number is.

@@ -332,8 +332,12 @@ pub trait LayerWriter: Send + Sync {
 
     /// From now on nothing new is put where the file ends or before, though nothing may stand there; or, with false, it
     /// is again. Formats that put everything behind the end anyway have nothing to do.
-    fn keep_off_what_is_there(&self, keeps_off: bool) {
+    ///
+    /// # Errors
+    /// When the length of the file cannot be had.
+    fn keep_off_what_is_there(&self, keeps_off: bool) -> Result<()> {
         let _ = keeps_off;
+        Ok(())
     }
 
     /// Comes before [`Self::resize`] to a larger size. When it returns true, the map may be asked about, and

@@ -103,10 +103,11 @@ impl Image {
 
     /// From now on nothing new is put into the part of the file that there is now, or, with false, it is again: what
     /// no table names there may be what the notes of a process that died speak of.
-    pub fn keep_off_what_is_there(&self, keeps_off: bool) {
-        if let Some(writer) = self.layers[0].writer() {
-            writer.keep_off_what_is_there(keeps_off);
-        }
+    ///
+    /// # Errors
+    /// When the length of the file cannot be had.
+    pub fn keep_off_what_is_there(&self, keeps_off: bool) -> Result<()> {
+        self.layers[0].writer().map_or(Ok(()), |writer| writer.keep_off_what_is_there(keeps_off))
     }
 
     /// Whether changes of the map are told to a log.

@@ -185,6 +185,63 @@ fn notes_that_were_done_again_may_be_done_once_more() {
     }
 }
 
+/// The file of a QED image that nobody flushed ends inside its last cluster, which is spoken for all the same.
+#[test]
+fn a_last_cluster_that_is_there_in_part_is_not_taken() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("disk");
+    let name = crate::engine::tests::image(directory.path(), "disk", "qed", &[], DISK_BYTES, None);
+    let open = || Arc::new(Image::open(&name, &OpenOptions::new(OpenMode::Write)).expect("it opens"));
+    let (image, log) = (open(), Arc::new(log()));
+    image.write_at(&[1; 4096], 512 << 10).expect("inside");
+    image.flush().expect("space");
+    log.replay(&image).expect("new memory");
+    image.keep_change_log(Some(Arc::clone(&log) as Arc<dyn ChangeLog>));
+    let written = [(2, 0), (3, 128 << 10), (4, 256 << 10)];
+    for (byte, at) in written {
+        image.write_at(&[byte; 4096], at).expect("inside");
+    }
+    let file = std::fs::read(&path).expect("it is there");
+    drop(image);
+    std::fs::write(&path, file).expect("space");
+    let image = open();
+    assert_eq!(log.replay(&image).expect("its own notes"), 3);
+    for (byte, at) in written {
+        let mut bytes = [0; 4096];
+        image.read_at(&mut bytes, at).expect("inside");
+        assert!(bytes == [byte; 4096], "{at} reads {}, not {byte}", bytes[0]);
+    }
+}
+
+/// Tables may reach the disk without a flush: then what is noted is there already, and what was noted before that is past.
+#[test]
+fn notes_of_what_is_there_already_harm_nothing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("disk");
+    let name = crate::engine::tests::image(directory.path(), "disk", "qcow2", &[], DISK_BYTES, None);
+    let open = || Arc::new(Image::open(&name, &OpenOptions::new(OpenMode::Write)).expect("it opens"));
+    let (image, log) = (open(), Arc::new(log()));
+    log.replay(&image).expect("new memory");
+    image.keep_change_log(Some(Arc::clone(&log) as Arc<dyn ChangeLog>));
+    image.write_at(&[2; 65536], 0).expect("inside");
+    image.discard(0..65536).expect("inside");
+    image.write_at(&[3; 65536], 0).expect("inside");
+    image.keep_change_log(None);
+    image.flush().expect("space");
+    let (mut file, notes) = (std::fs::read(&path).expect("it is there"), words(&log));
+    drop(image);
+    for time in 0..3 {
+        std::fs::write(&path, &file).expect("space");
+        put_back(&log, &notes);
+        let image = open();
+        assert_eq!(log.replay(&image).expect("its own notes"), 3);
+        let mut bytes = [0; 65536];
+        image.read_at(&mut bytes, 0).expect("inside");
+        assert!(bytes == [3; 65536], "{time}: reads {}", bytes[0]);
+        file = std::fs::read(&path).expect("it is there");
+    }
+}
+
 /// Formats that put zeroes in place tell nobody of what is written over them.
 #[test]
 fn what_is_written_over_zeroes_is_not_lost() {

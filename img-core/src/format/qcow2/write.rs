@@ -572,8 +572,9 @@ impl LayerWriter for Qcow2Layer {
         })
     }
 
-    fn keep_off_what_is_there(&self, keeps_off: bool) {
+    fn keep_off_what_is_there(&self, keeps_off: bool) -> Result<()> {
         self.keep_off_what_is_there(keeps_off);
+        Ok(())
     }
 
     fn prepare_growth(&self, virtual_size_bytes: u64) -> Result<bool> {

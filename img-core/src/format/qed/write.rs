@@ -271,6 +271,14 @@ impl LayerWriter for QedLayer {
         Ok(true)
     }
 
+    /// The last cluster may be there in part only: its writer died before a flush.
+    fn keep_off_what_is_there(&self, keeps_off: bool) -> Result<()> {
+        if keeps_off {
+            self.map.reach(self.file().len_bytes()?.next_multiple_of(self.map.geometry.cluster_bytes()));
+        }
+        Ok(())
+    }
+
     fn resize(&self, virtual_size_bytes: u64, preallocation: Preallocation) -> Result<()> {
         self.change_size(virtual_size_bytes, preallocation)
     }
