@@ -6,6 +6,7 @@
 
 use std::{
     collections::VecDeque,
+    io,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -60,7 +61,11 @@ pub(crate) struct Workers {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     max_threads: usize,
+    spawn: Spawn,
 }
+
+/// Starts a thread.
+type Spawn = fn(Arc<Shared>) -> io::Result<JoinHandle<()>>;
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -86,7 +91,13 @@ enum Work {
 impl Workers {
     /// No threads yet.
     pub(crate) fn new(max_threads: usize) -> Self {
-        Self { shared: Arc::default(), threads: Mutex::default(), max_threads: max_threads.max(1) }
+        Self::with(max_threads, |shared| {
+            thread::Builder::new().name("disk-worker".to_owned()).spawn(move || shared.work())
+        })
+    }
+
+    fn with(max_threads: usize, spawn: Spawn) -> Self {
+        Self { shared: Arc::default(), threads: Mutex::default(), max_threads: max_threads.max(1), spawn }
     }
 
     /// Takes a job; its end is told to its owner.
@@ -115,23 +126,30 @@ impl Workers {
     }
 
     fn start(&self) {
-        let shared = Arc::clone(&self.shared);
-        let started = thread::Builder::new().name("disk-worker".to_owned()).spawn(move || shared.work());
-        match started {
+        match (self.spawn)(Arc::clone(&self.shared)) {
             Ok(thread) => self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread),
-            Err(error) => {
-                let mut queue = self.shared.lock();
-                queue.started -= 1;
-                if queue.started == 0 {
-                    // Nobody is there to do it, ever: say so rather than wait.
-                    let code = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
-                    let (jobs, flushes) =
-                        (std::mem::take(&mut queue.jobs), std::mem::take(&mut queue.flushes));
-                    drop(queue);
-                    jobs.into_iter().chain(flushes).for_each(|job| job.finish(Err(code)));
-                }
-            }
+            Err(error) => self.go_without(&error),
         }
+    }
+
+    /// There is a job too many for the threads there are, and none more is to be had.
+    fn go_without(&self, error: &io::Error) {
+        let mut queue = self.shared.lock();
+        queue.started -= 1;
+        // It must not wait for the other threads, which may be waiting for it. It has no wait before it but for tables.
+        let is_inside = queue.jobs.front().is_some_and(Job::is_inside);
+        let inside = if is_inside { queue.jobs.pop_front() } else { None };
+        let (mut jobs, mut flushes) = Default::default();
+        if queue.started == 0 {
+            // Nobody is there to do the others, ever: say so rather than wait.
+            (jobs, flushes) = (std::mem::take(&mut queue.jobs), std::mem::take(&mut queue.flushes));
+        }
+        drop(queue);
+        if let Some(job) = inside {
+            job.run(&mut Vec::new());
+        }
+        let code = Errno::from_io_error(error).unwrap_or(Errno::AGAIN);
+        jobs.into_iter().chain(flushes).for_each(|job| job.finish(Err(code)));
     }
 }
 
@@ -155,18 +173,7 @@ impl Shared {
         let mut bounce = Vec::new();
         while let Some(work) = self.next() {
             match work {
-                Work::One(Job { image, owner, slot, task, guest_bytes, runs, entered }) => {
-                    let result = guarded(|| match task {
-                        Task::All(op) => {
-                            Whole { image: &image, op, guest_bytes, runs: &runs }.run(&mut bounce)
-                        }
-                        Task::Commit { ticket, fua } => {
-                            ticket.commit()?;
-                            if fua { image.flush() } else { Ok(()) }
-                        }
-                    });
-                    finish(&owner, entered, Finished { slot, result, runs });
-                }
+                Work::One(job) => job.run(&mut bounce),
                 Work::Flushes(jobs) => {
                     let result = guarded(|| jobs[0].image.flush());
                     jobs.into_iter().for_each(|job| job.finish(result));
@@ -211,6 +218,18 @@ impl Job {
     /// Whether it holds a ticket of the image.
     fn is_inside(&self) -> bool {
         matches!(self.task, Task::Commit { .. })
+    }
+
+    fn run(self, bounce: &mut Vec<u8>) {
+        let Self { image, owner, slot, task, guest_bytes, runs, entered } = self;
+        let result = guarded(|| match task {
+            Task::All(op) => Whole { image: &image, op, guest_bytes, runs: &runs }.run(bounce),
+            Task::Commit { ticket, fua } => {
+                ticket.commit()?;
+                if fua { image.flush() } else { Ok(()) }
+            }
+        });
+        finish(&owner, entered, Finished { slot, result, runs });
     }
 
     fn finish(self, result: Result<(), Errno>) {
@@ -302,7 +321,13 @@ fn part<'a>(bounce: &'a mut Vec<u8>, piece: &Range<u64>) -> &'a mut [u8] {
 
 #[cfg(test)]
 mod tests {
+    use img_core::{
+        format::{Attempt, OpenContext, OpenMode, OptionSet, registry},
+        storage::{MemoryStorage, Preallocation},
+    };
+
     use super::*;
+    use crate::engine::mailbox::Content;
 
     #[test]
     fn pieces_cover_the_range_and_end_at_borders() {
@@ -310,5 +335,46 @@ mod tests {
         let mib = BOUNCE_BYTES;
         assert_eq!(found, [mib - 1..mib, mib..2 * mib, 2 * mib..3 * mib, 3 * mib..3 * mib + 5]);
         assert_eq!(pieces(&(7..7)).count(), 0);
+    }
+
+    /// What holds a ticket is done where it is given; what does not is refused where nobody will ever do it.
+    #[test]
+    fn without_a_thread_nothing_waits_for_one() {
+        let file = Arc::new(MemoryStorage::from_bytes("raw", &[1; 1024]));
+        let options = OptionSet::new();
+        let context =
+            OpenContext { mode: OpenMode::Write, options: &options, open_file: &|_, _| unreachable!() };
+        let layer = registry::by_name("raw").expect("raw").open(file, &context).expect("raw");
+        let image = Arc::new(Image::from_layers(vec![layer]).expect("one layer"));
+        let owner = Arc::new(Mailbox::new().expect("a bell"));
+        let job = |slot, task| Job {
+            image: Arc::clone(&image),
+            owner: Arc::clone(&owner),
+            slot,
+            task,
+            guest_bytes: 0..512,
+            runs: Runs::default(),
+            entered: None,
+        };
+        let ticket = || match image.try_prepare_write(0..512, &mut Vec::new()) {
+            Ok(Attempt::Done(ticket)) => ticket,
+            other => panic!("{other:?}"),
+        };
+        let workers = Workers::with(4, |_| Err(io::ErrorKind::OutOfMemory.into()));
+        // As if one were at work, and waited.
+        workers.shared.lock().started = 1;
+        workers.give(job(0, Task::All(Op::Flush)));
+        workers.give(job(1, Task::Commit { ticket: ticket(), fua: true }));
+        let mut content = Content::default();
+        let mut ended = || {
+            owner.take(&mut content);
+            content.finished.drain(..).map(|done| (done.slot, done.result)).collect::<Vec<_>>()
+        };
+        assert_eq!(ended(), [(1, Ok(()))]);
+        workers.shared.lock().started = 0;
+        workers.give(job(2, Task::Commit { ticket: ticket(), fua: false }));
+        assert_eq!(ended(), [(2, Ok(())), (0, Err(Errno::AGAIN))]);
+        // Everybody has left.
+        image.resize(2048, Preallocation::Off).expect("resized");
     }
 }
