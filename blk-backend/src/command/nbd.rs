@@ -66,7 +66,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     args.sandbox.enter([&*disk], sockets)?;
     args.engine.announce()?;
     let log: Log = Arc::new(super::warn);
-    let daemon = Daemon::new(options.clone(), Arc::clone(&log))?;
+    let daemon = Daemon::new(options.clone(), args.engine.device_poll(), Arc::clone(&log))?;
     daemon.add_node(&args.node_name, &disk, args.disk.cache)?;
     let server = Server::start(&args.listen, options, log)
         .map_err(|error| Failure::new(format_args!("{}: {error}", args.listen)))?;

@@ -97,7 +97,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<ExitCode, Failure>
     let asked_to_end = signals::on_termination()?;
     let log: Log = Arc::new(super::warn);
     let options = ServerOptions { lane: args.device.engine.lane_options(), ..ServerOptions::default() };
-    let daemon = Daemon::new(options, Arc::clone(&log))?;
+    let daemon = Daemon::new(options, args.device.engine.device_poll(), Arc::clone(&log))?;
     let mut devices = Vec::new();
     for (index, args) in std::iter::once(&args.device).chain(&args.more).enumerate() {
         let (disk, device) = open(args, &asked_to_end)?;
@@ -138,7 +138,7 @@ fn open(args: &DeviceArgs, asked_to_end: &PipeReader) -> Result<(Arc<Disk>, Arc<
         serial: args.serial.clone(),
         block_bytes: args.block_size,
         read_only: args.disk.read_only,
-        poll: args.engine.poll,
+        poll: args.engine.device_poll(),
         engine: args.engine.engine,
         ..DeviceOptions::default()
     };

@@ -398,7 +398,7 @@ mod tests {
     use crate::{
         control::Daemon,
         disk::{Disk, DiskOptions},
-        engine::tests::image,
+        engine::{Poll, tests::image},
         nbd::ServerOptions,
     };
 
@@ -407,7 +407,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let name = image(dir.path(), "disk", "qcow2", &[], 1 << 20, None);
         let disk = Disk::open(&name, &DiskOptions::default()).expect("it was just made");
-        let daemon = Daemon::new(ServerOptions::default(), Arc::new(|_: &str| {})).expect("a daemon");
+        let daemon = Daemon::new(ServerOptions::default(), Poll::Off, Arc::new(|_: &str| {}));
+        let daemon = daemon.expect("a daemon");
         daemon.add_node("disk0", &disk, CacheMode::Writeback).expect("the name is free");
         for round in 0..50 {
             let both = Barrier::new(2);

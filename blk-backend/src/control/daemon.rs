@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     disk::Disk,
+    engine::Poll,
     nbd::{Export, Log, Server, ServerOptions},
     vhost_user,
 };
@@ -70,7 +71,10 @@ pub struct Daemon {
     /// Readable when the daemon is to end.
     end: OwnedFd,
     /// How NBD servers are run that clients of the control socket start, and lanes of exports that they add.
+    /// Of NBD servers that are started.
     pub(super) server_options: ServerOptions,
+    /// Of devices that are added.
+    pub(super) device_poll: Poll,
     pub(super) log: Log,
 }
 
@@ -80,11 +84,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Daemon {
-    /// A daemon without anything.
+    /// A daemon without anything. NBD servers that it is told to start, and their lanes, are as `server_options` say;
+    /// devices that it is told to add have the engine of those lanes, and poll as `device_poll` says.
     ///
     /// # Errors
     /// When the system has no descriptors left.
-    pub fn new(server_options: ServerOptions, log: Log) -> io::Result<Arc<Self>> {
+    pub fn new(server_options: ServerOptions, device_poll: Poll, log: Log) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             nodes: Nodes::default(),
             changing: Mutex::default(),
@@ -94,6 +99,7 @@ impl Daemon {
             ending: AtomicBool::new(false),
             end: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             server_options,
+            device_poll,
             log,
         }))
     }

@@ -175,14 +175,13 @@ fn offer_device(daemon: &Daemon, node: &Node, arguments: &Arguments<'_>, writabl
             "Block node '{node}' is written by the guest of export '{other}': a second one can be read-only"
         )));
     }
-    let lane = daemon.server_options.lane;
     let default = DeviceOptions::default();
     let options = DeviceOptions {
         queues: number(arguments, "num-queues", default.queues)?,
         block_bytes: number(arguments, "logical-block-size", default.block_bytes)?,
         read_only: !writable,
-        poll: lane.poll,
-        engine: lane.engine,
+        poll: daemon.device_poll,
+        engine: daemon.server_options.lane.engine,
         ..default
     };
     let device = Device::new(&node.disk, &options).map_err(|error| CommandError::new(error.to_string()))?;

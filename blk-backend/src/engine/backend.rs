@@ -114,6 +114,14 @@ impl Backend {
         }
     }
 
+    /// Whether something is to be submitted, or is answered and not taken.
+    pub(super) fn has_business(&mut self) -> bool {
+        match self {
+            Self::Ring(ring) => ring.has_answers() || ring.has_business(),
+            Self::Threads(_) => false,
+        }
+    }
+
     /// Submits what is waiting for it, and looks for answers. Never waits.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         match self {

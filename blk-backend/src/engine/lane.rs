@@ -113,7 +113,7 @@ pub struct Lane {
     pub(super) backend: Backend,
     pub(super) engine: EngineInUse,
     pub(super) direct: Option<Direct>,
-    poller: Poller,
+    pub(super) poller: Poller,
     /// One look at the clock serves a batch.
     pub(super) now: Option<Instant>,
     _stays_on_its_thread: PhantomData<*mut ()>,
@@ -357,7 +357,9 @@ impl Lane {
             return self.exchange(None);
         }
         self.mailbox.stats.sleeps.add(1);
-        let began = self.poller.adapts().then(Instant::now);
+        // Only sleep that waits for others to come tells how soon they do.
+        let is_idle = self.poller.adapts() && !self.backend.has_business();
+        let began = is_idle.then(Instant::now);
         let slept = self.exchange(Some(timeout));
         self.mailbox.awake();
         if let Some(began) = began {

@@ -5,8 +5,8 @@ use std::{str::FromStr, time::Duration};
 /// The longest that anybody polls: who waits for longer has slept cheaper.
 const MOST: Duration = Duration::from_millis(10);
 
-/// The most of [`Poll::Adaptive`], unless told otherwise: what falling asleep and waking cost, some times over.
-const ADAPTIVE_MOST: Duration = Duration::from_micros(50);
+/// The most of [`Poll::ADAPTIVE`].
+const ADAPTIVE_MOST: Duration = Duration::from_micros(32);
 
 /// What adapting begins with.
 const FIRST: Duration = Duration::from_micros(4);
@@ -26,6 +26,11 @@ pub enum Poll {
     },
 }
 
+impl Poll {
+    /// Adaptive, up to about what falling asleep and being woken cost.
+    pub const ADAPTIVE: Self = Self::Adaptive { most: ADAPTIVE_MOST };
+}
+
 impl FromStr for Poll {
     type Err = String;
 
@@ -37,7 +42,7 @@ impl FromStr for Poll {
         };
         let poll = match text {
             "off" => Some(Self::Off),
-            "adaptive" => Some(Self::Adaptive { most: ADAPTIVE_MOST }),
+            "adaptive" => Some(Self::ADAPTIVE),
             _ => match text.strip_prefix("adaptive:") {
                 Some(most) => microseconds(most).map(|most| Self::Adaptive { most }),
                 None => microseconds(text).map(Self::For),
@@ -99,7 +104,7 @@ mod tests {
             ("off", Poll::Off),
             ("0", Poll::For(us(0))),
             ("30", Poll::For(us(30))),
-            ("adaptive", Poll::Adaptive { most: us(50) }),
+            ("adaptive", Poll::Adaptive { most: us(32) }),
             ("adaptive:200", Poll::Adaptive { most: us(200) }),
         ] {
             assert_eq!(text.parse(), Ok(poll));

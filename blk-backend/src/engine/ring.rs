@@ -285,6 +285,11 @@ impl Ring {
         !submission.is_empty() || submission.taskrun() || submission.cq_overflow()
     }
 
+    /// Whether there is an answer that [`Self::next`] would give without entering.
+    pub(super) fn has_answers(&mut self) -> bool {
+        !self.moved.is_empty() || !self.ring.completion().is_empty()
+    }
+
     /// The calls of the kernel so far.
     pub(super) fn calls(&self) -> u64 {
         self.calls

@@ -73,6 +73,23 @@ fn overlapping_allocations_wait_as_values_and_go_in_order() {
     }
 }
 
+/// What is answered in the call is waited for, too, and does not tell how soon somebody comes with more.
+#[test]
+fn requests_that_are_answered_at_once_are_no_reason_to_poll() {
+    let Some(dir) = tempfile::tempdir_in("/dev/shm").ok().filter(|_| engines().contains(&EngineChoice::Ring))
+    else {
+        return;
+    };
+    let name = image(dir.path(), "disk", "raw", &[], MIB, None);
+    let disk = Disk::open(&name, &DiskOptions::default()).expect("it was just made");
+    let options = LaneOptions { depth: 16, poll: Poll::ADAPTIVE, engine: EngineChoice::Ring };
+    let mut client = Client::with(&disk, &options);
+    for _ in 0..4 {
+        client.read(0, 4096).expect("read");
+        assert_eq!(client.lane.poller.span(), Duration::ZERO);
+    }
+}
+
 #[test]
 fn a_paused_disk_holds_requests_back_and_loses_none() {
     for engine in engines() {
