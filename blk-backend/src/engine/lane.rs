@@ -336,6 +336,7 @@ impl Lane {
         loop {
             if !self.events.is_empty() || has_work(Look::Passing) {
                 self.mailbox.stats.poll_hits.add(1);
+                self.poller.found();
                 return Ok(true);
             }
             if Instant::now() >= until {

@@ -54,17 +54,29 @@ impl FromStr for Poll {
     }
 }
 
+/// The most sleeps before polling is tried again that brought nothing.
+const MOST_RESTED: u32 = 256;
+
+/// So often polling has to find something for each time that it does not, to be worth the time.
+const FINDS_TO_PAY: u32 = 4;
+
 /// How long one lane polls, as it stands.
 #[derive(Debug)]
 pub(super) struct Poller {
     poll: Poll,
     span: Duration,
+    /// How often polling has found something since it last did not.
+    finds: u32,
+    /// It is not tried for so many sleeps ...
+    rests: u32,
+    /// ... and for so many when it brings nothing the next time.
+    will_rest: u32,
 }
 
 impl Poller {
     pub(super) fn new(poll: Poll) -> Self {
         let span = if let Poll::For(span) = poll { span } else { Duration::ZERO };
-        Self { poll, span }
+        Self { poll, span, finds: 0, rests: 0, will_rest: 1 }
     }
 
     /// How long to poll now.
@@ -77,16 +89,30 @@ impl Poller {
         matches!(self.poll, Poll::Adaptive { .. })
     }
 
+    /// Polling found something.
+    pub(super) fn found(&mut self) {
+        self.finds = self.finds.saturating_add(1);
+    }
+
     /// Polling found nothing, and the lane slept so long until there was something.
     pub(super) fn slept(&mut self, slept: Duration) {
         let Poll::Adaptive { most } = self.poll else { return };
-        self.span = if self.span + slept <= most {
-            // A longer look would have found it.
-            (self.span * 2).max(FIRST).min(most)
+        if self.rests > 0 {
+            self.rests -= 1;
+        } else if self.span < most {
+            // A part of the sleep was being woken, on both sides: who looks may find it sooner than that.
+            self.span = if slept <= most * 2 {
+                (self.span * 2).max(FIRST).min(most)
+            } else {
+                Some(self.span / 2).filter(|half| *half >= FIRST).unwrap_or_default()
+            };
+        } else if std::mem::take(&mut self.finds) >= FINDS_TO_PAY {
+            self.will_rest = 1;
         } else {
-            let half = self.span / 2;
-            if half < FIRST { Duration::ZERO } else { half }
-        };
+            self.span = Duration::ZERO;
+            self.rests = self.will_rest;
+            self.will_rest = (self.will_rest * 2).min(MOST_RESTED);
+        }
     }
 }
 
@@ -114,25 +140,41 @@ mod tests {
         }
     }
 
+    /// What it is after each of some sleeps, in microseconds.
+    fn spans(poller: &mut Poller, sleeps: &[u64]) -> Vec<u128> {
+        let span = |sleep: &u64| {
+            poller.slept(us(*sleep));
+            poller.span().as_micros()
+        };
+        sleeps.iter().map(span).collect()
+    }
+
     #[test]
     fn polling_grows_while_work_comes_soon_and_ends_when_it_does_not() {
         let mut poller = Poller::new(Poll::Adaptive { most: us(50) });
         assert_eq!(poller.span(), us(0), "nobody polls before it is known to pay");
-        let spans: Vec<_> = (0..6)
-            .map(|_| {
-                poller.slept(us(10));
-                poller.span()
-            })
-            .collect();
-        // Having looked for 50 microseconds and slept for 10, it would have taken more than the most.
-        assert_eq!(spans, [4, 8, 16, 32, 50, 25].map(us));
-        let spans: Vec<_> = (0..4)
-            .map(|_| {
-                poller.slept(us(1_000));
-                poller.span()
-            })
-            .collect();
-        assert_eq!(spans, [us(25) / 2, us(25) / 4, us(0), us(0)]);
+        assert_eq!(spans(&mut poller, &[10, 100, 30, 1000, 1000, 1000]), [4, 8, 16, 8, 4, 0]);
+    }
+
+    #[test]
+    fn polling_that_finds_nothing_is_tried_ever_less_often() {
+        let mut poller = Poller::new(Poll::Adaptive { most: us(16) });
+        // Each try ends with the longest look, and a rest.
+        for rest in [1, 2, 4] {
+            assert_eq!(spans(&mut poller, &[20; 4]), [4, 8, 16, 0]);
+            assert_eq!(spans(&mut poller, &vec![20; rest]), vec![0; rest]);
+        }
+        assert_eq!(spans(&mut poller, &[20; 3]), [4, 8, 16]);
+        // Found often enough, but for once.
+        (0..FINDS_TO_PAY).for_each(|_| poller.found());
+        assert_eq!(spans(&mut poller, &[1000, 1000, 20, 20]), [16, 0, 0, 4]);
+        for _ in 0..20 {
+            while poller.span() < us(16) {
+                poller.slept(us(20));
+            }
+            poller.slept(us(20));
+        }
+        assert_eq!(poller.rests, MOST_RESTED);
     }
 
     #[test]
