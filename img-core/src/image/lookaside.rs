@@ -131,7 +131,9 @@ impl Lookaside {
             extents.clear();
             return Ok(self.image.map_entered(ticket, guest_bytes, extents));
         }
+        // A unit that the end of the disk cuts off may have more in it when the disk grows.
         if let [extent] = &extents[..]
+            && extent.len_bytes == 1 << bits
             && let Some(known) = Entry::of(unit, self.generation, extent)
         {
             *entry = known;
@@ -312,6 +314,11 @@ mod tests {
         image.write_at(&[2; 4096], 20 * CLUSTER).expect("over what is below");
         assert!(is_known(&mut lookaside, 20));
         assert_ne!(lookaside.generation, generation);
+
+        // The end of the disk cuts a unit off.
+        image.resize(DISK_BYTES + CLUSTER / 2, Preallocation::Off).expect("grown");
+        image.write_at(&[3; 2048], DISK_BYTES).expect("written");
+        assert!(!is_known(&mut lookaside, 64));
 
         // So many changes later the first generation comes again.
         lookaside.generation = u16::MAX;
