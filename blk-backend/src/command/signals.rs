@@ -16,10 +16,13 @@ use signal_hook::{
     low_level::pipe,
 };
 
+/// What asks a process to end.
+const TERMINATION: [i32; 3] = [SIGTERM, SIGINT, SIGHUP];
+
 /// A pipe that becomes readable at the first `SIGTERM`, `SIGINT` or `SIGHUP`.
 pub(crate) fn on_termination() -> io::Result<PipeReader> {
     let (asked, ask) = io::pipe()?;
-    for signal in [SIGTERM, SIGINT, SIGHUP] {
+    for signal in TERMINATION {
         pipe::register(signal, ask.try_clone()?)?;
     }
     Ok(asked)
@@ -28,7 +31,7 @@ pub(crate) fn on_termination() -> io::Result<PipeReader> {
 /// A flag that the first of these signals sets; the next one ends the process.
 pub(crate) fn flag_on_termination() -> io::Result<Arc<AtomicBool>> {
     let asked = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT, SIGHUP] {
+    for signal in TERMINATION {
         // In this order: the second signal finds the flag set.
         flag::register_conditional_default(signal, Arc::clone(&asked))?;
         flag::register(signal, Arc::clone(&asked))?;

@@ -46,9 +46,8 @@ impl Lane {
     /// The disk has another image; nothing is under way.
     fn change_image(&mut self) {
         self.generation = self.disk.generation();
-        self.image = self.disk.image();
-        self.lookaside = Lookaside::of(&self.image);
-        self.direct = Direct::of(&self.image);
+        self.lookaside = Lookaside::of(&self.disk.image());
+        self.direct = Direct::of(self.lookaside.image());
         if let Some(ring) = self.backend.ring() {
             self.transfers.forget_files(ring);
         }
@@ -56,7 +55,7 @@ impl Lane {
 
     /// Begins a request that was admitted, or goes on with one that was parked.
     pub(super) fn begin(&mut self, index: u32) {
-        let size = self.image.virtual_size_bytes();
+        let size = self.lookaside.image().virtual_size_bytes();
         let slot = self.slots.get(index);
         let (op, range) = (slot.op, slot.guest_bytes.clone());
         if range.end > size {
@@ -83,7 +82,7 @@ impl Lane {
         let mut way = self.transfers.read(ring, &mut self.lookaside, index, slot);
         if way == Way::Busy {
             // Whoever ends from here on wakes the lane; who has ended already is not in the way any more.
-            self.image.wake_on_progress(&self.progress);
+            self.lookaside.image().wake_on_progress(&self.progress);
             way = self.transfers.read(ring, &mut self.lookaside, index, slot);
         }
         match way {
@@ -97,7 +96,7 @@ impl Lane {
     fn read_lacking(&mut self, index: u32) {
         let ring = self.backend.ring().expect("it is in use");
         let slot = self.slots.get(index);
-        if self.transfers.read_table(ring, &self.image, index, slot) == Way::Pushed {
+        if self.transfers.read_table(ring, self.lookaside.image(), index, slot) == Way::Pushed {
             self.mailbox.stats.table_reads.add(1);
             self.begin_moving(index);
         } else {
@@ -120,10 +119,10 @@ impl Lane {
         }
         let ring = self.backend.ring().expect("it is in use");
         let slot = self.slots.get(index);
-        let mut way = self.transfers.write(ring, &self.image, index, slot);
+        let mut way = self.transfers.write(ring, self.lookaside.image(), index, slot);
         if way == Way::Busy {
-            self.image.wake_on_progress(&self.progress);
-            way = self.transfers.write(ring, &self.image, index, slot);
+            self.lookaside.image().wake_on_progress(&self.progress);
+            way = self.transfers.write(ring, self.lookaside.image(), index, slot);
         }
         match way {
             Way::Pushed => self.begin_moving(index),
@@ -139,7 +138,7 @@ impl Lane {
     fn flush(&mut self, index: u32) {
         let slot = self.slots.get(index);
         let way = match self.backend.ring() {
-            Some(ring) => self.transfers.flush(ring, &self.image, index, slot),
+            Some(ring) => self.transfers.flush(ring, self.lookaside.image(), index, slot),
             None => Way::Blocks,
         };
         match way {
@@ -151,7 +150,7 @@ impl Lane {
     /// Overwriting what is there is in nobody's way; any other write waits for its clusters.
     fn write_by_worker(&mut self, index: u32) {
         let slot = self.slots.get(index);
-        if slot.entered || self.transfers.is_in_place(&self.image, &slot.guest_bytes) {
+        if slot.entered || self.transfers.is_in_place(self.lookaside.image(), &slot.guest_bytes) {
             let op = slot.op;
             return self.hand_over(index, Task::All(op));
         }
@@ -168,7 +167,7 @@ impl Lane {
 
     /// Makes the clusters of a change its own, where changes can be in each other's way. False when it is parked.
     fn enter(&mut self, index: u32) -> bool {
-        let cluster = self.image.layers()[0].cluster_size_bytes().map(u64::from);
+        let cluster = self.lookaside.image().layers()[0].cluster_size_bytes().map(u64::from);
         let granule = self.direct.map(|direct| direct.granule_bytes);
         let Some(unit) = cluster.max(granule) else { return true };
         let slot = self.slots.get(index);
@@ -269,7 +268,7 @@ impl Lane {
         let slot = self.slots.get(index);
         slot.stage = Stage::Working;
         let job = Job {
-            image: Arc::clone(&self.image),
+            image: Arc::clone(self.lookaside.image()),
             owner: Arc::clone(&self.mailbox),
             slot: index,
             task,

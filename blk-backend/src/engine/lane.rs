@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use img_core::image::{Image, Lookaside};
+use img_core::image::Lookaside;
 
 use super::{
     backend::{Backend, EngineChoice, EngineInUse},
@@ -90,11 +90,10 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Lane {
     pub(super) disk: Arc<Disk>,
-    /// [`Disk::image`], as of `generation`. Looked at again whenever the lane becomes active.
-    pub(super) image: Arc<Image>,
-    pub(super) generation: u64,
-    /// What is remembered of the map of `image`.
+    /// [`Disk::image`], as of `generation`, and what is remembered of its map. Looked at again whenever the lane becomes
+    /// active.
     pub(super) lookaside: Lookaside,
+    pub(super) generation: u64,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) slots: Slots,
     /// Taken while the disk is paused, in order.
@@ -134,7 +133,6 @@ impl Lane {
             generation: disk.generation(),
             direct: Direct::of(&image),
             lookaside: Lookaside::of(&image),
-            image,
             disk: Arc::clone(disk),
             slots: Slots::new(depth),
             held: VecDeque::with_capacity(depth as usize),

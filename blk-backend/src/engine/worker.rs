@@ -139,11 +139,12 @@ impl Workers {
         // It must not wait for the other threads, which may be waiting for it. It has no wait before it but for tables.
         let is_inside = queue.jobs.front().is_some_and(Job::is_inside);
         let inside = if is_inside { queue.jobs.pop_front() } else { None };
-        let (mut jobs, mut flushes) = Default::default();
-        if queue.started == 0 {
+        let (jobs, flushes) = if queue.started == 0 {
             // Nobody is there to do the others, ever: say so rather than wait.
-            (jobs, flushes) = (std::mem::take(&mut queue.jobs), std::mem::take(&mut queue.flushes));
-        }
+            (std::mem::take(&mut queue.jobs), std::mem::take(&mut queue.flushes))
+        } else {
+            Default::default()
+        };
         drop(queue);
         if let Some(job) = inside {
             job.run(&mut Vec::new());

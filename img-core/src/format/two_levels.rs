@@ -50,6 +50,12 @@ impl TwoLevels<'_> {
         Ok(None)
     }
 
+    /// Counts the changes of both; see [`Layer::map_changes`](super::Layer::map_changes).
+    pub(super) fn changes(&self) -> u64 {
+        // Each of them only grows: the sum is what it was when both are.
+        self.l1.changes().wrapping_add(self.l2.changes())
+    }
+
     /// Takes a missing slice.
     pub(super) fn offer(&self, missing: &MissingTable, bytes: Box<[u8]>) -> bool {
         if missing.level == L1 { self.l1.offer(missing, bytes) } else { self.l2.offer(missing, bytes) }

@@ -456,9 +456,7 @@ impl Layer for Qcow2Layer {
     }
 
     fn map_changes(&self) -> Option<u64> {
-        // Each of them only grows: the sum is what it was when all are.
-        let of_tables = self.map.l1.changes().wrapping_add(self.map.l2.changes());
-        Some(of_tables.wrapping_add(self.header_changes.load(Ordering::SeqCst)))
+        Some(self.map.levels().changes().wrapping_add(self.header_changes.load(Ordering::SeqCst)))
     }
 
     fn missing_table(&self, guest_bytes: Range<u64>) -> Option<MissingTable> {

@@ -98,8 +98,8 @@ impl Qcow2Layer {
             return Ok(None);
         }
         let at = self.header().refcount_table_offset + index * 8;
-        let Some((slice, within)) = self.refcount_table.peek_at(at) else { return Ok(None) };
-        let block = self.checked_refcount_block(at, be64(&slice, within))?;
+        let Some(word) = self.refcount_table.look_at(at, be64) else { return Ok(None) };
+        let block = self.checked_refcount_block(at, word)?;
         Ok(block.map(|block| self.refcount_place(block, cluster)))
     }
 

@@ -251,8 +251,7 @@ impl Layer for QedLayer {
     }
 
     fn map_changes(&self) -> Option<u64> {
-        // Each of them only grows: the sum is what it was when both are.
-        Some(self.map.l1.changes().wrapping_add(self.map.l2.changes()))
+        Some(self.map.levels().changes())
     }
 
     fn missing_table(&self, guest_bytes: Range<u64>) -> Option<MissingTable> {
